@@ -1,0 +1,42 @@
+"""What the loader hands to the model: the clips of one step on one rank, packed so that no padding is encoded."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """B clips; F frames and S segments of all of them, one behind the other; L text tokens."""
+
+    ids: list[str]
+    captions: list[str]
+    tokens: Tensor  # B L int64
+    frames: Tensor  # F 3 224 224 uint8
+    frame_clip: Tensor  # F int64: the clip that each frame belongs to
+    segments: Tensor  # S C 224 224 uint8 code of dB, rows = time
+    segment_clip: Tensor  # S int64
+    segment_rows: Tensor  # S int64: valid rows of each segment
+    hidden_rows: Tensor  # S 224 bool: time steps hidden in the augmented view
+    hidden_channels: Tensor  # S 224 bool
+    audio_type: Tensor  # B int64: 0 verbal [VB], 1 nonverbal [NB], 2 both
+    group: Tensor  # B int64: clips with equal numbers are no negatives of each other
+    has_text: Tensor  # B bool
+    has_frames: Tensor  # B bool
+    has_audio: Tensor  # B bool
+    meta: list[dict]  # the json of each clip
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with its tensors on the device, copied without waiting."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in values.items()})
+
+    def pin(self) -> "Batch":
+        """The same batch with its tensors in pinned memory, so that copies to a GPU do not wait."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Batch(**{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in values.items()})

@@ -1,0 +1,331 @@
+"""Every setting of the project: dataclasses, strict YAML, dotted overrides, and the presets `paper` and `official`.
+
+Order of precedence, lowest first: defaults here, the preset, the YAML file, `key=value` words of the command line.
+"""
+
+import dataclasses
+import difflib
+import functools
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+
+class UserError(ValueError):
+    """A mistake that the person at the keyboard can mend: one line that says what, where, and what to change."""
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """A dataclass field with its meaning, which `--help` prints."""
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": meaning})
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass
+class SpectrogramConfig:
+    """Waveform to log-mel segments, and their 8-bit code. Shapes the pixels, so all of it is in the fingerprint."""
+
+    sample_rate: int = setting(16000, "Hz; audio is resampled to it")
+    window: Literal["hamming", "hann"] = setting("hamming", "window function (official: hann)")
+    win_length: int = setting(512, "samples in a window (32 ms)")
+    hop_length: int = setting(128, "samples between rows (8 ms, so 125 rows a second)")
+    n_fft: int = setting(1024, "FFT points; 512 leaves 12 of the 224 mel filters without a bin (official: 512)")
+    n_mels: int = setting(224, "mel channels, the width of a segment")
+    f_min: float = setting(0.0, "Hz, lower edge of the lowest mel filter")
+    f_max: float = setting(8000.0, "Hz, upper edge of the highest mel filter")
+    top_db: float = setting(80.0, "dB kept below the loudest point of a clip")
+    channels: Literal["mono", "lmr"] = setting("mono", "one channel, or left/mid/right as RGB (official: lmr)")
+    segment_rows: int = setting(224, "rows of a segment (1.792 s)")
+    extra_segment: bool = setting(False, "append a blank segment when rows divide by 224 (official: true, a bug)")
+    max_segments: int = setting(10, "longer clips keep their contiguous centre")
+    db_min: float = setting(-95.0, "dB stored as 0")
+    db_max: float = setting(32.5, "dB stored as 255 (steps of 0.5 dB with the default range)")
+    codec: Literal["png", "jpg"] = setting("jpg", "png is lossless after the 8-bit code, jpg about a quarter of it")
+    quality: int = setting(95, "JPEG quality of spectrograms")
+
+
+@dataclass
+class FramesConfig:
+    """The film strip: frames of a clip, resized and cropped as CLIP does, stacked vertically in one JPEG."""
+
+    size: int = setting(224, "pixels, both sides")
+    fps: float = setting(1.0, "frames per second")
+    max_frames: int = setting(12, "longer clips are sampled uniformly")
+    quality: int = setting(90, "JPEG quality of the film strip")
+
+
+@dataclass
+class DataConfig:
+    """What data_prep/shard.py does: media and annotations in, tar shards out."""
+
+    dataset: Literal["stamps", "folder"] = setting("folder", "which annotation format, see data_prep/annotations.py")
+    annotations: str = setting("", "annotation file or folder; empty: media_root")
+    media_root: str = setting("", "folder with the media; paths in manifests are relative to it and stay inside")
+    out: str = setting("", "folder that receives SOURCE/SPLIT/{*.tar, index.json, quarantine.jsonl}")
+    preset: Literal["paper", "official"] = setting("paper", "defaults as in the paper, or as in the authors' code")
+    samples_per_shard: int = setting(256, "samples in one tar")
+    workers: int = setting(0, "processes; 0: one for each core")
+    max_damage: float = setting(0.01, "share of items that may fail before shard.py gives up")
+    spectrogram: SpectrogramConfig = field(default_factory=SpectrogramConfig)
+    frames: FramesConfig = field(default_factory=FramesConfig)
+
+
+@dataclass
+class ModelConfig:
+    """Three towers."""
+
+    clip: str = setting(
+        "ViT-B-32-quickgelu/openai",
+        "open_clip name, NAME/PRETRAINED tag, weights file (.safetensors, .pt), or .json in open_clip's format",
+    )
+    quick_gelu: Literal["auto", "yes", "no"] = setting("auto", "activation of a weights file; auto: OpenAI .pt yes")
+    modalities: Literal["v", "a", "av"] = setting("av", "which media towers are used beside text")
+    fusion: Literal["global_global", "global_local", "local_local"] = setting("global_global", "retrieval head")
+    audio_type: str = setting("both", "type token when not pre-training: vb, nb, both, none, or the share of NB, 0..1")
+    pretrain_type: Literal["data", "none"] = setting("data", "token in pre-training: the clip's own type, or none")
+    audio_init: Literal["vision", "scratch"] = setting("vision", "where the audio tower starts")
+    position_init: Literal["matched", "unit"] = setting("matched", "extra position row: as the others, or std 1")
+    normalise: Literal["valid", "padded"] = setting("valid", "z-score over valid rows, or after zero padding in dB")
+    max_tokens: int = setting(32, "text tokens, [SOS] and [EOS] included")
+    temperature: float = setting(0.01, "of the cosine similarities")
+    learn_temperature: bool = setting(False, "train the temperature too")
+    train_towers: str = setting("audio", "trainable towers joined by +, e.g. text+vision; the others are frozen")
+
+
+@dataclass
+class DataSources:
+    """Where samples come from: shard folders with their shares of a batch, and how they are read."""
+
+    train: dict[str, float] = setting({}, "shard folder: share; a folder or a list of folders means equal shares")
+    val: dict[str, float] = setting({}, "shard folders for evaluation during training")
+    test: dict[str, float] = setting({}, "shard folders for launch/evaluate.py")
+    window: int = setting(8, "shards whose samples are shuffled together")
+    threads: int = setting(4, "reader threads of a rank")
+    decode_threads: int = setting(2, "DALI threads of a rank")
+    prefetch: int = setting(2, "batches prepared ahead")
+    max_damage: float = setting(0.01, "share of samples read that may be damaged before the run stops")
+
+
+@dataclass
+class LossConfig:
+    """Weights of the terms of equation (5), and of the stage that trains a CLIP."""
+
+    at: float = setting(1.0, "NCE_at, text and audio (1)")
+    av: float = setting(1.0, "NCE_av, vision and audio (2) (official: 2)")
+    aa: float = setting(1.0, "NCE_aa, audio and its masked view (3)(4)")
+    tv: float = setting(0.0, "text and vision, to train a CLIP")
+    exclude_same_group: bool = setting(False, "clips of one group are no negatives of each other")
+
+
+@dataclass
+class MaskConfig:
+    """The augmented view of a spectrogram."""
+
+    time_share: float = setting(0.15, "share of the rows where a masked run starts")
+    channel_share: float = setting(0.05, "share of the mel channels where a masked run starts")
+    width: int = setting(10, "rows or channels in a run; runs may overlap")
+    uniform_width: bool = setting(False, "draw each width from 0..width (official: true)")
+    fill: Literal["mean", "zero_db"] = setting("mean", "0 after normalisation, or 0 dB before it (official)")
+
+
+@dataclass
+class TrainConfig:
+    """The training loop."""
+
+    max_steps: int = setting(1000, "optimizer steps")
+    batch_size: int = setting(256, "clips in the global batch, over all ranks")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: bf16 on a GPU that has it, else fp32")
+    lr: float = setting(1e-4, "peak learning rate")
+    betas: list[float] = setting([0.9, 0.98], "AdamW")
+    eps: float = setting(1e-6, "AdamW")
+    weight_decay: float = setting(0.2, "not on biases, norms, embeddings and temperature")
+    warmup: float = setting(0.1, "share of the steps with a linear warm-up; cosine after it")
+    clip: float = setting(1.0, "gradient norm; 0: off")
+    log_every: int = setting(10, "steps between log lines; the only steps that wait for the device")
+    save_every: int = setting(500, "steps between checkpoints")
+    keep: int = setting(2, "checkpoints kept")
+
+
+@dataclass
+class EvalConfig:
+    """Zero-shot retrieval."""
+
+    every: int = setting(0, "steps between evaluations on data.val; 0: never")
+    batch_size: int = setting(128, "clips in a batch, over all ranks")
+    captions: Literal["first", "all"] = setting("all", "captions of an item used as queries")
+    types: list[str] = setting(["both"], "audio type tokens to evaluate: vb, nb, both, none, or a share of NB, 0..1")
+    permutations: int = setting(2000, "for the p-value; 0: none")
+    report_queries: int = setting(20, "queries shown on the report page")
+
+
+@dataclass
+class TrackConfig:
+    """What is written about a run."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = setting("auto", "auto: online with a key, else offline")
+    project: str = setting("clip4vla", "wandb project")
+
+
+@dataclass
+class RunConfig:
+    """One run of launch/*.py."""
+
+    run_dir: str = setting("runs/default", "everything about the run goes here")
+    preset: Literal["paper", "official"] = setting("paper", "defaults as in the paper, or as in the authors' code")
+    init_from: list[str] = setting([], "run folders or .safetensors files; the first that exists gives the weights")
+    seed: int = setting(0, "of the sample order, masks and fresh weights")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataSources = field(default_factory=DataSources)
+    loss: LossConfig = field(default_factory=LossConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+# What the released code does where the paper says otherwise or nothing (shares of one table with tests/test_config.py).
+OFFICIAL: dict[str, Any] = {
+    "spectrogram.window": "hann",
+    "spectrogram.n_fft": 512,
+    "spectrogram.channels": "lmr",
+    "spectrogram.extra_segment": True,
+    "model.normalise": "padded",
+    "model.audio_type": "0.5",
+    "model.position_init": "unit",
+    "loss.av": 2.0,
+    "mask.uniform_width": True,
+    "mask.fill": "zero_db",
+}
+
+Config = TypeVar("Config", RunConfig, DataConfig)
+
+
+def load(cls: type[Config], path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
+    """The settings of a YAML file with `a.b=value` overrides; raises UserError that names file, key and nearest key."""
+    layers = [(str(path), _read_yaml(path))] if path else []
+    layers += [(f"command line: {word}", _override(word)) for word in overrides]
+    config = cls()
+    preset = next((tree["preset"] for _, tree in reversed(layers) if "preset" in tree), config.preset)
+    if preset == "official":
+        keys = {name for name, _, _ in describe(cls)}
+        layers = [("preset official", _override(k, v)) for k, v in OFFICIAL.items() if k in keys] + layers
+    for where, tree in layers:
+        _merge(config, tree, where, "")
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dictionary, fit for YAML."""
+    return dataclasses.asdict(config)
+
+
+def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    """(dotted key, `type = default`, meaning) of every setting."""
+    rows, default = [], cls()
+    for item in dataclasses.fields(cls):
+        value = getattr(default, item.name)
+        if dataclasses.is_dataclass(value):
+            rows += describe(type(value), f"{prefix}{item.name}.")
+        else:
+            rows.append((prefix + item.name, f"{_type_name(item.type)} = {value!r}", item.metadata["help"]))
+    return rows
+
+
+def help_text(cls: type) -> str:
+    """Every setting, one line each, for `--help`."""
+    return "settings (YAML keys, or KEY=VALUE on the command line):\n" + "\n".join(
+        f"  {key:<26} {kind}\n{'':<29}{meaning}" for key, kind, meaning in describe(cls)
+    )
+
+
+def cli(main: typing.Callable[[], None]) -> typing.Callable[[], None]:
+    """Entry scripts' decorator: a UserError becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    return run
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot read this config file ({getattr(error, 'strerror', error)})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict | types.NoneType):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
+    return tree or {}
+
+
+def _override(word: str, value: Any = None) -> dict[str, Any]:
+    key, sign, text = word.partition("=")
+    if value is None:
+        if not sign:
+            raise UserError(f"command line: {word!r} is neither a .yaml file nor KEY=VALUE")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"command line: {word}: the value is not valid YAML") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(config: Any, tree: dict[str, Any], where: str, prefix: str) -> None:
+    hints = typing.get_type_hints(type(config))
+    for key, value in tree.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0) or sorted(hints)[:1]
+            raise UserError(f"{where}: unknown key {prefix}{key}; the nearest is {prefix}{near[0]} (see --help)")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {prefix}{key} holds settings, not {value!r}")
+            _merge(getattr(config, key), value, where, f"{prefix}{key}.")
+        else:
+            setattr(config, key, _coerce(value, hints[key], where, prefix + key))
+
+
+def _coerce(value: Any, kind: Any, where: str, key: str) -> Any:
+    """The value as the field's type, or a UserError; `1e-4` is a string to YAML and a number to everybody else."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal and isinstance(value, bool) and ("yes" in args or "off" in args):  # YAML 1.1 reads on/off so
+        value = next(word for word in (("yes", "on") if value else ("no", "off")) if word in args or word == "off")
+    if origin is Literal and value in args:
+        return value
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if origin is list and isinstance(value, list | str | int | float):
+        items = value if isinstance(value, list) else [value]
+        return [_coerce(item, args[0], where, key) for item in items]
+    if origin is dict and isinstance(value, dict | list | str):
+        shares = dict.fromkeys([value] if isinstance(value, str) else value, 1.0) if not isinstance(value, dict) else value
+        return {str(name): _coerce(share, args[1], where, f"{key}.{name}") for name, share in shares.items()}
+    raise UserError(f"{where}: {key} must be {_type_name(kind)}, not {value!r}")
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is Union:
+        return " or ".join(map(_type_name, typing.get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)

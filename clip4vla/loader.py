@@ -1,0 +1,282 @@
+"""Sample order -> bytes -> DALI -> Batch.
+
+The loader has no state: which samples form global batch k, with which captions and masks, is a pure function of
+(seed, shards, k), and rank r of W takes rows r, r + W, ... of it. So resuming is an integer, and the order is the same on any
+number of ranks.
+"""
+
+import collections
+import concurrent.futures
+import functools
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clip4vla import distributed
+from clip4vla.batch import Batch
+from clip4vla.config import DataSources, MaskConfig, SpectrogramConfig, UserError
+from clip4vla.masking import draw
+from clip4vla.shards import Damaged, ShardFolder
+
+TYPES = {"vb": 0, "nb": 1, "both": 2}
+MIN_READS = 1000  # the share of damaged samples is judged over at least so many
+
+
+class Place(NamedTuple):
+    """Where one sample of a batch is: entry `entry` of shard `shard` of source `source`, met for the `epoch`-th time."""
+
+    source: int
+    shard: int
+    entry: int
+    epoch: int
+
+
+class TrainOrder:
+    """Endless shuffled order over several sources, each with its fixed part of every batch.
+
+    sizes: samples of each shard of each source. Shards are shuffled in every epoch, then samples inside a window of
+    shards. An epoch of a source ends with its last whole part of a batch: the tail is dropped, and differs every epoch.
+    """
+
+    def __init__(self, sizes: list[list[int]], shares: Sequence[float], batch_size: int, seed: int, window: int):
+        self.sizes, self.seed, self.window = [np.array(s) for s in sizes], seed, window
+        self.parts = _apportion(shares, batch_size)
+        for source, part in enumerate(self.parts):
+            if part > self.sizes[source].sum():
+                raise UserError(
+                    f"data.train: source {source + 1} has {self.sizes[source].sum()} samples, fewer than its {part} of "
+                    f"a batch of {batch_size}: lower train.batch_size or its share"
+                )
+
+    def batch(self, k: int) -> list[Place]:
+        """The samples of global batch k, sources interleaved at random."""
+        places = []
+        for source, part in enumerate(self.parts):
+            if part:
+                epoch, place = divmod(k, int(self.sizes[source].sum()) // part)
+                places += [self._place(source, epoch, place * part + i) for i in range(part)]
+        return [places[i] for i in np.random.default_rng((self.seed, k, 1)).permutation(len(places))]
+
+    def _place(self, source: int, epoch: int, position: int) -> Place:
+        shards, ends = self._shards(source, epoch)
+        window = int(np.searchsorted(ends, position, side="right"))
+        first = int(ends[window - 1]) if window else 0
+        shard, entry = self._window(source, epoch, window)[position - first]
+        return Place(source, int(shard), int(entry), epoch)
+
+    @functools.lru_cache(maxsize=32)  # noqa: B019  (an order lives as long as its run)
+    def _shards(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """(shuffled shard numbers, position behind the last sample of each window of shards)."""
+        shards = np.random.default_rng((self.seed, source, epoch, 2)).permutation(len(self.sizes[source]))
+        ends = self.sizes[source][shards].cumsum()
+        return shards, ends[[*range(self.window - 1, len(shards) - 1, self.window), len(shards) - 1]]
+
+    @functools.lru_cache(maxsize=32)  # noqa: B019
+    def _window(self, source: int, epoch: int, window: int) -> np.ndarray:
+        """(shard, entry) of the samples of one window, shuffled."""
+        shards = self._shards(source, epoch)[0][window * self.window : (window + 1) * self.window]
+        pairs = np.concatenate([np.stack([np.full(n, s), np.arange(n)], 1) for s, n in zip(shards, self.sizes[source][shards], strict=True)])
+        return np.random.default_rng((self.seed, source, epoch, window, 3)).permutation(pairs)
+
+
+class EvalOrder:
+    """Every sample once, in the order of the shards; the last batch is padded with None so that ranks stay in step."""
+
+    def __init__(self, sizes: list[list[int]], batch_size: int):
+        self.places = [Place(s, i, e, 0) for s, shards in enumerate(sizes) for i, n in enumerate(shards) for e in range(n)]
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.places) // self.batch_size)
+
+    def batch(self, k: int) -> list[Place | None]:
+        """The samples of global batch k."""
+        rows = self.places[k * self.batch_size : (k + 1) * self.batch_size]
+        return rows + [None] * (self.batch_size - len(rows))
+
+
+class Loader:
+    """Batches of this rank from shard folders.
+
+    needs: which pictures to read, of "frames" and "fbank". order: TrainOrder or EvalOrder over the same folders.
+    """
+
+    def __init__(self, folders, order, cfg: DataSources, *, tokenize, mask: MaskConfig, seed: int, needs: Sequence[str],
+                 device: torch.device, damage_log: Path):  # fmt: skip
+        self.folders, self.order, self.cfg, self.tokenize, self.mask = folders, order, cfg, tokenize, mask
+        self.seed, self.needs, self.device, self.damage_log = seed, needs, device, damage_log
+        self.spectrogram = SpectrogramConfig(**folders[0].fingerprint["spectrogram"])
+        self.reads = self.damaged = 0
+        self.decoders: dict[str, _Decoder] = {}
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """This rank's part of global batches start..stop-1, prepared ahead in a thread."""
+        pending: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
+        pool = concurrent.futures.ThreadPoolExecutor(1, "loader")
+        try:
+            for k in range(start, stop + self.cfg.prefetch):
+                if k < stop:
+                    pending.append(pool.submit(self.batch, k))
+                if k >= start + self.cfg.prefetch or k >= stop:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def batch(self, k: int) -> Batch:
+        """This rank's part of global batch k."""
+        places = self.order.batch(k)[distributed.rank() :: distributed.world()]
+        samples = self._read(places)
+        clips = [json.loads(s["json"]) if s else _NOTHING for s in samples]
+        keys = [(self.seed, zlib.crc32(c["id"].encode()), p.epoch if p else 0) for c, p in zip(clips, places, strict=True)]
+        frames, frame_clip = self._pictures("frames", samples, 3)
+        pictures, segment_clip = self._pictures("fbank", samples, 1 if self.spectrogram.channels == "mono" else 3)
+        return self._assemble(clips, keys, frames, frame_clip, pictures, segment_clip)
+
+    def _assemble(self, clips, keys, frames, frame_clip, segments, segment_clip) -> Batch:
+        rows, hidden_rows, hidden_channels = self._masks(clips, keys, segment_clip)
+        captions = [_caption(c, key) for c, key in zip(clips, keys, strict=True)]
+        has = lambda clip: torch.zeros(len(clips), dtype=torch.bool).index_fill_(0, clip, True)  # noqa: E731
+        batch = Batch(
+            ids=[c["id"] for c in clips],
+            captions=captions,
+            tokens=self.tokenize(captions),
+            frames=frames,
+            frame_clip=frame_clip,
+            segments=segments,
+            segment_clip=segment_clip,
+            segment_rows=rows,
+            hidden_rows=hidden_rows,
+            hidden_channels=hidden_channels,
+            audio_type=torch.tensor([TYPES[c["audio_type"]] for c in clips]),
+            group=torch.tensor([number(c["group"]) for c in clips]),
+            has_text=torch.tensor([bool(c["captions"]) for c in clips]),
+            has_frames=has(frame_clip),
+            has_audio=has(segment_clip),
+            meta=clips,
+        )
+        return batch.pin() if self.device.type == "cuda" else batch
+
+    def _read(self, places: list[Place | None]) -> list[dict[str, bytes] | None]:
+        """The members of each sample by kind; None for padding and for damaged samples, which are counted and listed."""
+        samples: list[dict[str, bytes] | None] = [None] * len(places)
+        for source, folder in enumerate(self.folders):
+            rows = [i for i, place in enumerate(places) if place and place.source == source]
+            found = folder.read([(places[i].shard, places[i].entry) for i in rows], ("json", *self.needs))
+            for i, sample in zip(rows, found, strict=True):
+                self.reads += 1
+                if isinstance(sample, Damaged):
+                    self._damage(sample)
+                else:
+                    samples[i] = {ext.partition(".")[0]: data for ext, data in sample.items()}
+        return samples
+
+    def _damage(self, sample: Damaged) -> None:
+        self.damaged += 1
+        with self.damage_log.open("a") as log:
+            log.write(json.dumps(vars(sample)) + "\n")
+        if self.damaged > self.cfg.max_damage * max(self.reads, MIN_READS):
+            raise UserError(
+                f"{self.damaged} of {self.reads} samples read were damaged, more than data.max_damage={self.cfg.max_damage} "
+                f"of at least {MIN_READS}; they are listed in {self.damage_log} (last: {sample.reason})"
+            )
+
+    def _pictures(self, kind: str, samples, channels: int) -> tuple[Tensor, Tensor]:
+        """Tiles (n, channels, size, width) uint8 of the strips that are there, and the clip number of each, (n,)."""
+        there = [i for i, sample in enumerate(samples) if sample and kind in sample]
+        size = self.folders[0].fingerprint["frames"]["size"] if kind == "frames" else self.spectrogram.segment_rows
+        if not there:
+            return torch.zeros(0, channels, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+        if kind not in self.decoders:
+            most = -(-self.order.batch_size // distributed.world()) if isinstance(self.order, EvalOrder) else len(samples)
+            self.decoders[kind] = _Decoder(most, channels, self.cfg.decode_threads, self.device)
+        strips = self.decoders[kind]([samples[i][kind] for i in there])
+        tiles = [strip.reshape(-1, size, *strip.shape[1:]) for strip in strips]
+        clip = torch.repeat_interleave(torch.tensor(there), torch.tensor([len(t) for t in tiles]))
+        return torch.cat(tiles).permute(0, 3, 1, 2), clip
+
+    def _masks(self, clips, keys, segment_clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(valid rows (S,), hidden rows (S, 224), hidden channels (S, 224)) of the packed segments."""
+        height, width = self.spectrogram.segment_rows, self.spectrogram.n_mels
+        rows, hidden_rows, hidden_channels = [], [], []
+        for clip in segment_clip.unique().tolist():
+            segments, valid = int((segment_clip == clip).sum()), clips[clip]["n_rows"]
+            by_row, by_channel = draw(keys[clip], valid, width, self.mask)
+            by_row = np.pad(by_row, (0, segments * height - valid)).reshape(segments, height)
+            rows.append(np.clip(valid - height * np.arange(segments), 0, height))
+            hidden_rows.append(by_row)
+            hidden_channels.append(np.tile(by_channel, (segments, 1)))
+        if not rows:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, height, dtype=torch.bool), torch.zeros(0, width, dtype=torch.bool)
+        return tuple(torch.from_numpy(np.concatenate(part)) for part in (rows, hidden_rows, hidden_channels))
+
+
+class _Decoder:
+    """JPEG and PNG bytes to uint8 tensors (height, width, channels), by one DALI graph; on a GPU decoding is `mixed`."""
+
+    def __init__(self, most: int, channels: int, threads: int, device: torch.device):
+        try:
+            from nvidia.dali import fn, types
+            from nvidia.dali.pipeline import Pipeline
+        except ImportError:
+            raise UserError("reading shards needs NVIDIA DALI: pip install nvidia-dali-cuda130") from None
+        cuda = device.type == "cuda"
+        self.pipe = Pipeline(most, threads, device.index if cuda else None, exec_async=False, exec_pipelined=False)
+        with self.pipe:
+            kind = types.RGB if channels == 3 else types.GRAY
+            source = fn.external_source(name="bytes")
+            self.pipe.set_outputs(fn.decoders.image(source, device="mixed" if cuda else "cpu", output_type=kind))
+        self.pipe.build()
+
+    def __call__(self, pictures: list[bytes]) -> list[Tensor]:
+        self.pipe.feed_input("bytes", [np.frombuffer(picture, np.uint8) for picture in pictures])
+        (out,) = self.pipe.run()
+        return [torch.from_dlpack(out[i]) for i in range(len(pictures))]
+
+
+_NOTHING = {"id": "", "group": "", "captions": [], "audio_type": "both", "n_rows": 0}
+
+
+def open_folders(sources: dict[str, float], key: str) -> list[ShardFolder]:
+    """The shard folders of a setting, which must all have been made with the same settings."""
+    if not sources:
+        raise UserError(f"{key} names no shard folder")
+    folders = [ShardFolder.open(url) for url in sources]
+    for folder in folders[1:]:
+        check_fingerprint(folders[0].fingerprint, folder.fingerprint, folders[0].url, folder.url)
+    return folders
+
+
+def check_fingerprint(ours: dict, theirs: dict, our_name: str, their_name: str) -> None:
+    """UserError that names both values if two fingerprints differ in a setting (library versions may differ)."""
+    for section in ("spectrogram", "frames"):
+        if section in ours and ours[section] != theirs[section]:
+            differ = {k: (v, theirs[section].get(k)) for k, v in ours[section].items() if v != theirs[section].get(k)}
+            words = ", ".join(f"{section}.{k} is {a!r} there and {b!r} here" for k, (a, b) in differ.items())
+            raise UserError(f"fingerprints differ between {our_name} and {their_name}: {words}; make both with one config")
+
+
+def number(text: str) -> int:
+    """A 63-bit number of a string, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _caption(clip: dict, key: tuple[int, ...]) -> str:
+    captions = clip["captions"]
+    return captions[np.random.default_rng((*key, 1)).integers(len(captions))] if captions else ""
+
+
+def _apportion(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in proportion to the shares that add up to total (largest remainders)."""
+    exact = np.array(shares, float) / sum(shares) * total
+    parts = np.floor(exact).astype(int)
+    parts[np.argsort(parts - exact, kind="stable")[: total - parts.sum()]] += 1
+    return parts.tolist()

@@ -1,0 +1,148 @@
+"""Ranking a gallery for queries, in tiles: ranks, R@k, median rank, and a permutation test.
+
+Shapes: Q queries, G gallery items, D width, U groups. Items are right answers of the queries of their group. A
+similarity is a dot product summed in float64 and rounded to float32: equal vectors then have equal scores wherever they
+lie (a float32 matmul rounds by position, which breaks ties at random), so that results do not depend on the tile size.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clip4vla.config import UserError
+
+NO_ANSWER = "retrieval: no query has a right answer in the gallery; check that the data has both modalities"
+
+
+def best_rank(query: Tensor, gallery: Tensor, query_group: Tensor, gallery_group: Tensor, tile: int = 4096) -> Tensor:
+    """Rank, (Q,) float64, of the best right answer of each query (Q, D) in a gallery (G, D); 1 is first.
+
+    1 + wrong items that score higher + half of those that score the same; NaN where the gallery has no right answer.
+    Memory: a few matrices of tile x tile, and a copy of the gallery. Raises ValueError on features that are not finite.
+    """
+    _check_finite(query, gallery)
+    order = gallery_group.argsort()  # both sides sorted by group: right answers fill few tiles
+    tiles = list(zip(gallery[order].split(tile), gallery_group[order].split(tile), strict=True))
+    ranks = torch.empty(len(query), dtype=torch.float64, device=query.device)
+    for rows in query_group.argsort().split(tile):
+        ranks[rows] = _rank_rows(query[rows], query_group[rows, None], tiles)
+    return ranks
+
+
+def _rank_rows(query: Tensor, group: Tensor, tiles: list[tuple[Tensor, Tensor]]) -> Tensor:
+    best = torch.full((len(query), 1), -torch.inf, device=query.device)
+    for items, item_group in tiles:
+        right = group == item_group
+        if right.any():
+            score = _similarity(query, items).masked_fill_(~right, -torch.inf)
+            best = torch.maximum(best, score.amax(1, keepdim=True))
+    rank = torch.ones(len(query), dtype=torch.float64, device=query.device)
+    for items, item_group in tiles:
+        wrong = _similarity(query, items).masked_fill_(group == item_group, -torch.inf)
+        rank += (wrong > best).sum(1) + 0.5 * (wrong == best).sum(1)
+    return rank.masked_fill(best[:, 0] == -torch.inf, torch.nan)
+
+
+def summary(ranks: Tensor, n_gallery: int, p: float | None) -> dict[str, float | int | None]:
+    """R@1, R@5, R@10 (percent), MedR, MeanR, n_queries, n_gallery and p of ranks (Q,); NaN ranks do not count.
+
+    Raises UserError when no rank is left.
+    """
+    values = ranks.cpu().numpy()
+    values = values[~np.isnan(values)]
+    if not len(values):
+        raise UserError(
+            "retrieval: no query has a right answer in the gallery; check that the data has both modalities"
+        )
+    recall = {f"R@{k}": 100 * float((values <= k).mean()) for k in (1, 5, 10)}
+    middle = {"MedR": float(np.median(values)), "MeanR": float(values.mean())}
+    return {**recall, **middle, "n_queries": len(values), "n_gallery": n_gallery, "p": p}
+
+
+def permutation_p(
+    query: Tensor,
+    gallery: Tensor,
+    query_group: Tensor,
+    gallery_group: Tensor,
+    permutations: int,
+    seed: int,
+    max_queries: int = 2000,
+) -> float:
+    """One-sided p of the mean reciprocal rank, (1 + #{permuted >= observed}) / (1 + permutations).
+
+    Under the null hypothesis it does not matter which group of queries has which right answers: whole groups exchange
+    them. Queries without a right answer are left out, and of more than max_queries a sample drawn by seed is tested.
+    Raises UserError when no query has a right answer, ValueError on features that are not finite.
+    """
+    _check_finite(query, gallery)
+    rng = np.random.default_rng(seed)
+    usable = torch.isin(query_group, gallery_group).nonzero()[:, 0].cpu().numpy()
+    if not len(usable):
+        raise UserError(
+            "retrieval: no query has a right answer in the gallery; check that the data has both modalities"
+        )
+    chosen = torch.from_numpy(np.sort(rng.permutation(usable)[:max_queries])).to(query.device)
+    groups, own = query_group[chosen].unique(return_inverse=True)
+    gain = torch.zeros(len(groups), len(groups), dtype=torch.float64, device=query.device)
+    for rows in torch.arange(len(chosen), device=query.device).split(64):
+        gain.index_add_(0, own[rows], 1 / _group_ranks(query[chosen[rows]], gallery, groups, gallery_group))
+    table, each = gain.cpu().numpy(), np.arange(len(groups))  # [u, v]: sum of 1/rank if group u's answers were v's
+    permuted = np.array([table[each, rng.permutation(each)].sum() for _ in range(permutations)])
+    above = int((permuted >= table.trace() * (1 - 1e-12)).sum())  # sums of equal numbers in another order are ties
+    return (1 + above) / (1 + permutations)
+
+
+def _group_ranks(query: Tensor, gallery: Tensor, groups: Tensor, gallery_group: Tensor) -> Tensor:
+    """The rank (Q, U) of a query's best right answer if the query belonged to group u of the sorted groups (U,)."""
+    scores = torch.cat([_similarity(query, items) for items in gallery.split(4096)], 1)  # Q G
+    inside = torch.isin(gallery_group, groups)
+    index = torch.searchsorted(groups, gallery_group[inside]).expand(len(query), -1)
+    best = scores.new_full((len(query), len(groups)), -torch.inf)
+    best.scatter_reduce_(1, index, scores[:, inside], "amax")
+    own_ties = torch.zeros_like(best).scatter_add_(1, index, (scores[:, inside] == best.gather(1, index)).float())
+    ordered = scores.sort(1).values
+    below, upto = (torch.searchsorted(ordered, best, right=right) for right in (False, True))
+    return 1 + (scores.shape[1] - upto) + 0.5 * (upto - below - own_ties.double())
+
+
+def top_k(query: Tensor, gallery: Tensor, k: int, tile: int = 4096) -> tuple[Tensor, Tensor]:
+    """Scores (Q, k) float32, highest first, and gallery indices (Q, k) int64; k is cut to G.
+
+    As torch.topk of the whole matrix, which of equal scores comes first is not defined.
+    """
+    parts = [_top_k_rows(rows, gallery, min(k, len(gallery)), tile) for rows in query.split(tile)]
+    return torch.cat([scores for scores, _ in parts]), torch.cat([indices for _, indices in parts])
+
+
+def _top_k_rows(query: Tensor, gallery: Tensor, k: int, tile: int) -> tuple[Tensor, Tensor]:
+    scores = torch.empty(len(query), 0, device=query.device)
+    indices = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+    for start in range(0, len(gallery), tile):
+        items = gallery[start : start + tile]
+        new_scores, new_indices = _similarity(query, items).topk(min(k, len(items)), 1)
+        scores = torch.cat([scores, new_scores], 1)
+        indices = torch.cat([indices, new_indices + start], 1)
+        scores, kept = scores.topk(min(k, scores.shape[1]), 1)
+        indices = indices.gather(1, kept)
+    return scores, indices
+
+
+def evaluate(
+    query: Tensor, gallery: Tensor, query_group: Tensor, gallery_group: Tensor, permutations: int, seed: int = 0
+) -> dict[str, float | int | None]:
+    """summary() of the ranks, with the permutation test's p, or None when permutations is 0."""
+    ranks = best_rank(query, gallery, query_group, gallery_group)
+    result = summary(ranks, len(gallery), None)
+    if permutations:
+        result["p"] = permutation_p(query, gallery, query_group, gallery_group, permutations, seed)
+    return result
+
+
+def _similarity(query: Tensor, items: Tensor) -> Tensor:
+    return (query.double() @ items.double().T).float()
+
+
+def _check_finite(query: Tensor, gallery: Tensor) -> None:
+    for name, features in (("query", query), ("gallery", gallery)):
+        if not features.isfinite().all():  # NaN compares false with everything: each query would seem to rank first
+            raise ValueError(f"retrieval: {name} features hold NaN or infinite values")

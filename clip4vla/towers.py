@@ -1,0 +1,150 @@
+"""The CLIP that gets ears: open_clip's text and vision towers, by name, from a weights file, or from a config file."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict
+from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from clip4vla.config import UserError
+
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+TOWER_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
+
+
+def describe_clip(clip: str, quick_gelu: str = "auto") -> dict[str, Any]:
+    """open_clip's configuration of a CLIP named as in `model.clip`; raises UserError if there is no such model."""
+    if clip.endswith(WEIGHTS):
+        state, jit = _read_weights(clip)
+        config = infer_config(state, clip)
+        config["quick_gelu"] = jit if quick_gelu == "auto" else quick_gelu == "yes"
+        return config
+    if clip.endswith(".json"):
+        try:
+            return {key: value for key, value in json.loads(Path(clip).read_text()).items() if key in TOWER_KEYS}
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"model.clip: {clip}: not a readable open_clip config ({error})") from None
+    config = open_clip.get_model_config(clip.partition("/")[0])
+    if config is None:
+        near = difflib.get_close_matches(clip, open_clip.list_models(), n=1, cutoff=0)
+        raise UserError(f"model.clip: open_clip knows no model {clip!r} (nearest: {near[0]}), and no such file exists")
+    return {key: config[key] for key in TOWER_KEYS if key in config}
+
+
+def build_clip(config: dict[str, Any]) -> CustomTextCLIP:
+    """Randomly initialised towers `.visual` and `.text` of an open_clip configuration."""
+    try:
+        model = CustomTextCLIP(**config)
+    except (TypeError, RuntimeError, AssertionError) as error:
+        raise UserError(f"model.clip: open_clip cannot build these towers: {error}") from None
+    for tower, kind in ((model.visual, VisionTransformer), (model.text, TextTransformer)):
+        if not isinstance(tower, kind):
+            raise UserError(f"model.clip: needs open_clip's {kind.__name__}, this model has a {type(tower).__name__}")
+    return model
+
+
+def load_clip_weights(model: CustomTextCLIP, clip: str) -> bool:
+    """Fill the towers with the weights that `model.clip` names; False if it names none."""
+    name, _, tag = clip.partition("/")
+    if clip.endswith(WEIGHTS):
+        state = convert_to_custom_text_state_dict(_read_weights(clip)[0])
+    elif not clip.endswith(".json") and tag:
+        try:
+            state = open_clip.create_model(name, pretrained=tag, force_custom_text=True).state_dict()
+        except Exception as error:  # open_clip raises whatever its download libraries raise
+            raise UserError(
+                f"model.clip: cannot get the weights of {clip!r} ({' '.join(str(error).split())[:200]}); "
+                "give a local weights file, or the name alone for random towers"
+            ) from None
+    else:
+        return False
+    _load(model, {key: value for key, value in state.items() if key != "logit_bias"}, clip)
+    return True
+
+
+def infer_config(state: dict[str, Tensor], where: str = "weights") -> dict[str, Any]:
+    """open_clip configuration of a ViT CLIP from the shapes of its weights, in OpenAI's names or open_clip's."""
+    state = {key.removeprefix("text."): value for key, value in state.items()}
+    try:
+        width, _, patch, _ = state["visual.conv1.weight"].shape
+        positions, _ = state["visual.positional_embedding"].shape
+        text_width = state["ln_final.weight"].shape[0]
+        return {
+            "embed_dim": state["text_projection"].shape[1],
+            "vision_cfg": {
+                "layers": _blocks(state, "visual.transformer.resblocks."),
+                "width": width,
+                "patch_size": patch,
+                "image_size": patch * round((positions - 1) ** 0.5),
+            },
+            "text_cfg": {
+                "context_length": state["positional_embedding"].shape[0],
+                "vocab_size": state["token_embedding.weight"].shape[0],
+                "width": text_width,
+                "heads": text_width // 64,
+                "layers": _blocks(state, "transformer.resblocks."),
+            },
+        }
+    except KeyError as error:
+        raise UserError(f"{where}: not the weights of a CLIP with a vision transformer: no {error}") from None
+
+
+def encode_text(tower: TextTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """(sentence vector at [EOS] (B, D), projected outputs of all tokens (B, L, D)) of token numbers (B, L)."""
+    x, mask = tower._embeds(tokens)
+    length = x.shape[1]
+    x = tower.transformer(x, attn_mask=mask[..., :length, :length] if mask is not None else None)
+    x = tower.ln_final(x)
+    if isinstance(tower.text_projection, nn.Linear):
+        x = tower.text_projection(x)
+    elif tower.text_projection is not None:
+        x = x @ tower.text_projection
+    return text_global_pool(x, tokens, tower.pool_type, eos_token_id=tower.eos_id), x
+
+
+def image_statistics(clip: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of RGB in 0..1 that the vision tower was trained with."""
+    name, _, tag = clip.partition("/")
+    known = {} if clip.endswith((*WEIGHTS, ".json")) else open_clip.get_pretrained_cfg(name, tag)
+    return known.get("mean", open_clip.OPENAI_DATASET_MEAN), known.get("std", open_clip.OPENAI_DATASET_STD)
+
+
+def tokenizer(clip: str, max_tokens: int) -> open_clip.SimpleTokenizer:
+    """Callable from list[str] to token numbers (B, max_tokens); too long captions keep [EOS] at the end."""
+    named = not clip.endswith((*WEIGHTS, ".json"))
+    return open_clip.get_tokenizer(clip.partition("/")[0] if named else "ViT-B-32", context_length=max_tokens)
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{where}: these weights do not fit the towers: {' '.join(str(error).split())[:300]}") from None
+
+
+def _blocks(state: dict[str, Tensor], prefix: str) -> int:
+    return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def _read_weights(path: str) -> tuple[dict[str, Tensor], bool]:
+    """(state dict in fp32 on the CPU, whether it is one of OpenAI's TorchScript archives); nothing is unpickled."""
+    if not Path(path).is_file():
+        raise UserError(f"model.clip: no weights file {path}")
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path), False
+        try:
+            state, jit = torch.load(path, map_location="cpu", weights_only=True), False
+        except RuntimeError:  # a TorchScript archive, as OpenAI publishes them
+            state, jit = torch.jit.load(path, map_location="cpu").state_dict(), True
+    except Exception as error:  # torch and safetensors raise many kinds for damaged files
+        raise UserError(f"model.clip: {path}: unreadable weights ({' '.join(str(error).split())[:200]})") from None
+    state = state.get("state_dict", state)
+    sizes = {"input_resolution", "context_length", "vocab_size"}  # OpenAI's archives carry these three numbers
+    return {k.removeprefix("module."): v.float() for k, v in state.items() if k not in sizes}, jit
