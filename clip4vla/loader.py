@@ -82,7 +82,12 @@ class TrainOrder:
     def _window(self, source: int, epoch: int, window: int) -> np.ndarray:
         """(shard, entry) of the samples of one window, shuffled."""
         shards = self._shards(source, epoch)[0][window * self.window : (window + 1) * self.window]
-        pairs = np.concatenate([np.stack([np.full(n, s), np.arange(n)], 1) for s, n in zip(shards, self.sizes[source][shards], strict=True)])
+        pairs = np.concatenate(
+            [
+                np.stack([np.full(n, s), np.arange(n)], 1)
+                for s, n in zip(shards, self.sizes[source][shards], strict=True)
+            ]
+        )
         return np.random.default_rng((self.seed, source, epoch, window, 3)).permutation(pairs)
 
 
@@ -90,7 +95,9 @@ class EvalOrder:
     """Every sample once, in the order of the shards; the last batch is padded with None so that ranks stay in step."""
 
     def __init__(self, sizes: list[list[int]], batch_size: int):
-        self.places = [Place(s, i, e, 0) for s, shards in enumerate(sizes) for i, n in enumerate(shards) for e in range(n)]
+        self.places = [
+            Place(s, i, e, 0) for s, shards in enumerate(sizes) for i, n in enumerate(shards) for e in range(n)
+        ]
         self.batch_size = batch_size
 
     def __len__(self) -> int:
@@ -121,10 +128,9 @@ class Loader:
         pending: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
         pool = concurrent.futures.ThreadPoolExecutor(1, "loader")
         try:
-            for k in range(start, stop + self.cfg.prefetch):
-                if k < stop:
-                    pending.append(pool.submit(self.batch, k))
-                if k >= start + self.cfg.prefetch or k >= stop:
+            for k in range(start, stop):
+                pending.append(pool.submit(self.batch, k))
+                if len(pending) > self.cfg.prefetch:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
@@ -136,7 +142,9 @@ class Loader:
         places = self.order.batch(k)[distributed.rank() :: distributed.world()]
         samples = self._read(places)
         clips = [json.loads(s["json"]) if s else _NOTHING for s in samples]
-        keys = [(self.seed, zlib.crc32(c["id"].encode()), p.epoch if p else 0) for c, p in zip(clips, places, strict=True)]
+        keys = [
+            (self.seed, zlib.crc32(c["id"].encode()), p.epoch if p else 0) for c, p in zip(clips, places, strict=True)
+        ]
         frames, frame_clip = self._pictures("frames", samples, 3)
         pictures, segment_clip = self._pictures("fbank", samples, 1 if self.spectrogram.channels == "mono" else 3)
         return self._assemble(clips, keys, frames, frame_clip, pictures, segment_clip)
@@ -176,7 +184,7 @@ class Loader:
                 if isinstance(sample, Damaged):
                     self._damage(sample)
                 else:
-                    samples[i] = {ext.partition(".")[0]: data for ext, data in sample.items()}
+                    samples[i] = sample
         return samples
 
     def _damage(self, sample: Damaged) -> None:
@@ -196,8 +204,7 @@ class Loader:
         if not there:
             return torch.zeros(0, channels, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
         if kind not in self.decoders:
-            most = -(-self.order.batch_size // distributed.world()) if isinstance(self.order, EvalOrder) else len(samples)
-            self.decoders[kind] = _Decoder(most, channels, self.cfg.decode_threads, self.device)
+            self.decoders[kind] = _Decoder(len(samples), channels, self.cfg.decode_threads, self.device)
         strips = self.decoders[kind]([samples[i][kind] for i in there])
         tiles = [strip.reshape(-1, size, *strip.shape[1:]) for strip in strips]
         clip = torch.repeat_interleave(torch.tensor(there), torch.tensor([len(t) for t in tiles]))
@@ -215,7 +222,11 @@ class Loader:
             hidden_rows.append(by_row)
             hidden_channels.append(np.tile(by_channel, (segments, 1)))
         if not rows:
-            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, height, dtype=torch.bool), torch.zeros(0, width, dtype=torch.bool)
+            return (
+                torch.zeros(0, dtype=torch.int64),
+                torch.zeros(0, height, dtype=torch.bool),
+                torch.zeros(0, width, dtype=torch.bool),
+            )
         return tuple(torch.from_numpy(np.concatenate(part)) for part in (rows, hidden_rows, hidden_channels))
 
 
@@ -261,7 +272,9 @@ def check_fingerprint(ours: dict, theirs: dict, our_name: str, their_name: str) 
         if section in ours and ours[section] != theirs[section]:
             differ = {k: (v, theirs[section].get(k)) for k, v in ours[section].items() if v != theirs[section].get(k)}
             words = ", ".join(f"{section}.{k} is {a!r} there and {b!r} here" for k, (a, b) in differ.items())
-            raise UserError(f"fingerprints differ between {our_name} and {their_name}: {words}; make both with one config")
+            raise UserError(
+                f"fingerprints differ between {our_name} and {their_name}: {words}; make both with one config"
+            )
 
 
 def number(text: str) -> int:

@@ -93,7 +93,9 @@ class _Sides:
     def logits(self, side: int, rows: slice, keys: int) -> tuple[Tensor, Tensor]:
         """(cosines, logits) of own rows of `side` against all of `keys`; pairs that do not count have logit -inf."""
         cosine = self.own[side][rows] @ self.all[keys].T  # r N
-        out = (self.group[rows, None] == self.all_group).logical_or_(~self.all_valid).logical_or_(~self.valid[rows, None])
+        out = (
+            (self.group[rows, None] == self.all_group).logical_or_(~self.all_valid).logical_or_(~self.valid[rows, None])
+        )
         if keys != side:  # the row's own partner is its positive
             local = torch.arange(len(out), device=out.device)
             out[local, self.index[rows]] = ~self.valid[rows]

@@ -27,7 +27,9 @@ class CLIP4VLA(nn.Module):
         built = towers.build_clip(clip)
         self.text, self.vision = built.text, built.visual
         self.audio = AudioEncoder(built.visual, cfg.position_init)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / cfg.temperature)))
+        self.log_scale = nn.Parameter(
+            torch.tensor([math.log(1 / cfg.temperature)])
+        )  # 1-d: DeepSpeed broadcasts no scalars
         mean, std = towers.image_statistics(cfg.clip)
         self.register_buffer("image_mean", torch.tensor(mean).view(3, 1, 1) * 255)
         self.register_buffer("image_std", torch.tensor(std).view(3, 1, 1) * 255)

@@ -1,4 +1,4 @@
-"""One HTML file about a run: loss curves, retrieval metrics, and what was found for some queries, with pictures and sound.
+"""One HTML file about a run: loss curves, retrieval metrics, and what some queries found, with pictures and sound.
 
 Everything is inside the file (data: URIs) and its content security policy lets the browser request nothing else.
 """
@@ -50,7 +50,7 @@ class Hit:
 
 @dataclass
 class Query:
-    """What was asked ("text_to_audio/nb" asks with captions), what was found, best first, and the right answer's rank."""
+    """What was asked ("text_to_audio/nb": captions), what was found, best first, and the rank of the right answer."""
 
     direction: str
     exhibit: Exhibit
@@ -92,6 +92,8 @@ def _loss_panel(axes: Axes, name: str, rows: list[dict[str, Any]]) -> None:
     axes.grid(alpha=0.2)
     if axes.lines:
         axes.legend(frameon=False, fontsize=8)
+    else:
+        axes.text(0.5, 0.5, "no loss logged", ha="center", transform=axes.transAxes)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -177,13 +179,14 @@ def _query(query: Query, n_gallery: int | None) -> str:
     place = f"right answer at rank {query.rank:,.10g}" if query.rank == query.rank else "no right answer in the gallery"
     place += f" of {n_gallery:,}" if n_gallery and query.rank == query.rank else ""
     shown = ASKED.get(query.direction.partition("_to_")[0])
+    note = "asked with these captions" if shown == "captions" else "its captions were not asked"
     hits = "".join(_hit(number, hit) for number, hit in enumerate(query.hits[:5], 1))
     return (
         f'<article class="card" data-direction="{escape(query.direction)}" data-failure="{int(not first)}">'
         f'<div class="head"><b>{_arrow(query.direction)}</b> <span class="badge {"ok" if first else "miss"}">'
         f"{'✓' if first else '✗'} {place}</span></div>"
-        f'<div class="asked">{_media(query.exhibit, shown)}<div><div class="id">{escape(query.exhibit.title)}</div>'
-        f"{_captions(query.exhibit.captions, 'asked' if shown == 'captions' else 'its captions, not asked')}</div></div>"
+        f'<div class="asked">{_media(query.exhibit, shown)}<div>'
+        f'<div class="id">{escape(query.exhibit.title)}: {note}</div>{_captions(query.exhibit.captions)}</div></div>'
         f'<div class="hits">{hits}</div></article>'
     )
 
@@ -211,10 +214,10 @@ def _media(exhibit: Exhibit, shown: str | None = None) -> str:
     return f'<div class="media">{"".join(parts)}</div>' if parts else ""
 
 
-def _captions(captions: list[str], note: str = "") -> str:
+def _captions(captions: list[str]) -> str:
     items = [f'<p class="caption">{escape(caption)}</p>' for caption in captions]
     more = f"<details><summary>{len(items) - 3} more</summary>{''.join(items[3:])}</details>" if items[3:] else ""
-    return (f'<div class="note">{note}</div>' if note and items else "") + "".join(items[:3]) + more
+    return "".join(items[:3]) + more
 
 
 def _arrow(direction: str) -> str:
@@ -239,7 +242,8 @@ HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
 <style>
 :root { color-scheme: light; --line: #e2e6ec; --soft: #5b6472; --right: #15803d; }
 * { box-sizing: border-box; }
-body { margin: 0; background: #f4f6f9; color: #1b2330; font: 15px/1.45 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+body { margin: 0; background: #f4f6f9; color: #1b2330;
+  font: 15px/1.45 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 main { max-width: 1360px; margin: 0 auto; padding: 20px clamp(12px, 3vw, 32px) 60px; }
 h1 { font-size: clamp(21px, 4vw, 30px); margin: 8px 0 16px; overflow-wrap: anywhere; }
 h2 { font-size: 19px; margin: 34px 0 12px; }

@@ -39,7 +39,8 @@ def _rank_rows(query: Tensor, group: Tensor, tiles: list[tuple[Tensor, Tensor]])
     rank = torch.ones(len(query), dtype=torch.float64, device=query.device)
     for items, item_group in tiles:
         wrong = _similarity(query, items).masked_fill_(group == item_group, -torch.inf)
-        rank += (wrong > best).sum(1) + 0.5 * (wrong == best).sum(1)
+        better, equal = (compare(wrong, best).sum(1, dtype=torch.int32) for compare in (torch.gt, torch.eq))
+        rank += better + 0.5 * equal
     return rank.masked_fill(best[:, 0] == -torch.inf, torch.nan)
 
 
@@ -138,6 +139,7 @@ def evaluate(
     return result
 
 
+@torch.no_grad()
 def _similarity(query: Tensor, items: Tensor) -> Tensor:
     return (query.double() @ items.double().T).float()
 

@@ -5,6 +5,7 @@ Shapes: T samples, R rows (time steps of 8 ms), C stored channels (1 mono, 3 lef
 
 import functools
 import math
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ def log_mel(wave: Tensor, rate: int, cfg: SpectrogramConfig) -> Tensor:
     both ends, so that a clip of t seconds gives ceil(t / 1.792) segments. Mel filters are Slaney's, area-normalised, as librosa's.
     dB are relative to a power of 1, never below -100, and at most top_db below the clip's loudest point.
     """
-    wave = AF.resample(_channels(wave.float(), cfg), rate, cfg.sample_rate)
+    ratio = Fraction(cfg.sample_rate, rate).limit_denominator(1000)  # 22254 Hz: exact, the filter bank has 11127 rows
+    wave = AF.resample(_channels(wave.float(), cfg), ratio.denominator, ratio.numerator)
     rows = max(1, math.ceil(wave.shape[-1] / cfg.hop_length))
     wave = torch.nn.functional.pad(wave, (0, max(0, (rows - 1) * cfg.hop_length - wave.shape[-1])))
     window = getattr(torch, f"{cfg.window}_window")(cfg.win_length)

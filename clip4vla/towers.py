@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,18 @@ def image_statistics(clip: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return known.get("mean", open_clip.OPENAI_DATASET_MEAN), known.get("std", open_clip.OPENAI_DATASET_STD)
 
 
-def tokenizer(clip: str, max_tokens: int) -> open_clip.SimpleTokenizer:
-    """Callable from list[str] to token numbers (B, max_tokens); too long captions keep [EOS] at the end."""
+def tokenizer(clip: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
+    """From B strings to token numbers (B, L), L the longest of them and at most max_tokens; cut captions keep [EOS]."""
     named = not clip.endswith((*WEIGHTS, ".json"))
-    return open_clip.get_tokenizer(clip.partition("/")[0] if named else "ViT-B-32", context_length=max_tokens)
+    full = open_clip.get_tokenizer(clip.partition("/")[0] if named else "ViT-B-32", context_length=max_tokens)
+    if not isinstance(full, open_clip.SimpleTokenizer):  # other kinds of padding and pooling
+        return full
+
+    def tokenize(texts: list[str]) -> Tensor:
+        tokens = full(texts)
+        return tokens[:, : int((tokens != 0).sum(1).max())]
+
+    return tokenize
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], where: str) -> None:

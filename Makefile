@@ -1,0 +1,23 @@
+# make demo   everything on real data, from nothing: environment, data, training, evaluation, a page to look at
+# make test   environment, lint, all tests
+# Both need Python 3.10-3.12 with venv, and git. PYTHON and VENV can be set.
+PYTHON ?= python3
+VENV ?= .venv
+SET ?= stamps
+.DELETE_ON_ERROR:
+.PHONY: demo test lint
+
+demo: $(VENV)/installed
+	@PATH="$(abspath $(VENV))/bin:$$PATH" bash launch/demo.sh $(SET)
+
+test: $(VENV)/installed lint
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null
+	@PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q -p no:cacheprovider tests
+
+lint: $(VENV)/installed
+	@$(VENV)/bin/ruff check --no-cache . && $(VENV)/bin/ruff format --no-cache --check .
+
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@

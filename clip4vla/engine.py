@@ -1,0 +1,240 @@
+"""DeepSpeed: the user's ds.json merged with the YAML, precision, and checkpoints that are complete or do not exist."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from clip4vla import distributed
+from clip4vla.config import RunConfig, TrainConfig, UserError
+
+AUTO = "auto"
+SHIPPED = Path(__file__).parent.parent / "configs/deepspeed/ds.json"
+NO_DECAY = ("embedding", "token_embedding.weight", "log_scale")
+GIB = 2**30
+
+
+def read_ds_config(path: str | None) -> tuple[dict[str, Any], str]:
+    """(DeepSpeed settings, the file they come from): the file named, else ./ds.json, else configs/deepspeed/ds.json."""
+    if path and not Path(path).is_file() and path != "ds.json":
+        raise UserError(f"--deepspeed_config {path}: no such file; the shipped ones are in configs/deepspeed/")
+    file = Path(path) if path and Path(path).is_file() else Path("ds.json") if Path("ds.json").is_file() else SHIPPED
+    try:
+        tree = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: expected a JSON object with DeepSpeed settings")
+    return tree, str(file)
+
+
+def merge(ds: dict[str, Any], where: str, cfg: RunConfig) -> dict[str, Any]:
+    """ds.json with "auto" and missing keys filled from the YAML; UserError naming both places where they contradict."""
+    ds, train, world = json.loads(json.dumps(ds)), cfg.train, distributed.world()
+    if train.batch_size % world:
+        raise UserError(f"train.batch_size={train.batch_size} does not divide by {world} ranks")
+    precision = choose_precision(ds, where, train)
+    decided = {
+        "train_batch_size": ("train.batch_size", train.batch_size),
+        "train_micro_batch_size_per_gpu": ("train.batch_size / ranks", train.batch_size // world),
+        "gradient_accumulation_steps": ("negatives come from one whole batch; accumulation", 1),
+        "gradient_clipping": ("train.clip", train.clip),
+        "bf16.enabled": ("train.precision", precision == "bf16"),
+        "fp16.enabled": ("train.precision", precision == "fp16"),
+    }
+    own_optimizer = ds.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
+    own_optimizer.setdefault("params", {})
+    for name in ("lr", "betas", "eps", "weight_decay"):
+        decided[f"optimizer.params.{name}"] = (f"train.{name}", getattr(train, name))
+    for key, (source, value) in decided.items():
+        _decide(ds, key, value, where, source)
+    ds.setdefault("steps_per_print", 10**12)  # clip4vla logs
+    left = [key for key, value in _leaves(ds) if value == AUTO]
+    if left:
+        raise UserError(f'{where}: {left[0]} cannot be "auto", the YAML does not decide it: give a value')
+    return ds
+
+
+def choose_precision(ds: dict[str, Any], where: str, train: TrainConfig) -> str:
+    """fp32, bf16 or fp16, after asking the device; `auto` follows ds.json, else takes bf16 on a GPU, fp32 on a CPU."""
+    from deepspeed.accelerator import get_accelerator
+
+    asked = [kind for kind in ("bf16", "fp16") if ds.get(kind, {}).get("enabled") is True]
+    wanted = train.precision if train.precision != AUTO else asked[0] if asked else ""
+    device = get_accelerator()
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    wanted = wanted or ("bf16" if torch.cuda.is_available() and dtypes["bf16"] in device.supported_dtypes() else "fp32")
+    if dtypes[wanted] not in device.supported_dtypes():
+        source = where if train.precision == AUTO else "train.precision"
+        raise UserError(
+            f"{source}: {wanted} is not supported on {device.device_name()}; set train.precision to fp32 or bf16"
+        )
+    return wanted
+
+
+def start(model: nn.Module, ds: dict[str, Any]) -> Any:
+    """The DeepSpeed engine around the model."""
+    import deepspeed
+
+    # it would be compiled for a minute at first use, and serves inference only
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logging.logger.setLevel("WARNING")
+    try:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=ds)
+    except (deepspeed.DeepSpeedConfigError, AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"DeepSpeed refuses its settings: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from None
+    engine.checkpoint_engine.load = load_tensors
+    return engine
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters with weight decay, and without: biases, norms, embeddings, temperature."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in trained if p.ndim < 2 or name.endswith(NO_DECAY)]
+    chosen = {id(p) for p in plain}
+    groups = [{"params": [p for _, p in trained if id(p) not in chosen]}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(step: int, train: TrainConfig) -> float:
+    """Linear warm-up, then a cosine to 0 at max_steps; a function of the step alone, so that resuming needs no state."""
+    warmup = max(1, round(train.warmup * train.max_steps))
+    if step < warmup:
+        return train.lr * (step + 1) / warmup
+    return train.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, train.max_steps - warmup)))
+
+
+def expected_memory(model: nn.Module, ds: dict[str, Any]) -> float:
+    """GiB on a rank for weights, gradients and Adam's state (activations come on top), by ZeRO stage."""
+    stage, world = ds.get("zero_optimization", {}).get("stage", 0), distributed.world()
+    width = 2 if ds["bf16"]["enabled"] or ds["fp16"]["enabled"] else 4
+    everything = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = everything * width / (world if stage == 3 else 1)
+    gradients = trained * width / (world if stage >= 2 else 1)
+    state = trained * (8 + (4 if width == 2 or stage else 0)) / (world if stage else 1)
+    return (weights + gradients + state) / GIB
+
+
+def newest_checkpoint(run_dir: str | Path) -> Path | None:
+    """The newest complete checkpoint of a run: folders get their name step-N only when all of it is on the disk."""
+    found = sorted(Path(run_dir, "checkpoints").glob("step-*"))
+    return found[-1] if found else None
+
+
+class Checkpoints:
+    """Writes and reads the checkpoints of one run: DeepSpeed's state, model.safetensors in fp32 and config.json."""
+
+    def __init__(self, engine: Any, run_dir: str, keep: int, frozen: dict[str, Tensor]):
+        self.engine, self.folder, self.keep, self.frozen = engine, Path(run_dir, "checkpoints"), keep, frozen
+        self.layout = {"ranks": distributed.world(), "zero_stage": engine.zero_optimization_stage()}
+
+    def save(self, step: int) -> None:
+        """Write aside, fsync, rename, then `latest`: a checkpoint is complete or it does not exist."""
+        aside, final = self.folder / f"partial-{step:08d}", self.folder / f"step-{step:08d}"
+        if distributed.rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        distributed.barrier()
+        self.engine.save_checkpoint(str(self.folder), tag=aside.name, save_latest=False, exclude_frozen_parameters=True)
+        weights = self._weights()
+        if distributed.rank() == 0:
+            save_file(weights, aside / "model.safetensors")
+            meta = self.engine.module.config() | {"step": step, **self.layout}
+            (aside / "config.json").write_text(json.dumps(meta, indent=1))
+        distributed.barrier()
+        if distributed.rank() == 0:
+            self._publish(aside, final)
+        distributed.barrier()
+
+    def load(self, folder: Path) -> int:
+        """Continue from a checkpoint of this run; returns the steps done."""
+        meta = json.loads((folder / "config.json").read_text())
+        theirs = {key: meta[key] for key in self.layout}
+        if theirs != self.layout:
+            raise UserError(
+                f"{folder}: was written with {theirs}, this run has {self.layout}: resume with the same, or use init_from"
+            )
+        path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
+        assert path is not None
+        return meta["step"]
+
+    def _weights(self) -> dict[str, Tensor]:
+        """All weights in fp32 on rank 0's CPU: master copies of what is trained, untouched originals of what is frozen."""
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = dict(self.frozen)
+        for name, parameter in self.engine.module.named_parameters():
+            if parameter.requires_grad:
+                master = safe_get_full_fp32_param(parameter)  # a collective: every rank takes part
+                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    full = (parameter if master is None else master).detach().float().cpu()
+                weights[name] = full.reshape(
+                    parameter.ds_shape if hasattr(parameter, "ds_id") else parameter.shape
+                ).clone()
+        return weights
+
+    def _publish(self, aside: Path, final: Path) -> None:
+        for file in [*aside.iterdir(), aside]:
+            _fsync(file)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        _fsync(self.folder)
+        pointer = self.folder / "latest.partial"
+        pointer.write_text(final.name)
+        pointer.rename(self.folder / "latest")
+        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Copies, on rank 0, of everything that will not be trained, before DeepSpeed rounds it to the run's precision."""
+    if distributed.rank():
+        return {}
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items() if name not in trained}
+
+
+def load_tensors(path: str, map_location: Any = None) -> Any:
+    """DeepSpeed's files without unpickling code: only tensors, containers and the classes named here."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _decide(ds: dict[str, Any], key: str, value: Any, where: str, source: str) -> None:
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        ds = ds.setdefault(parent, {})
+    if ds.get(leaf, AUTO) != AUTO and ds[leaf] != value:
+        raise UserError(
+            f'{where}: {key}={ds[leaf]!r} contradicts {source}={value!r} of the YAML; set one of them to the other, or "auto"'
+        )
+    ds[leaf] = value
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    return [
+        row
+        for key, value in tree.items()
+        for row in (_leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)])
+    ]
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,75 @@
+"""Media files to pixels and waveforms; whatever is wrong with a file is a ValueError that says what."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+
+def read_picture(path: Path, size: int) -> np.ndarray:
+    """The picture as (size, size, 3) uint8: transparency on white, aspect ratio kept, padded with white."""
+    try:
+        with Image.open(io.BytesIO(_render_svg(path, size)) if path.suffix.lower() == ".svg" else path) as image:
+            rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    except UnidentifiedImageError:
+        raise ValueError("not a picture that Pillow can read") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"unreadable picture: {error}") from None
+    white = Image.new("RGBA", rgba.size, "white")
+    flat = Image.alpha_composite(white, rgba).convert("RGB")
+    return np.asarray(ImageOps.pad(flat, (size, size), Image.Resampling.BICUBIC, color="white"))
+
+
+def _render_svg(path: Path, size: int) -> bytes:
+    """PNG bytes, twice as wide as needed; a drawing may hold entities and pictures, but fetches none."""
+    from cairosvg.surface import PNGSurface
+    from cairosvg.url import fetch
+
+    def fetch_embedded(url: str, kind: str) -> bytes:
+        if not url.startswith("data:"):
+            raise ValueError(f"the drawing refers to {url}")
+        return fetch(url, kind)
+
+    try:
+        data = path.read_bytes()
+        return PNGSurface.convert(bytestring=data, unsafe=True, url_fetcher=fetch_embedded, output_width=2 * size)
+    except OSError as error:
+        raise ValueError(f"unreadable picture: {error.strerror or error}") from None
+    except Exception as error:  # cairosvg raises whatever its parsers and cairo raise
+        raise ValueError(f"unreadable drawing: {type(error).__name__}: {error}") from None
+
+
+def read_audio(path: Path, start: float | None = None, end: float | None = None) -> tuple[Tensor, int]:
+    """The waveform (channels, T) float32 in [-1, 1] and its rate in Hz, from `start` to `end` seconds."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            file.seek(min(int((start or 0) * rate), file.frames))
+            wave = file.read(-1 if end is None else int(end * rate) - file.tell(), dtype="float32", always_2d=True)
+    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
+        raise ValueError(f"unreadable audio: {getattr(error, 'error_string', None) or error}") from None
+    if not len(wave):
+        raise ValueError("no audio in this range" if start or end else "no audio samples")
+    if not np.isfinite(wave).all():
+        raise ValueError("audio holds samples that are not finite")
+    return torch.from_numpy(np.ascontiguousarray(wave.T)), rate
+
+
+def jpeg(pixels: np.ndarray, quality: int) -> bytes:
+    """JPEG bytes of (H, W, 3), (H, W, 1) uint8."""
+    return _encode(pixels, "JPEG", quality=quality)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """PNG bytes of (H, W, 3), (H, W, 1) uint8."""
+    return _encode(pixels, "PNG", optimize=False)
+
+
+def _encode(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(out, kind, **options)
+    return out.getvalue()

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# What `make demo` does after installing: data, a small CLIP, its ears, evaluation, a page. Run again, it resumes.
+# SET: stamps (Tux Paint's, from Debian) or sample (the few that ship under tests/sample).
+set -euo pipefail
+set=${1:-stamps}
+clock() { echo "[$((SECONDS / 60)) min $((SECONDS % 60)) s] $*"; }
+
+if [ "$set" = stamps ] && ! bash data_prep/get_stamps.sh data/stamps_source; then
+    echo "The stamps cannot be fetched (apt-get and dpkg-deb of a Debian or Ubuntu machine do that); the demo goes on with tests/sample instead."
+    set=sample
+fi
+clock "shards"
+python data_prep/shard.py configs/data/$set.yaml
+clock "a small CLIP from scratch"
+deepspeed --num_accelerators 2 launch/pretrain.py configs/pretrain/${set}_clip.yaml
+clock "its ears"
+if [ "$set" = stamps ]; then
+    deepspeed --num_accelerators 2 launch/pretrain.py --deepspeed_config ds.json
+else
+    deepspeed --num_accelerators 2 launch/pretrain.py --deepspeed_config ds.json configs/pretrain/$set.yaml
+fi
+clock "evaluation"
+python launch/evaluate.py configs/pretrain/$set.yaml
+clock "done"

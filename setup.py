@@ -1,0 +1,31 @@
+"""Package metadata. Ranges here; the exact versions that are tested stand in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="clip4vla",
+    version="0.1.0",
+    description="Give a CLIP model ears: pre-train an audio tower onto CLIP, fine-tune for retrieval, captioning, classification",
+    packages=find_packages(include=["clip4vla", "clip4vla.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.8,<2.12",
+        "torchvision>=0.23,<0.27",
+        "torchaudio>=2.8,<2.12",
+        "deepspeed>=0.19,<0.20",
+        "open_clip_torch>=3.3,<4",
+        "webdataset>=1.0,<2",
+        "nvidia-dali-cuda130>=2.0,<3",
+        "wandb>=0.20",
+        "pyyaml>=6",
+        "numpy>=1.26",
+        "safetensors>=0.4",
+        "fsspec",
+        "tqdm",
+        "pillow",
+        "matplotlib",
+        "soundfile>=0.12",
+        "cairosvg>=2.7",
+    ],
+    extras_require={"dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "scikit-learn", "scipy"]},
+)

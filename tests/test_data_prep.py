@@ -1,0 +1,346 @@
+"""data_prep/shard.py from the command line, on the sample that ships with the repository."""
+
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from clip4vla.config import DataConfig, UserError, describe  # noqa: E402
+from clip4vla.shards import ShardFolder  # noqa: E402
+from data_prep.annotations import Row, folder, split_of, stamps  # noqa: E402
+from data_prep.media import read_audio, read_picture  # noqa: E402
+from data_prep.shard import lock, main, sample, shard  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLE = ROOT / "tests" / "sample"
+
+
+def settings(out, *words, media=SAMPLE, dataset="stamps"):
+    fixed = [f"media_root={media}", f"out={out}", f"dataset={dataset}", "workers=2", "samples_per_shard=4"]
+    return [str(ROOT / "configs/data/sample.yaml"), *fixed, *words]
+
+
+def command(out):
+    return [sys.executable, "data_prep/shard.py", *settings(out)]
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """The command in this process (importing torch anew takes seconds): its exit code and its stderr."""
+
+    def call(out, *words, **more):
+        monkeypatch.setattr(sys, "argv", ["shard.py", *settings(out, *words, **more)])
+        capfd.readouterr()
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code, capfd.readouterr().err
+        return 0, capfd.readouterr().err
+
+    return call
+
+
+def contents(out):
+    """Bytes of everything that a run leaves, by path."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    shard(DataConfig(**{"dataset": "stamps", "media_root": str(SAMPLE), "samples_per_shard": 4, "out": str(out)}))
+    return out
+
+
+def rows_of(place):
+    shards = ShardFolder.open(str(place))
+    where = [(s, e) for s, shard in enumerate(shards.shards) for e in range(shard.samples)]
+    return [json.loads(item["json"]) for item in shards.read(where, ("json",))]
+
+
+def test_counts_by_source_and_split(shards):
+    counts = {
+        place.parent.relative_to(shards).as_posix(): len(rows_of(place.parent)) for place in shards.rglob("index.json")
+    }
+    expected = Counter(f"{row.source}/{row.split}" for row in stamps(SAMPLE))
+    assert counts == expected
+    assert counts["pictures/train"] == 18 and counts["sounds/val"] == 2 and counts["sounds/test"] == 2
+    index = ShardFolder.open(str(shards / "speech" / "train")).counts
+    assert index["with_audio"] == index["with_frames"] == index["samples"] == 38 and 20 < index["seconds"] < 200
+
+
+def test_members_are_what_the_metadata_says(shards):
+    place = ShardFolder.open(str(shards / "sounds" / "val"))
+    for got in place.read([(0, 0), (0, 1)]):
+        meta = json.loads(got["json"])
+        frames, fbank = (Image.open(io.BytesIO(got[kind])) for kind in ("frames", "fbank"))
+        assert frames.size == (224, 224 * meta["n_frames"]) and frames.mode == "RGB"
+        assert fbank.size == (224, 224 * meta["n_segments"]) and fbank.mode == "L"
+        assert 0 < meta["n_rows"] <= 224 * meta["n_segments"] and abs(meta["n_rows"] - meta["duration"] * 125) <= 1
+        assert np.asarray(fbank)[meta["n_rows"] + 8 :].mean() < 1  # padding is black
+        assert (Path(place.media_root) / meta["media"]["audio"]).is_file()
+        assert (meta["audio_type"], meta["has_audio"], meta["has_frames"], meta["label"]) == ("nb", True, True, None)
+
+
+def test_captions_by_language(shards):
+    for meta in rows_of(shards / "speech" / "train"):
+        expected = ["en"] if meta["lang"] == "en" else [meta["lang"], "en"]
+        assert meta["caption_langs"] == expected and len(meta["captions"]) == len(expected)
+    apple = next(m for m in rows_of(shards / "pictures" / "train") if m["item"] == "food/fruit/apple_red")
+    captions = dict(zip(apple["caption_langs"], apple["captions"], strict=True))
+    assert apple["caption_langs"][:2] == ["en", "fr"] and captions["en"] == "A red apple."
+    assert captions["es"] == "Una manzana roja." and apple["media"]["audio"] is None
+
+
+def test_groups_never_straddle_splits(shards):
+    metas = [meta for index in shards.rglob("index.json") for meta in rows_of(index.parent)]
+    by_group = {}
+    for meta in metas:
+        by_group.setdefault(meta["group"], set()).add(meta["split"])
+    assert len(by_group) == 22 and all(len(splits) == 1 for splits in by_group.values())
+
+
+def stamp(root, name, text, pixel):
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (9, 9), (pixel, 0, 0)).save(f"{path}.png")
+    Path(f"{path}.txt").write_text(text, encoding="utf-8")
+
+
+def test_stamps_that_share_anything_share_a_group(tmp_path):
+    for number, (name, text) in enumerate(
+        [("z/cat", "A cat."), ("cat2", "The CAT"), ("dog", "Dog."), ("dog_mirror", "God."), ("cow", "A cow.")]
+        + [
+            ("moo", "A moo."),
+            ("same", "Same."),
+            ("pic", "Pic."),
+            ("dreydl-hay", "Hay"),
+            ("dreydl", "D."),
+            ("alone", "One"),
+        ]
+    ):
+        stamp(tmp_path, name, text, number)
+    shutil.copy(tmp_path / "same.png", tmp_path / "pic.png")
+    for name in ("cow", "moo"):
+        soundfile.write(tmp_path / f"{name}.wav", np.ones(99), 8000)
+    group = {row.item: row.group for row in stamps(tmp_path)}
+    assert group == dict(
+        zip(
+            ["z/cat", "cat2", "dog", "dog_mirror", "cow", "moo", "same", "pic", "dreydl-hay", "dreydl", "alone"],
+            ["cat2", "cat2", "dog", "dog", "cow", "cow", "pic", "pic", "dreydl", "dreydl", "alone"],
+            strict=True,
+        )
+    )
+
+
+def test_split_is_a_hash_of_the_group():
+    counts = Counter(split_of(str(i)) for i in range(5000))
+    assert 0.77 < counts["train"] / 5000 < 0.83 and 0.08 < counts["val"] / 5000 < 0.12
+    assert split_of("household/tools/hammer") == "train" and split_of("animals/birds/drake") == "val"
+
+
+def test_killed_anywhere_and_restarted_gives_the_same_bytes(shards, tmp_path):
+    out = tmp_path / "out"
+    for done_shards in (1, 6):
+        process = subprocess.Popen(command(out), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while len(list(out.rglob(".parts/*.json"))) < done_shards and process.poll() is None:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "finished before it could be killed"
+        time.sleep(0.5)  # the workers notice and go
+        assert not list(out.rglob("index.json"))
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob(".parts/*.json")}
+    subprocess.run(command(out), cwd=ROOT, check=True, capture_output=True)
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items()), "finished shards were made again"
+    same, other = contents(out), contents(shards)
+    for place in (same, other):  # media_root is relative to the folder
+        for name in [name for name in place if name.endswith("index.json")]:
+            place[name] = {**json.loads(place[name]), "media_root": None}
+    assert same == other
+
+
+def test_changed_settings_and_media_are_made_again(run, tmp_path):
+    media, out = tmp_path / "media", tmp_path / "out"
+    for name in ("a", "b"):
+        stamp(media, name, f"{name}{name}", ord(name))
+    assert run(out, media=media, dataset="stamps")[0] == 0
+    first = contents(out)
+    stamp(media, "a", "aa", 200)
+    assert run(out, "samples_per_shard=1", media=media)[0] == 0
+    tars = [name for name in contents(out) if name.endswith(".tar")]
+    assert len(tars) == 2 and not {first[name] for name in first if name.endswith(".tar")} & set(contents(out).values())
+
+
+def test_two_runs_into_one_folder_refuse(run, tmp_path):
+    with lock(tmp_path):
+        code, error = run(tmp_path)
+        assert code == 2 and "another run is writing there" in error
+        with pytest.raises(UserError, match="another run"):
+            lock(tmp_path)
+
+
+def test_broken_media_are_quarantined_then_too_many_stop_the_run(run, tmp_path):
+    media, out = tmp_path / "media", tmp_path / "out"
+    for part in ("food/fruit", "household", "hobbies"):
+        shutil.copytree(SAMPLE / part, media / part, ignore=shutil.ignore_patterns("tools", "arttools"))
+    total = len(stamps(media))
+    assert run(out, media=media)[0] == 0 and list(out.rglob("index.json"))
+    (media / "food/fruit/apple_red.ogg").write_bytes(b"OggS broken")
+    (media / "household/rubberduck.png").write_bytes((media / "household/rubberduck.png").read_bytes()[:900])
+    code, error = run(out, media=media)
+    assert code == 2 and "more than max_damage=0.01" in error and len(error.splitlines()) == 1
+    assert not list(out.rglob("index.json"))
+    assert run(out, "max_damage=0.9", media=media)[0] == 0
+    lines = [json.loads(line) for file in out.rglob("quarantine.jsonl") for line in file.read_text().splitlines()]
+    reasons = {line["id"]: line["reason"] for line in lines}
+    assert "unreadable audio" in reasons["sounds/food/fruit/apple_red"]
+    assert "unreadable picture" in reasons["pictures/household/rubberduck"]
+    assert all("apple_red" in name or "rubberduck" in name for name in reasons)
+    ids = {meta["id"] for index in out.rglob("index.json") for meta in rows_of(index.parent)}
+    assert not ids & set(reasons) and len(ids) + len(reasons) == total
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["media_root=/nowhere/at/all"], "no such folder"),
+        ([f"media_root={ROOT / 'configs'}"], "nothing in stamps's layout"),
+        (["out=README.md/x"], "README.md"),
+        (["out=/sys/clip4vla"], "/sys/clip4vla"),  # read-only even for root
+        (["out=''"], "out is empty"),
+        (["outt=x"], "unknown key outt"),
+        (["dataset=folder"], "no captions.csv"),
+    ],
+)
+def test_user_mistakes_end_with_one_line(run, tmp_path, words, message):
+    words = [word.replace("README.md", str(SAMPLE / "README.md")) for word in words]
+    code, error = run(tmp_path / "out", *words)
+    assert code == 2 and message in error and len(error.splitlines()) == 1, error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder_ends_with_one_line(run, tmp_path):
+    tmp_path.chmod(0o500)
+    code, error = run(tmp_path / "out")
+    assert code == 2 and "Permission denied" in error
+
+
+def test_full_disk_ends_with_one_line(run, tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # bytes in a file; stands in for a full disk
+    try:
+        code, error = run(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert code == 2 and "File too large" in error and len(error.splitlines()) == 1, error
+    assert not list((tmp_path / "out").rglob("index.json"))
+
+
+def test_help_lists_every_setting(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["shard.py", "--help"])
+    main()
+    text = capsys.readouterr().out
+    assert all(key in text for key, _, _ in describe(DataConfig))
+
+
+def test_a_folder_with_captions(run, tmp_path):
+    media, out = tmp_path / "media", tmp_path / "out"
+    media.mkdir()
+    soundfile.write(media / "tone.wav", np.sin(np.arange(16000) / 3), 16000)
+    soundfile.write(media / "silence.wav", np.zeros(8000), 8000)
+    Image.new("RGB", (30, 20), "red").save(media / "red.png")
+    lines = ["path,caption,start,end,audio_type,label,split", "tone.wav,A tone,0.2,0.5,nb,t,train"]
+    lines += ["tone.wav,Beep,0.2,0.5,nb,t,train", "red.png,Red,,,,,val", "silence.wav,Nothing,,,,,train"]
+    lines += [
+        "../red.png,Escape,,,,,train",
+        "/etc/x.png,Escape,,,,,train",
+        "red.png,,,,,,train",
+        "tone.wav,Bad,3,2,,,train",
+    ]
+    (media / "captions.csv").write_text("\n".join(lines))
+    assert run(out, "max_damage=1", media=media, dataset="folder")[0] == 0
+    (tone,) = rows_of(out / "media" / "train")
+    assert tone["captions"] == ["A tone", "Beep"] and tone["duration"] == 0.3 and tone["audio_type"] == "nb"
+    assert (tone["label"], tone["start"], tone["n_rows"], tone["has_frames"]) == ("t", 0.2, 38, False)
+    (red,) = rows_of(out / "media" / "val")
+    assert red["has_frames"] and not red["has_audio"] and red["n_segments"] == 0
+    bad = (out / "media" / "train" / "quarantine.jsonl").read_text()
+    assert bad.count("leaves the media root") == 2 and "captions.csv:8: path or caption is empty" in bad
+    assert "start 3.0 and end 2.0" in bad and "digital silence" in bad and bad.count("\n") == 5
+
+
+def test_folder_annotations_that_cannot_be_used(tmp_path):
+    (tmp_path / "captions.csv").write_text("file,caption\na.png,x\n")
+    with pytest.raises(UserError, match="no column path"):
+        folder(tmp_path)
+    (tmp_path / "captions.csv").write_text("path,caption\na.mp4,x\n")
+    with pytest.raises(UserError, match="a.mp4: video comes with a later version"):
+        folder(tmp_path)
+    (tmp_path / "captions.csv").unlink()
+    (tmp_path / "captions.jsonl").write_text(
+        '{"path": "a.png", "caption": "x"}\nnot json\n[1]\n{"path": "a.exe", "caption": 1}'
+    )
+    rows = folder(tmp_path)
+    assert [bool(row.problem) for row in rows] == [False, True, True, True] and "captions.jsonl:2" in rows[1].problem
+
+
+def test_pictures_are_composited_on_white_and_padded(tmp_path):
+    Image.new("RGBA", (40, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert (read_picture(tmp_path / "clear.png", 32) == 255).all()
+    Image.new("LA", (40, 20), (0, 255)).save(tmp_path / "wide.png")
+    wide = read_picture(tmp_path / "wide.png", 32)
+    assert (
+        wide.shape == (32, 32, 3) and (wide[9:23] == 0).all() and (wide[:7] == 255).all() and (wide[25:] == 255).all()
+    )
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 0, 255, 0])
+    palette.save(tmp_path / "palette.png", transparency=0)
+    assert (read_picture(tmp_path / "palette.png", 4) == (0, 255, 0)).all()
+
+
+def test_drawings_render_but_fetch_nothing(tmp_path):
+    head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="10" height="20">'
+    (tmp_path / "a.svg").write_text(head + '<rect width="10" height="20" fill="blue"/></svg>')
+    pixels = read_picture(tmp_path / "a.svg", 64)
+    assert (pixels[32, 32] == (0, 0, 255)).all() and (pixels[32, 2] == 255).all()
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    (tmp_path / "b.svg").write_text(
+        head + f'<image width="9" height="9" xlink:href="file://{tmp_path}/secret.png"/></svg>'
+    )
+    with pytest.raises(ValueError, match="the drawing refers to file"):
+        read_picture(tmp_path / "b.svg", 64)
+
+
+def test_audio_reasons_and_silence(tmp_path):
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 8000)
+    with pytest.raises(ValueError, match="no audio samples"):
+        read_audio(tmp_path / "empty.wav")
+    with pytest.raises(ValueError, match="unreadable audio"):
+        read_audio(tmp_path / "absent.wav")
+    soundfile.write(tmp_path / "stereo.wav", np.zeros((100, 2)), 8000)
+    wave, rate = read_audio(tmp_path / "stereo.wav")
+    assert tuple(wave.shape) == (2, 100) and rate == 8000
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    row = Row("i", "i", "i", "s", "train", ["x"], ["en"], picture="a.png", audio="stereo.wav")
+    meta, members = sample(DataConfig(media_root=str(tmp_path)), row)
+    assert meta["has_audio"] is False and meta["n_rows"] == 0 and list(members) == ["frames.jpg"]
+
+
+def test_paths_cannot_leave_the_media_root(tmp_path):
+    row = Row("i", "i", "i", "s", "train", ["x"], ["en"], picture="../a.png")
+    with pytest.raises(ValueError, match="leaves the media root"):
+        sample(DataConfig(media_root=str(tmp_path)), row)

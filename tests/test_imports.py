@@ -1,0 +1,60 @@
+"""The import rules of the design: one direction, and inference without the training packages."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+MODULES = sorted((ROOT / "clip4vla").glob("*.py"))
+TRAINING = ("deepspeed", "nvidia", "wandb", "webdataset")
+
+
+def imported(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
+def test_the_library_imports_neither_launch_nor_data_prep(path):
+    assert not [
+        name for name in imported(path) if name.split(".")[0] in ("launch", "data_prep", "shard", "annotations")
+    ]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data_prep").glob("*.py")), ids=lambda p: p.name)
+def test_data_prep_uses_only_its_part_of_the_library(path):
+    allowed = {"config", "spectrogram", "shards", "towers"}
+    used = {name.split(".")[1] for name in imported(path) if name.startswith("clip4vla.")}
+    assert used <= allowed
+
+
+@pytest.mark.parametrize("name", ["model", "towers", "audio_encoder", "losses", "spectrogram", "masking", "batch"])
+def test_model_and_losses_know_no_engine_and_no_loader(name):
+    names = imported(ROOT / f"clip4vla/{name}.py")
+    assert not [n for n in names if n.split(".")[0] in TRAINING or n in ("clip4vla.loader", "clip4vla.engine")]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
+def test_training_packages_are_imported_where_they_are_used(path):
+    assert not [name for name in imported(path, top_level_only=True) if name.split(".")[0] in TRAINING]
+
+
+def test_inference_needs_none_of_the_training_packages():
+    code = f"import sys\nfor name in {TRAINING}: sys.modules[name] = None\nimport clip4vla; print(clip4vla.CLIP4VLA)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "launch").glob("*.py")), ids=lambda p: p.name)
+def test_launch_scripts_are_thin(path):
+    assert len(path.read_text().splitlines()) <= 80

@@ -1,0 +1,210 @@
+"""loader.py: the stateless order, what a batch holds, and damage."""
+
+import collections
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from clip4vla import distributed, towers
+from clip4vla.config import DataSources, MaskConfig, UserError
+from clip4vla.loader import EvalOrder, Loader, Place, TrainOrder, check_fingerprint, open_folders
+
+sizes = st.lists(st.integers(1, 9), min_size=1, max_size=7)
+
+
+@settings(max_examples=80, deadline=None)
+@given(sizes, st.integers(1, 12), st.integers(0, 3), st.integers(1, 4))
+def test_an_epoch_repeats_nothing_and_loses_only_the_tail(counts, batch, seed, window):
+    total = sum(counts)
+    if batch > total:
+        return
+    order = TrainOrder([counts], [1.0], batch, seed, window)
+    for epoch in range(3):
+        steps = range(epoch * (total // batch), (epoch + 1) * (total // batch))
+        seen = [(p.shard, p.entry) for k in steps for p in order.batch(k)]
+        assert len(set(seen)) == len(seen) == total - total % batch
+        assert all(0 <= entry < counts[shard] for shard, entry in seen)
+        assert {p.epoch for k in steps for p in order.batch(k)} == {epoch}
+
+
+def test_the_dropped_tail_differs_between_epochs():
+    order = TrainOrder([[10]], [1.0], 4, 0, 1)
+    lost = {frozenset(range(10)) - {p.entry for k in (2 * e, 2 * e + 1) for p in order.batch(k)} for e in range(20)}
+    assert len(lost) > 10
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_share_one_order(world):
+    order = TrainOrder([[50, 50], [7]], [0.75, 0.25], 12, 3, 2)
+    slices = [order.batch(5)[rank::world] for rank in range(world)]
+    assert sorted(p for part in slices for p in part) == sorted(order.batch(5))
+    assert {len(part) for part in slices} == {12 // world}
+
+
+def test_any_step_alone_equals_the_run_from_the_start():
+    whole = [TrainOrder([[30, 20]], [1.0], 6, 1, 1).batch(k) for k in range(25)]
+    assert [TrainOrder([[30, 20]], [1.0], 6, 1, 1).batch(k) for k in (24, 3, 17)] == [whole[24], whole[3], whole[17]]
+
+
+def test_shares_hold_in_every_batch_and_seeds_differ():
+    order = TrainOrder([[500], [100]], [0.8, 0.2], 96, 0, 1)
+    for k in range(30):
+        counts = collections.Counter(p.source for p in order.batch(k))
+        assert counts == {0: 77, 1: 19}
+    assert order.batch(0) != TrainOrder([[500], [100]], [0.8, 0.2], 96, 1, 1).batch(0)
+
+
+def test_shuffling_mixes_shards_within_the_window():
+    order = TrainOrder([[100] * 8], [1.0], 50, 0, 4)
+    assert len({p.shard for p in order.batch(0)}) == 4  # a window of four shards
+    positions = [p.shard * 100 + p.entry for k in range(16) for p in order.batch(k)]
+    assert abs(np.corrcoef(range(800), positions)[0, 1]) < 0.5
+
+
+def test_a_source_smaller_than_its_part_of_a_batch_is_named():
+    with pytest.raises(UserError, match="source 2 has 5 samples, fewer than its 6"):
+        TrainOrder([[50], [5]], [0.5, 0.5], 12, 0, 1)
+
+
+def test_evaluation_pads_and_visits_everything_once():
+    order = EvalOrder([[3, 2], [4]], 4)
+    rows = [p for k in range(len(order)) for p in order.batch(k)]
+    assert len(rows) == 12 and rows[9:] == [None] * 3
+    assert len({p for p in rows if p}) == 9
+
+
+def loader(shards, order=None, needs=("frames", "fbank"), **changes):
+    folders = open_folders({str(shards / s / "train"): 1.0 for s in ("speech", "sounds")}, "data.train")
+    counts = [[shard.samples for shard in f.shards] for f in folders]
+    order = order or EvalOrder(counts, 16)
+    cfg = DataSources(**changes)
+    return Loader(folders, order, cfg, tokenize=towers.tokenizer("x.json", 32), mask=MaskConfig(), seed=0, needs=needs,
+                  device=torch.device("cpu"), damage_log=shards / "damaged.jsonl")  # fmt: skip
+
+
+def test_a_batch_holds_what_the_shards_hold(sample_shards):
+    """Against PIL: every frame and every valid segment, packed in order, with its clip's number and rows."""
+    ours = loader(sample_shards)
+    for k in range(len(ours.order)):
+        batch = ours.batch(k)
+        frames, segments, rows = [], [], []
+        for place in ours.order.batch(k):
+            if place is None:
+                continue
+            sample = ours.folders[place.source].read([(place.shard, place.entry)])[0]
+            frames += [np.asarray(_picture(sample["frames"]).convert("RGB")).reshape(-1, 224, 224, 3)]
+            segments += [np.asarray(_picture(sample["fbank"])).reshape(-1, 224, 224)]
+            valid = json.loads(sample["json"])["n_rows"]
+            rows += [min(224, valid - at) for at in range(0, len(segments[-1]) * 224, 224)]
+        want = torch.from_numpy(np.concatenate(frames)).permute(0, 3, 1, 2)
+        assert (batch.frames.int() - want.int()).abs().float().mean() < 1  # decoders may differ by rounding
+        want = torch.from_numpy(np.concatenate(segments))
+        assert (batch.segments[:, 0].int() - want.int()).abs().float().mean() < 0.5
+        assert batch.segment_rows.tolist() == rows
+        assert batch.segment_clip.tolist() == sorted(batch.segment_clip.tolist())
+        assert len(batch) == 16 and batch.has_audio.sum() == len([p for p in ours.order.batch(k) if p])
+        assert batch.hidden_rows.shape == (len(segments and want), 224)
+
+
+def test_ranks_slices_add_up_to_the_global_batch(sample_shards, monkeypatch):
+    order = TrainOrder([[s.samples for s in f.shards] for f in loader(sample_shards).folders], [1, 1], 12, 0, 2)
+    whole = loader(sample_shards, order).batch(3)
+    for world in (2, 3):
+        monkeypatch.setattr(distributed, "world", lambda world=world: world)
+        for rank in range(world):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            part = loader(sample_shards, order).batch(3)
+            assert part.ids == whole.ids[rank::world] and part.captions == whole.captions[rank::world]
+            index = torch.isin(whole.segment_clip % world, torch.tensor(rank))
+            assert torch.equal(part.segments, whole.segments[index])
+            assert torch.equal(part.hidden_rows, whole.hidden_rows[index])
+        monkeypatch.undo()
+
+
+def test_frames_that_no_loss_needs_are_not_read(sample_shards):
+    batch = loader(sample_shards, needs=("fbank",)).batch(0)
+    assert len(batch.frames) == 0 and not batch.has_frames.any() and batch.has_audio.any()
+
+
+def test_prefetching_changes_nothing_and_a_consumer_may_leave(sample_shards):
+    ours = loader(sample_shards, prefetch=2)
+    count = len(ours.order)
+    got = [batch.ids for batch in ours.batches(0, count)]
+    assert got == [ours.batch(k).ids for k in range(count)]
+    assert len(list(ours.batches(1, 2))) == 1 and list(ours.batches(2, 2)) == []
+    stream = ours.batches(0, count)
+    next(stream)
+    stream.close()
+
+
+def damage(shards, share: float):
+    """Flip one byte in the spectrograms of a share of the speech samples."""
+    folder = shards / "speech/train"
+    index = json.loads((folder / "index.json").read_text())
+    shard = index["shards"][0]
+    tar = bytearray((folder / shard["name"]).read_bytes())
+    hit = shard["entries"][: max(1, round(share * shard["samples"]))]
+    for _, members in hit:
+        offset = next(place[0] for ext, place in members.items() if ext.startswith("fbank"))
+        tar[offset + 50] ^= 0xFF
+    (folder / shard["name"]).write_bytes(tar)
+    return [key for key, _ in hit]
+
+
+def test_damaged_samples_are_skipped_counted_and_listed(sample_shards, tmp_path):
+    shutil.copytree(sample_shards, tmp_path / "s")
+    keys = damage(tmp_path / "s", 0.03)
+    ours = loader(tmp_path / "s")
+    absent = sum(int((~batch.has_audio).sum()) for batch in ours.batches(0, len(ours.order)))
+    padding = -len(ours.order.places) % 16
+    assert ours.damaged == len(keys) and absent == len(keys) + padding
+    listed = [json.loads(line) for line in (tmp_path / "s/damaged.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in listed] == keys and all("CRC" in row["reason"] for row in listed)
+
+
+def test_more_damage_than_allowed_stops(sample_shards, tmp_path):
+    shutil.copytree(sample_shards, tmp_path / "s")
+    damage(tmp_path / "s", 1.0)
+    with pytest.raises(UserError, match="were damaged, more than data.max_damage"):
+        for batch in loader(tmp_path / "s").batches(0, 8):
+            assert batch
+
+
+def test_fingerprints_that_differ_are_refused_with_both_values(sample_shards):
+    theirs = open_folders({str(sample_shards / "speech/train"): 1.0}, "data.train")[0].fingerprint
+    ours = json.loads(json.dumps(theirs))
+    ours["spectrogram"]["n_fft"] = 512
+    with pytest.raises(UserError, match="spectrogram.n_fft is 512 there and 1024 here"):
+        check_fingerprint(ours, theirs, "the model", "shards")
+    ours["spectrogram"]["n_fft"], ours["versions"] = 1024, {}
+    check_fingerprint(ours, theirs, "the model", "shards")
+
+
+def test_without_dali_there_is_one_clear_line(sample_shards):
+    code = (
+        "import sys; sys.modules['nvidia.dali'] = None\n"
+        "from pathlib import Path; sys.path.insert(0, 'tests')\n"
+        "from test_loader import loader\n"
+        f"loader(Path({str(sample_shards)!r})).batch(0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "UserError: reading shards needs NVIDIA DALI: pip install" in done.stderr
+
+
+def test_place_is_a_plain_tuple():
+    assert Place(0, 1, 2, 3) == (0, 1, 2, 3)
+
+
+def _picture(data: bytes) -> Image.Image:
+    import io
+
+    return Image.open(io.BytesIO(data))

@@ -1,0 +1,164 @@
+"""losses.py against float64 brute force written from equations (1)-(5), on 1 to 4 ranks, with missing modalities."""
+
+import os
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from conftest import free_port
+
+from clip4vla import distributed, losses
+from clip4vla.config import LossConfig
+from clip4vla.losses import info_nce, objective
+
+N, D = 12, 16
+
+
+def brute_force(a, b, scale, valid, group=None, intra=False):
+    """Row by row, with Python loops over what each equation names."""
+    n, total = len(a), 0
+    rows = [i for i in range(n) if valid[i]]
+    if not rows:
+        return (a * 0).sum()
+    for first, second in ((a, b), (b, a)):
+        for i in rows:
+            others = [j for j in rows if j != i and (group is None or group[j] != group[i])]
+            terms = [scale * first[i] @ second[i]] + [scale * first[i] @ second[j] for j in others]
+            if intra:
+                terms += [scale * first[i] @ first[k] for k in others]
+            total = total - torch.log(torch.exp(terms[0]) / sum(torch.exp(t) for t in terms))
+    return total / (2 * len(rows))
+
+
+def features(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.nn.functional.normalize(torch.randn(4, N, D, generator=generator, dtype=torch.float64), dim=-1)
+    return [row.to(dtype) for row in x]
+
+
+CASES = {
+    "plain": {},
+    "intra": {"intra": True},
+    "missing": {"valid": torch.tensor([1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1]).bool()},
+    "missing intra": {"valid": torch.tensor([0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 1, 1]).bool(), "intra": True},
+    "groups": {"group": torch.tensor([0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 7, 0]), "intra": True},
+    "one row": {"valid": torch.arange(N) == 5, "intra": True},
+    "none": {"valid": torch.zeros(N).bool()},
+}
+
+
+def expected(case):
+    a, b = (x.clone().requires_grad_() for x in features()[:2])
+    scale = torch.tensor([20.0], dtype=torch.float64, requires_grad=True)
+    kwargs = {"valid": torch.ones(N).bool()} | CASES[case]
+    loss = brute_force(a, b, scale[0], kwargs["valid"], kwargs.get("group"), kwargs.get("intra", False))
+    loss.backward()
+    zero = torch.zeros_like
+    return [loss.detach(), *(x.grad if x.grad is not None else zero(x) for x in (a, b, scale))]
+
+
+def ours(case, dtype, rank=0, world=1):
+    """This rank's value and gradients by its own rows and by the scale."""
+    rows = slice(rank * N // world, (rank + 1) * N // world)
+    a, b = (x[rows].clone().requires_grad_() for x in features(dtype)[:2])
+    scale = torch.tensor([20.0], dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    kwargs = {"valid": torch.ones(N).bool()} | CASES[case]
+    group = kwargs.get("group")
+    loss = info_nce(
+        a, b, scale, kwargs["valid"][rows], None if group is None else group[rows], kwargs.get("intra", False)
+    )
+    loss.backward()
+    return loss.detach(), a.grad, b.grad, scale.grad
+
+
+def close(got, want, tolerance):
+    error = (got.double() - want).abs().max()
+    assert error <= tolerance * max(1e-3, want.abs().max()), f"{error} at scale {want.abs().max()}"
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_equals_brute_force_in_one_process(case, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(losses, "TILE", 40)  # three rows a tile
+    for got, want in zip(ours(case, dtype), expected(case), strict=True):
+        close(got, want, tolerance)
+
+
+def test_bf16_features_lose_nothing_in_the_loss_itself():
+    a, b = features(torch.bfloat16)[:2]
+    want = brute_force(a.double(), b.double(), 20.0, torch.ones(N).bool(), intra=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = info_nce(a, b, torch.tensor([20.0]), torch.ones(N).bool(), intra=True)
+    close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_give_the_full_batch_gradient(world, tmp_path):
+    """Averaged over ranks, as the engine does, value and gradients equal one process with all rows."""
+    mp.spawn(_rank, (world, free_port(), str(tmp_path)), nprocs=world)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    for case in CASES:
+        want = expected(case)
+        got = [part[case] for part in parts]
+        close(sum(g[0] for g in got) / world, want[0], 1e-5)
+        for i in (1, 2):  # gradients by own rows; the average over ranks divides them by the world size
+            close(torch.cat([g[i] for g in got]) / world, want[i], 1e-5)
+        close(sum(g[3] for g in got) / world, want[3], 1e-5)
+
+
+def _rank(rank, world, port, folder):
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "MASTER_PORT": str(port),
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    torch.set_num_threads(1)
+    distributed.setup()
+    torch.save({case: ours(case, torch.float32, rank, world) for case in CASES}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_objective_is_the_weighted_sum_and_leaves_out_what_is_missing():
+    text, vision, audio, masked = features()
+    has_audio = torch.arange(N) % 3 > 0
+    has_frames = torch.arange(N) % 4 > 0
+
+    class Batch:
+        group = torch.arange(N)
+        has_text = torch.ones(N).bool()
+
+    Batch.has_audio, Batch.has_frames = has_audio, has_frames
+    scale = torch.tensor([10.0], dtype=torch.float64)
+    named = {"text": text, "vision": vision, "audio": audio, "masked": masked, "scale": scale}
+    got = objective(named, Batch, LossConfig(at=1, av=2, aa=0.5))
+    assert set(got) == {"at", "av", "aa", "loss"}
+    close(got["at"], brute_force(text, audio, 10, has_audio), 1e-9)
+    close(got["av"], brute_force(vision, audio, 10, has_audio & has_frames), 1e-9)
+    close(got["aa"], brute_force(audio, masked, 10, has_audio, intra=True), 1e-9)
+    close(got["loss"], got["at"] + 2 * got["av"] + 0.5 * got["aa"], 1e-9)
+
+
+def test_finite_differences():
+    a, b = (x.requires_grad_() for x in features()[:2])
+    scale = torch.tensor([5.0], dtype=torch.float64, requires_grad=True)
+    valid = torch.arange(N) != 3
+    assert torch.autograd.gradcheck(lambda a, b, s: info_nce(a, b, s, valid, intra=True), (a, b, scale))
+
+
+def test_memory_holds_tiles_not_the_matrix():
+    """N = 16384: the full matrix alone would take 1.07 GB; ours may not grow by an eighth of one."""
+    import resource
+
+    n = 16384
+    a, b = (torch.nn.functional.normalize(torch.randn(n, 64), dim=-1).requires_grad_() for _ in range(2))
+    old, losses.TILE = losses.TILE, 1 << 20
+    try:
+        info_nce(a[:256], b[:256], torch.tensor([20.0]), torch.ones(256).bool()).backward()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        info_nce(a, b, torch.tensor([20.0]), torch.ones(n).bool()).backward()
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    finally:
+        losses.TILE = old
+    assert grown < n * n * 4 / 8, f"{grown / 1e6:.0f} MB"

@@ -1,0 +1,228 @@
+"""Towers, audio encoder and model: the authors' reference values, and what must hold by construction."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip.model import CustomTextCLIP
+from safetensors.torch import load_file, save_file
+
+from clip4vla import CLIP4VLA, towers
+from clip4vla.audio_encoder import AudioEncoder, type_mix
+from clip4vla.config import ModelConfig, SpectrogramConfig, UserError
+from clip4vla.losses import info_nce
+from clip4vla.model import from_official, pool
+
+REFERENCE = Path(__file__).parent / "reference/official_small.safetensors"
+TINY = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "patch_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def official():
+    """(reference values, our model with the authors' weights)."""
+    state = load_file(REFERENCE)
+    ref = {key[4:]: value for key, value in state.items() if key.startswith("ref.")}
+    return ref, from_official({k: v for k, v in state.items() if not k.startswith("ref.")}, ModelConfig())
+
+
+def same(got, want, tolerance=1e-5):
+    assert ((got - want).abs().max() / want.abs().max()).item() < tolerance
+
+
+def pooled(vectors, mask):
+    mask = mask.bool()
+    index = torch.arange(len(mask))[:, None].expand_as(mask)
+    return pool(vectors[mask], index[mask], len(mask))
+
+
+def audio(model, ref, audio_type, which="in.segments"):
+    own = ref["in.audio_type"].repeat_interleave(3)
+    return model.encode_segments(ref[which].float().flatten(0, 1), type_mix(audio_type, own)).view(5, 3, -1)
+
+
+def test_reference_text_and_vision(official):
+    ref, model = official
+    sentence, tokens = model.encode_text(ref["in.tokens"])
+    same(tokens, ref["ref.text.tokens".removeprefix("ref.")])
+    end = (ref["in.tokens"] == 99).int().argmax(1)
+    assert torch.equal(sentence, tokens[torch.arange(5), end])
+    same(model.vision(ref["in.frames"].float().flatten(0, 1)).view(5, 3, -1), ref["vision.frames"])
+
+
+@pytest.mark.parametrize(
+    "key, audio_type", [("by_type", "data"), ("ratio_0", "0"), ("ratio_1", "1"), ("half", "0.5"), ("both", "both")]
+)
+def test_reference_audio_with_every_type_token(official, key, audio_type):
+    ref, model = official
+    same(audio(model, ref, audio_type), ref[f"audio.{key}"])
+
+
+def test_reference_logits_losses_and_gradients(official):
+    ref, model = official
+    model.zero_grad()
+    text = F.normalize(model.encode_text(ref["in.tokens"])[0], dim=-1)
+    vision = pooled(model.vision(ref["in.frames"].float().flatten(0, 1)).view(5, 3, -1), ref["in.frame_mask"])
+    heard = pooled(audio(model, ref, "data"), ref["in.segment_mask"])
+    masked = pooled(audio(model, ref, "data", "in.masked_segments"), ref["in.segment_mask"])
+    same(100 * text @ heard.T, ref["logits.global_global.t_a"])
+    same(100 * text @ vision.T, ref["logits.global_global.t_v"])
+    same(100 * vision @ heard.T, ref["logits.global_global.a_v"])
+    same(100 * text @ ((vision + heard) / 2).T, ref["logits.global_global.t_va"])
+    scale, valid = torch.tensor([100.0]), torch.ones(5).bool()
+    losses = {
+        "at": info_nce(text, heard, scale, valid),
+        "av": info_nce(vision, heard, scale, valid),
+        "aa": info_nce(heard, masked, scale, valid, intra=True),
+    }
+    for name, loss in losses.items():
+        same(loss, ref[f"loss.{name}"])
+    sum(losses.values()).backward()
+    tower = model.audio
+    for got, name in (
+        (tower.type_embedding, "control_embedding"),
+        (tower.trunk.conv1.weight, "conv1.weight"),
+        (tower.trunk.positional_embedding, "positional_embedding"),
+        (tower.trunk.proj, "proj"),
+    ):
+        same(got.grad, ref[f"grad.audio.visual.{name}"])
+
+
+def test_audio_tower_from_vision_gives_the_vision_towers_output_without_type_token():
+    vision = towers.build_clip(TINY).visual.eval()
+    picture = torch.randn(3, 3, 224, 224)
+    tower = AudioEncoder(vision).eval()
+    torch.testing.assert_close(tower(picture, type_mix("none")), vision(picture))
+    assert (tower(picture, type_mix("vb")) - vision(picture)).abs().max() > 1e-3
+
+
+def test_type_token_masked_out_of_attention_changes_nothing(monkeypatch):
+    """The token sits behind all others: hidden from them, the tower is the vision tower."""
+    vision = towers.build_clip(TINY).visual.eval()
+    tower = AudioEncoder(vision).eval()
+    hide = torch.zeros(51, 51)
+    hide[:50, 50] = -torch.inf
+    forward = tower.trunk.transformer.forward
+    monkeypatch.setattr(tower.trunk.transformer, "forward", lambda x: forward(x, attn_mask=hide))
+    picture = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(tower(picture, type_mix("nb")), vision(picture))
+
+
+def test_extra_position_is_distributed_as_the_others():
+    torch.manual_seed(0)
+    vision = towers.build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | {"width": 512, "layers": 1}}).visual
+    vision.positional_embedding.data.mul_(0.1).add_(0.5)
+    rows = vision.positional_embedding
+    for how, mean, deviation in (("matched", rows.mean(), rows.std()), ("unit", 0.0, 1.0)):
+        extra = AudioEncoder(vision, how).trunk.positional_embedding[-1]
+        assert abs(extra.mean() - mean) < 0.15 * max(deviation, 0.1) and abs(extra.std() - deviation) < 0.15 * deviation
+
+
+def test_mono_equals_three_equal_channels():
+    tower = AudioEncoder(towers.build_clip(TINY).visual).eval()
+    mono = torch.randn(2, 1, 224, 224)
+    torch.testing.assert_close(tower(mono, type_mix("both")), tower(mono.repeat(1, 3, 1, 1), type_mix("both")))
+
+
+@pytest.mark.parametrize("word", ["loud", "-0.1", "1.5"])
+def test_unknown_audio_type_is_refused(word):
+    with pytest.raises(UserError, match="model.audio_type"):
+        type_mix(word)
+
+
+def test_pool_is_a_mean_of_unit_vectors_and_zero_without_any():
+    vectors, clip = torch.randn(5, 8), torch.tensor([0, 0, 2, 2, 2])
+    got = pool(vectors, clip, 3)
+    want = F.normalize(F.normalize(vectors, dim=-1)[2:].mean(0), dim=-1)
+    torch.testing.assert_close(got[2], want)
+    assert got[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("form", ["openai.safetensors", "openai.pt", "open_clip.pt", "archive.pt"])
+def test_towers_from_a_weights_file(tmp_path, form):
+    """The same small CLIP saved as people have it: OpenAI's names, open_clip's checkpoint, OpenAI's TorchScript archive."""
+    torch.manual_seed(0)
+    clip = open_clip.CLIP(**TINY, quick_gelu=True).eval()
+    state, file = {k: v.contiguous() for k, v in clip.state_dict().items()}, tmp_path / form
+    if form == "openai.safetensors":
+        save_file(state, file)
+    elif form == "openai.pt":
+        torch.save(state, file)
+    elif form == "open_clip.pt":
+        torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}, file)
+    else:
+        tokens = torch.zeros(1, 77, dtype=torch.int64)
+        torch.jit.save(torch.jit.trace(clip, (torch.zeros(1, 3, 224, 224), tokens)), file)
+    cfg = ModelConfig(clip=str(file), quick_gelu="auto" if form == "archive.pt" else "yes")
+    model = CLIP4VLA(towers.describe_clip(str(file), cfg.quick_gelu), cfg, SpectrogramConfig()).eval()
+    assert model.load_clip()
+    model.start_audio()
+    texts = towers.tokenizer(str(file), 77)(["a dog barks", "rain"])
+    full = F.pad(texts, (0, 77 - texts.shape[1]))
+    torch.testing.assert_close(model.encode_text(texts)[0], clip.encode_text(full), atol=1e-5, rtol=1e-4)
+    picture = torch.randint(0, 256, (2, 3, 224, 224))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in towers.image_statistics(str(file)))
+    torch.testing.assert_close(
+        model.encode_frames(picture), clip.encode_image((picture / 255 - mean) / std), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_any_vit_of_open_clip_by_name():
+    config = towers.describe_clip("ViT-B-16")
+    assert config["vision_cfg"]["patch_size"] == 16
+    config["vision_cfg"] |= {"layers": 1, "width": 64}
+    config["text_cfg"] |= {"layers": 1, "width": 64, "heads": 1}
+    model = CLIP4VLA(config, ModelConfig(clip="ViT-B-16"), SpectrogramConfig())
+    assert model.encode_segments(torch.zeros(2, 1, 224, 224), type_mix("both")).shape == (2, config["embed_dim"])
+
+
+@pytest.mark.parametrize(
+    "clip, words",
+    [("ViT-B-33", "nearest: ViT-B-32"), ("none.json", "none.json"), ("none.pt", "no weights file none.pt")],
+)
+def test_wrong_clip_is_one_clear_line(clip, words):
+    with pytest.raises(UserError, match=words) as caught:
+        towers.describe_clip(clip)
+    assert "\n" not in str(caught.value)
+
+
+def test_damaged_and_foreign_weights_are_refused(tmp_path):
+    (tmp_path / "broken.pt").write_bytes(b"PK\x03\x04 nonsense")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    for name, words in (("broken.pt", "unreadable"), ("other.safetensors", "not the weights of a CLIP")):
+        with pytest.raises(UserError, match=words):
+            towers.describe_clip(str(tmp_path / name))
+
+
+def test_a_pickle_in_a_weights_file_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "pwned",)
+
+    torch.save({"x": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(UserError):
+        towers.describe_clip(str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_model_without_open_clips_vit_is_named(tmp_path):
+    config = TINY | {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 32, "image_size": 224}}
+    (tmp_path / "resnet.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="VisionTransformer"):
+        towers.build_clip(towers.describe_clip(str(tmp_path / "resnet.json")))
+
+
+def test_towers_equal_open_clips_own(official):
+    """Our text pass, which keeps all tokens, gives what open_clip's own forward gives."""
+    torch.manual_seed(0)
+    clip = CustomTextCLIP(**TINY).eval()
+    tokens = towers.tokenizer("x.json", 77)(["a crow", "a big red fire engine"])
+    torch.testing.assert_close(
+        towers.encode_text(clip.text, tokens)[0], clip.text(F.pad(tokens, (0, 77 - tokens.shape[1])))
+    )

@@ -1,0 +1,155 @@
+"""Shards: what is written, what plain tools read, and what a damaged byte does."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from clip4vla.config import DataConfig, UserError
+from clip4vla.shards import INDEX, Damaged, ShardFolder, fingerprint, write_index, write_shard
+
+SAMPLES = [
+    (f"{i:07d}-a_{i}", {"json": b'{"n": %d}' % i, "fbank.jpg": b"f" * i, "frames.jpg": b"v" * 700}) for i in range(5)
+]
+
+
+def make(folder, content=SAMPLES, **changes):
+    """A folder with one shard, index.json changed at will."""
+    entry = write_shard(folder / "s-train-000000.tar", content)
+    write_index(
+        folder, fingerprint={}, media_root="../media", source="s", split="train", counts={}, shards=[entry | changes]
+    )
+    return ShardFolder.open(str(folder))
+
+
+def test_reads_what_was_written(tmp_path):
+    folder = make(tmp_path)
+    assert len(folder) == 5 and folder.media_root == str(tmp_path.parent / "media")
+    got = folder.read([(0, 3), (0, 1)])
+    assert got == [{kind.split(".")[0]: data for kind, data in SAMPLES[i][1].items()} for i in (3, 1)]
+    assert folder.read([(0, 2)], ("json", "frames")) == [{"json": b'{"n": 2}', "frames": b"v" * 700}]
+    assert folder.read([(0, 2)], ("clip",)) == [{}] and folder.read([]) == []
+
+
+def test_index_offsets_agree_with_the_tar(tmp_path):
+    folder = make(tmp_path)
+    with tarfile.open(tmp_path / "s-train-000000.tar") as tar:
+        assert [member.name for member in tar][:3] == [
+            f"{SAMPLES[0][0]}.{e}" for e in ("json", "fbank.jpg", "frames.jpg")
+        ]
+        for entry in range(5):
+            key, members = folder.shards[0].members(entry)
+            for ext, member in members.items():
+                info = tar.getmember(f"{key}.{ext}")
+                assert (info.offset_data, info.size) == (member.offset, member.size)
+
+
+def test_plain_webdataset_reads_it(tmp_path):
+    make(tmp_path)
+    got = list(webdataset.WebDataset(str(tmp_path / "s-train-000000.tar"), shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in got] == [key for key, _ in SAMPLES]
+    assert got[4]["fbank.jpg"] == b"ffff" and json.loads(got[4]["json"]) == {"n": 4}
+
+
+def test_equal_samples_give_equal_bytes_and_no_leftovers(tmp_path):
+    one, two = (write_shard(tmp_path / "a.tar", SAMPLES)["sha256"] for _ in range(2))
+    assert one == two and [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_an_interrupted_write_leaves_no_shard(tmp_path):
+    def samples():
+        yield SAMPLES[0]
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_shard(tmp_path / "a.tar", samples())
+    assert not (tmp_path / "a.tar").exists()
+
+
+def test_a_corrupted_byte_is_named_and_spares_the_others(tmp_path):
+    folder = make(tmp_path)
+    member = folder.shards[0].members(3)[1]["frames.jpg"]
+    data = bytearray((tmp_path / "s-train-000000.tar").read_bytes())
+    data[member.offset + 5] ^= 1
+    (tmp_path / "s-train-000000.tar").write_bytes(data)
+    got = folder.read([(0, 2), (0, 3), (0, 4)])
+    assert isinstance(got[0], dict) and isinstance(got[2], dict)
+    assert got[1] == Damaged("s-train-000000.tar", SAMPLES[3][0], "frames: CRC-32 differs from index.json")
+    assert folder.read([(0, 3)], ("json", "fbank")) == [{"json": b'{"n": 3}', "fbank": b"fff"}]
+
+
+def test_truncated_and_missing_tars_are_damage(tmp_path):
+    folder = make(tmp_path)
+    tar = tmp_path / "s-train-000000.tar"
+    member = folder.shards[0].members(4)[1]["frames.jpg"]
+    tar.write_bytes(tar.read_bytes()[: member.offset + 10])
+    good, bad = folder.read([(0, 0), (0, 4)])
+    assert isinstance(good, dict) and bad.reason == "frames: 10 of 700 bytes"
+    tar.unlink()
+    assert all("FileNotFoundError" in sample.reason for sample in folder.read([(0, 0), (0, 4)]))
+
+
+@pytest.mark.parametrize("name", ["../s.tar", "/s.tar", "..", "a/b.tar", "a\\b.tar", ""])
+def test_names_that_leave_the_folder_are_rejected(tmp_path, name):
+    with pytest.raises(UserError, match="leaves the folder"):
+        make(tmp_path, name=name)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "no shards found in .*run data_prep/shard.py"),
+        ("{", "not a readable index"),
+        ("[]", "not a readable index"),
+        ('{"format": 99}', "format 99, this version reads 1"),
+        ('{"format": 1}', "not a readable index"),
+        (
+            '{"format":1,"fingerprint":{},"media_root":".","source":"s","split":"t","counts":{},"shards":[]}',
+            "is empty: no samples",
+        ),
+    ],
+)
+def test_unusable_folders_are_user_errors(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / INDEX).write_text(text)
+    with pytest.raises(UserError, match=message):
+        ShardFolder.open(str(tmp_path))
+
+
+def test_a_count_that_disagrees_is_rejected(tmp_path):
+    with pytest.raises(UserError, match="lists 5 of 6 samples"):
+        make(tmp_path, samples=6)
+
+
+def test_unknown_protocol_is_a_user_error():
+    with pytest.raises(UserError, match="cannot read nosuch://x"):
+        ShardFolder.open("nosuch://x")
+
+
+def test_remote_folders_read_the_same(tmp_path):
+    import fsspec
+
+    make(tmp_path)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path) + "/", "/shards-test/", recursive=True)
+    got = ShardFolder.open("memory://shards-test").read([(0, 1)])
+    assert got == [{"json": b'{"n": 1}', "fbank": b"f", "frames": b"v" * 700}]
+
+
+def test_fingerprint_tells_settings_apart():
+    cfg = DataConfig()
+    one = fingerprint(cfg)
+    cfg.spectrogram.hop_length = 160
+    two = fingerprint(cfg)
+    assert json.loads(json.dumps(one)) == one != two and set(one["versions"]) == {"torch", "torchaudio", "pillow"}
+
+
+def test_pictures_in_a_shard_open_with_plain_tools(tmp_path):
+    out = io.BytesIO()
+    Image.fromarray(np.full((224, 224, 3), 7, np.uint8)).save(out, "PNG")
+    folder = make(tmp_path, [("k", {"json": b"{}", "frames.png": out.getvalue()})])
+    assert Image.open(io.BytesIO(folder.read([(0, 0)])[0]["frames"])).size == (224, 224)

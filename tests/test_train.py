@@ -1,0 +1,240 @@
+"""The loop under the real deepspeed launcher: ranks, precision, ZeRO stages, kills, signals, resume, and bad input."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, deepspeed, deepspeed_command, run
+from safetensors.torch import load_file
+from test_model import TINY
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def tiny(sample_shards, tmp_path_factory):
+    """Words that make any config tiny: a small CLIP, few steps, the shipped sample."""
+    clip = tmp_path_factory.mktemp("clip") / "tiny.json"
+    clip.write_text(json.dumps(TINY))
+    speech, sounds = (sample_shards / s / "train" for s in ("speech", "sounds"))
+    return [
+        "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={clip}", "train.precision=fp32", "track.wandb=off",
+        f"data.train={{{speech}: 0.5, {sounds}: 0.5}}", "train.batch_size=12", f"train.max_steps={STEPS}",
+        "train.log_every=1", "train.save_every=2", "data.decode_threads=1",
+    ]  # fmt: skip
+
+
+def trace(run_dir: Path) -> dict[int, tuple[float, ...]]:
+    """Losses by step; json prints floats so that they come back to the last bit."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: tuple(v for k, v in sorted(row.items()) if k.startswith("loss")) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    """A run of two ranks from start to end."""
+    folder = tmp_path_factory.mktemp("run") / "undisturbed"
+    done = deepspeed(2, "launch/pretrain.py", *tiny, f"run_dir={folder}")
+    assert done.returncode == 0, done.stderr + done.stdout
+    return folder, done.stdout
+
+
+def test_two_ranks_train_log_and_save(undisturbed):
+    folder, out = undisturbed
+    losses = trace(folder)
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert "2 ranks, ZeRO-1, fp32, global batch 12" in out
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "samples", "lr", "loss", "loss/at", "loss/av", "loss/aa", "grad_norm", "clips_per_s", "data_wait",
+            "hidden_rows", "memory_gib"} <= set(rows[-1])  # fmt: skip
+    assert rows[-1]["samples"] == STEPS * 12 and 0 < rows[-1]["hidden_rows"] < 1
+    assert sorted(p.name for p in (folder / "checkpoints").glob("*-*")) == ["step-00000006", "step-00000008"]
+    assert (folder / "checkpoints/latest").read_text() == "step-00000008"
+    assert "# torch 2." in (folder / "config.yaml").read_text()
+
+
+def test_the_same_command_again_finds_everything_done(undisturbed, tiny, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "r")
+    done = deepspeed(2, "launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}")
+    assert done.returncode == 0 and f"{STEPS} done of {STEPS}" in done.stdout
+    assert trace(tmp_path / "r") == trace(undisturbed[0])
+
+
+def test_kill_9_of_one_rank_at_a_random_step_then_resume_gives_the_same_losses_to_the_last_bit(
+    undisturbed, tiny, tmp_path
+):
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    step, victim = rng.randint(3, STEPS - 1), rng.randint(0, 1)
+    said = f"seed {seed}: rank {victim} killed after step {step}"
+    words = [*tiny, f"run_dir={tmp_path / 'r'}"]
+    with _started(words) as launcher:
+        _wait_for(tmp_path / "r/metrics.jsonl", step)
+        os.kill(_ranks(launcher)[victim], signal.SIGKILL)
+        assert launcher.wait(60) != 0, said
+    assert max(trace(tmp_path / "r")) < STEPS, f"{said}: too late to mean anything"
+    done = deepspeed(2, "launch/pretrain.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert f"weights from {tmp_path / 'r/checkpoints/step-0000000'}" in done.stdout, said
+    assert trace(tmp_path / "r") == trace(undisturbed[0]), said
+    ours, theirs = (
+        load_file(f / "checkpoints/step-00000008/model.safetensors") for f in (tmp_path / "r", undisturbed[0])
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs), said
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_a_signal_to_one_rank_saves_and_exits_85_and_the_run_goes_on_from_there(undisturbed, tiny, tmp_path, name):
+    words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.save_every=1000"]
+    with _started(words) as launcher:
+        _wait_for(tmp_path / "r/metrics.jsonl", 2)
+        os.kill(_ranks(launcher)[1], getattr(signal, name))
+        assert launcher.wait(60) == 85
+    (saved,) = (tmp_path / "r/checkpoints").glob("step-*")
+    assert max(trace(tmp_path / "r")) == int(saved.name[-8:]) < STEPS
+    assert deepspeed(2, "launch/pretrain.py", *words).returncode == 0
+    assert trace(tmp_path / "r") == trace(undisturbed[0])
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_zero_stages_agree(undisturbed, tiny, tmp_path, stage):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    words = [*tiny, f"run_dir={tmp_path / 'r'}", "--deepspeed_config", tmp_path / "ds.json"]
+    done = deepspeed(2, "launch/pretrain.py", *words)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = trace(tmp_path / "r"), trace(undisturbed[0])
+    for step, losses in theirs.items():
+        assert ours[step] == pytest.approx(losses, rel=1e-5)
+    shapes = [{k: v.shape for k, v in load_file(f / "checkpoints/step-00000008/model.safetensors").items()}
+              for f in (tmp_path / "r", undisturbed[0])]  # fmt: skip
+    assert shapes[0] == shapes[1]
+
+
+def test_one_rank_gives_the_losses_of_two(undisturbed, tiny, tmp_path):
+    """The negatives are those of the global batch, and the order of samples is the same, on any number of ranks."""
+    done = run("launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = trace(tmp_path / "r"), trace(undisturbed[0])
+    for step, losses in theirs.items():
+        assert ours[step] == pytest.approx(losses, rel=1e-5)
+
+
+def test_bf16_trains_and_resumes(tiny, tmp_path):
+    words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.precision=bf16"]
+    assert run("launch/pretrain.py", *words, "train.max_steps=4").returncode == 0
+    done = run("launch/pretrain.py", *words, "train.max_steps=6")
+    assert done.returncode == 0 and "bf16" in done.stdout and "4 done of 6" in done.stdout, done.stderr
+    losses = trace(tmp_path / "r")
+    assert len(losses) == 6 and all(v == v for row in losses.values() for v in row)
+
+
+def test_a_half_written_checkpoint_is_never_taken(undisturbed, tiny, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "r")
+    folder = tmp_path / "r/checkpoints"
+    (folder / "step-00000008").rename(folder / "partial-00000008")
+    (folder / "partial-00000008/model.safetensors").write_bytes(b"half")
+    done = deepspeed(2, "launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}")
+    assert done.returncode == 0 and "6 done of 8" in done.stdout
+    assert trace(tmp_path / "r") == trace(undisturbed[0])
+
+
+BAD = [
+    (["data.train=nowhere"], "no shards found in nowhere"),
+    (["--deepspeed_config", "missing.json"], "missing.json"),
+    (["--deepspeed_config", "README.md"], "README.md: not valid JSON"),
+    (["train.precision=fp16"], "train.precision: fp16 is not supported on cpu"),
+    (["train.batch_size=100000"], "fewer than its"),
+    (["init_from=runs/none"], "init_from: none of runs/none exists"),
+    (["model.clip=nope.json"], "model.clip: nope.json"),
+    (["model.train_towers=sound"], "model.train_towers: 'sound'"),
+    (["run_dir=/proc/nothing"], "run_dir /proc/nothing: cannot be written"),
+]
+
+
+@pytest.mark.parametrize("words, expected", BAD, ids=[" ".join(words) for words, _ in BAD])
+def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path, words, expected):
+    _refused(run("launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}", *words), expected)
+
+
+def test_ds_json_that_contradicts_the_yaml_names_both(tiny, tmp_path):
+    (tmp_path / "ds.json").write_text('{"train_batch_size": 64}')
+    words = ["--deepspeed_config", tmp_path / "ds.json"]
+    _refused(run("launch/pretrain.py", *tiny, *words), "train_batch_size=64 contradicts train.batch_size=12")
+
+
+def test_a_checkpoint_of_another_model_or_fingerprint_is_refused(undisturbed, tiny, sample_shards, tmp_path):
+    shutil.copytree(undisturbed[0], tmp_path / "r")
+    words = [*tiny, f"run_dir={tmp_path / 'r'}"]
+    _refused(
+        run("launch/pretrain.py", *words, "model.clip=configs/clip/small.json"),
+        "a checkpoint of another model: embed_dim is 64",
+    )
+    shards = tmp_path / "shards"
+    shutil.copytree(sample_shards, shards)
+    for index in shards.rglob("index.json"):
+        index.write_text(
+            index.read_text().replace('"n_fft": 1024', '"n_fft": 512').replace('"n_fft":1024', '"n_fft":512')
+        )
+    data = f"data.train={{{shards}/speech/train: 0.5, {shards}/sounds/train: 0.5}}"
+    _refused(run("launch/pretrain.py", *words, data), "spectrogram.n_fft is 1024 there and 512 here")
+
+
+def test_an_empty_split_is_named(tiny, sample_shards, tmp_path):
+    shutil.copytree(sample_shards / "speech/train", tmp_path / "s")
+    index = json.loads((tmp_path / "s/index.json").read_text())
+    (tmp_path / "s/index.json").write_text(json.dumps(index | {"shards": []}))
+    _refused(run("launch/pretrain.py", *tiny, f"data.train={tmp_path / 's'}"), "is empty: no samples")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tiny, tmp_path):
+    done = run(
+        "launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}", "train.lr=1e30", "train.clip=0", "train.warmup=0"
+    )
+    _refused(done, "is nan")
+    saved = [load_file(f) for f in (tmp_path / "r/checkpoints").glob("step-*/model.safetensors")]
+    assert len(saved) <= 1  # at most the state before the loss broke
+
+
+def _refused(done: subprocess.CompletedProcess, expected: str) -> None:
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and expected in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def _started(words: list) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = deepspeed_command(2, "launch/pretrain.py", *words)
+    return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def _wait_for(file: Path, step: int) -> None:
+    """Until that step stands in metrics.jsonl."""
+    for _ in range(1200):
+        if file.exists() and re.search(rf'"step": {step},', file.read_text()):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} never came")
+
+
+def _ranks(launcher: subprocess.Popen) -> list[int]:
+    """Process numbers of the ranks, by rank."""
+    found = {}
+    for proc in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = proc.read_bytes().split(b"\0")
+            environ = (proc.parent / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        mine = f"MASTER_PORT={launcher.args[launcher.args.index('--master_port') + 1]}".encode() in environ
+        if mine and b"launch/pretrain.py" in words and any(w.startswith(b"--local_rank") for w in words):
+            rank = next(v for v in environ if v.startswith(b"RANK="))
+            found[int(rank[5:])] = int(proc.parent.name)
+    return [found[rank] for rank in sorted(found)]
