@@ -19,7 +19,7 @@ def log_mel(wave: Tensor, rate: int, cfg: SpectrogramConfig) -> Tensor:
     """Log-mel power in dB, (C, R, M) float32, of a waveform (channels, T) in [-1, 1] at `rate` Hz.
 
     R = max(1, ceil(T / hop)) after resampling to cfg.sample_rate: row i is centred on sample i * hop, with silence beyond
-    both ends, so that a clip of t seconds gives ceil(t / 1.792) segments. Mel filters are Slaney's, area-normalised, as librosa's.
+    both ends, so that a clip of t seconds gives ceil(t / 1.792) segments. Mel filters are Slaney's, area-normalised.
     dB are relative to a power of 1, never below -100, and at most top_db below the clip's loudest point.
     """
     ratio = Fraction(cfg.sample_rate, rate).limit_denominator(1000)  # 22254 Hz: exact, the filter bank has 11127 rows

@@ -155,5 +155,5 @@ def _read_weights(path: str) -> tuple[dict[str, Tensor], bool]:
     except Exception as error:  # torch and safetensors raise many kinds for damaged files
         raise UserError(f"model.clip: {path}: unreadable weights ({' '.join(str(error).split())[:200]})") from None
     state = state.get("state_dict", state)
-    sizes = {"input_resolution", "context_length", "vocab_size"}  # OpenAI's archives carry these three numbers
-    return {k.removeprefix("module."): v.float() for k, v in state.items() if k not in sizes}, jit
+    extra = {"input_resolution", "context_length", "vocab_size", "attn_mask"}  # archives carry these beside the weights
+    return {k.removeprefix("module."): v.float() for k, v in state.items() if k not in extra}, jit

@@ -1,0 +1,112 @@
+"""The journey a newcomer makes, on the shipped sample in a copy of the checkout: the demo, its page, the README's commands."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, free_port
+from test_report import browse
+
+LEFT = shutil.ignore_patterns(".git", ".venv", "data", "runs", "__pycache__", "*.egg-info", "wandb")
+
+
+def shell(command: str, folder: Path, timeout: float = 600) -> subprocess.CompletedProcess:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(folder, what was printed) after the demo on the sample."""
+    folder = tmp_path_factory.mktemp("demo") / "clip4vla"
+    shutil.copytree(ROOT, folder, ignore=LEFT)
+    done = shell("bash launch/demo.sh sample", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_it_ends_with_the_table_and_the_page(demo):
+    folder, out = demo
+    assert re.search(r"^text_to_audio/nb +100\.0", out, re.M) and "report: runs/sample/report.html" in out
+    for name in ("config.yaml", "metrics.jsonl", "eval/test/metrics.json", "report.html", "log.txt"):
+        assert (folder / "runs/sample" / name).stat().st_size > 0
+
+
+def test_it_learns_its_training_items_by_heart(demo):
+    metrics = json.loads((demo[0] / "runs/sample/eval/test/metrics.json").read_text())
+    for one, other in (("text", "video"), ("text", "audio"), ("audio", "video")):
+        for direction in (f"{one}_to_{other}", f"{other}_to_{one}"):
+            assert set(metrics[direction]) == {"R@1", "R@5", "R@10", "MedR", "MeanR", "n_queries", "n_gallery", "p"}
+            assert metrics[direction]["p"] < 0.01
+    for direction in ("text_to_video", "video_to_text", "text_to_audio", "audio_to_text", "audio_to_video", "text_to_audio/nb"):
+        assert metrics[direction]["R@1"] == 100, direction
+    assert {"text_to_audio/vb", "text_to_audio/vb-fr", "audio_to_video/nb", "video_to_audio/vb-es"} <= set(metrics)
+
+
+def test_every_type_token_is_evaluated(demo):
+    folder = demo[0] / "runs/sample/eval/test"
+    found = {name: json.loads((folder / f"metrics{name}.json").read_text()) for name in ("", "-vb", "-nb", "-both", "-0.5")}
+    assert all(set(metrics) == set(found[""]) for metrics in found.values())
+    means = [metrics["audio_to_text"]["MeanR"] for metrics in found.values()]
+    assert len(set(means)) > 1  # the token changes what is heard
+    pictures = [metrics["text_to_video"] for metrics in found.values()]
+    assert all(metrics == pictures[0] for metrics in pictures)  # and not what is seen
+
+
+def test_its_page_opens_in_a_browser_with_all_pictures_and_players(demo, tmp_path):
+    found, console = browse(demo[0] / "runs/sample/report.html", tmp_path)
+    assert console == [] and found["outside"] == 0
+    assert found["images"] == found["loaded"] > 100 and found["players"] > 20 and found["cards"] == 20
+    assert found["right"] >= 20
+
+
+def test_again_it_says_that_all_is_done(demo):
+    folder, _ = demo
+    before = (folder / "runs/sample/metrics.jsonl").read_bytes()
+    done = shell("bash launch/demo.sh sample", folder)
+    assert done.returncode == 0 and "60 done of 60" in done.stdout
+    assert (folder / "runs/sample/metrics.jsonl").read_bytes() == before
+
+
+def test_two_ranks_evaluate_as_one(demo):
+    folder, _ = demo
+    one = json.loads((folder / "runs/sample/eval/test/metrics.json").read_text())
+    port = free_port()
+    words = f"deepspeed --num_accelerators 2 --master_port {port} launch/evaluate.py configs/pretrain/sample.yaml"
+    done = shell(words, folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "runs/sample/eval/test/metrics.json").read_text()) == one
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.split("#")[0].strip()]
+
+
+SMALLER = {  # what makes a command short enough for a test; everything else runs as it stands
+    "data_prep/shard.py configs/data/stamps.yaml": "media_root=tests/sample",
+    "launch/pretrain.py --deepspeed_config ds.json": "train.max_steps=2 train.batch_size=48",
+}
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_every_command_of_the_readme_runs(demo, command):
+    """In the order of the README, on the sample; the make targets are this test's own set-up and `demo` above."""
+    folder, _ = demo
+    words = shlex.split(command)
+    if words[0] == "make":
+        done = shell(f"make -n {shlex.join(words[1:])}", folder)
+        assert done.returncode == 0 and ("launch/demo.sh" in done.stdout or "pytest" in done.stdout)
+        return
+    if words[0] == "deepspeed":
+        command = command.replace("deepspeed ", f"deepspeed --master_port {free_port()} ")
+    smaller = next((extra for part, extra in SMALLER.items() if part in command), "")
+    done = shell(f"{command} {smaller}", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
