@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -45,7 +46,9 @@ class AudioEncoder(nn.Module):
     def forward(self, segments: Tensor, mix: Tensor) -> Tensor:
         """Vectors z (S, D), not normalised, of normalised segments (S, C, 224, 224), C = 1 or 3; mix: see type_mix."""
         trunk, position = self.trunk, self.trunk.positional_embedding
-        x = trunk.conv1(segments.expand(-1, 3, -1, -1)).flatten(2).transpose(1, 2)  # S P W
+        weight = trunk.conv1.weight  # of mono, repeated in three channels, only the sum matters: a third of the work
+        weight = weight.sum(1, keepdim=True) if segments.shape[1] == 1 else weight
+        x = F.conv2d(segments, weight, stride=trunk.conv1.stride).flatten(2).transpose(1, 2)  # S P W
         count = len(x)
         types = (mix.to(x.dtype) @ self.type_embedding).expand(count, -1, -1)  # S T W; both share the last position
         start = trunk.class_embedding.expand(count, 1, -1)

@@ -6,6 +6,7 @@ Order of precedence, lowest first: defaults here, the preset, the YAML file, `ke
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import sys
 import types
@@ -269,15 +270,22 @@ def command_line(cls: type[Config], default: str | None, about: str) -> tuple[Co
 
 
 def cli(main: typing.Callable[[], None]) -> typing.Callable[[], None]:
-    """Entry scripts' decorator: a UserError becomes one line on stderr and exit code 2."""
+    """Entry scripts' decorator: a UserError, or a disk that cannot be written, is one line on stderr and exit code 2."""
 
     @functools.wraps(main)
     def run() -> None:
         try:
             main()
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
+            said = str(error)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+                raise
+            said = f"{error.filename or 'writing'}: {error.strerror}: make room, or choose another folder"
+        else:
+            return
+        print(f"error: {said}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
     return run
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -139,6 +140,19 @@ class Checkpoints:
 
     def save(self, step: int) -> None:
         """Write aside, fsync, rename, then `latest`: a checkpoint is complete or it does not exist."""
+        try:
+            self._save(step)
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors have their own for a full disk
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self.folder}: the checkpoint of step {step} could not be written ({reason}); those already there are whole"
+            ) from None
+
+    def _save(self, step: int) -> None:
         aside, final = self.folder / f"partial-{step:08d}", self.folder / f"step-{step:08d}"
         if distributed.rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)

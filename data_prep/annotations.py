@@ -56,7 +56,7 @@ class Stamp:
 
 
 def stamps(root: Path) -> list[Row]:
-    """Rows of Tux Paint's stamps in three sources: pictures, speech (spoken names) and sounds (nonverbal).
+    """Rows of Tux Paint's stamps in the sources pictures, sounds (nonverbal), and speech_LANG (the name spoken).
 
     Splits are by group: stamps that share a normalised English caption, a picture, a recording or a _mirror/_flip base.
     """
@@ -70,17 +70,16 @@ def stamps(root: Path) -> list[Row]:
 def _stamp_rows(item: str, stamp: Stamp, group: str, nonverbal: set[str]) -> Iterator[Row]:
     """The picture, the sound if it is a nonverbal one, and every spoken clip."""
 
-    def row(source: str, langs: list[str], *, clip: str = "", **more: Any) -> Row:
+    def row(source: str, langs: list[str], **more: Any) -> Row:
         captions = [stamp.texts[lang] for lang in langs]
-        name = f"{source}/{item}{clip}"
-        return Row(name, item, group, source, split_of(group), captions, langs, picture=stamp.picture, **more)
+        return Row(f"{source}/{item}", item, group, source, split_of(group), captions, langs, picture=stamp.picture, **more)
 
     yield row("pictures", ["en", *(lang for lang in PICTURE_LANGS if lang in stamp.texts)])
     if stamp.sound in nonverbal:
         yield row("sounds", ["en"], audio=stamp.sound, audio_type="nb")
     for lang, path in stamp.speech:
         langs = [lang, "en"] if lang != "en" and lang in stamp.texts else ["en"]
-        yield row("speech", langs, clip=f"/{lang}", audio=path, audio_type="vb", lang=lang)
+        yield row(f"speech_{lang}", langs, audio=path, audio_type="vb", lang=lang)
 
 
 def split_of(group: str) -> str:

@@ -79,7 +79,7 @@ def test_counts_by_source_and_split(shards):
     expected = Counter(f"{row.source}/{row.split}" for row in stamps(SAMPLE))
     assert counts == expected
     assert counts["pictures/train"] == 18 and counts["sounds/val"] == 2 and counts["sounds/test"] == 2
-    index = ShardFolder.open(str(shards / "speech" / "train")).counts
+    index = ShardFolder.open(str(shards / "speech_fr" / "train")).counts
     assert index["with_audio"] == index["with_frames"] == index["samples"] == 38 and 20 < index["seconds"] < 200
 
 
@@ -97,7 +97,7 @@ def test_members_are_what_the_metadata_says(shards):
 
 
 def test_captions_by_language(shards):
-    for meta in rows_of(shards / "speech" / "train"):
+    for meta in rows_of(shards / "speech_fr" / "train"):
         expected = ["en"] if meta["lang"] == "en" else [meta["lang"], "en"]
         assert meta["caption_langs"] == expected and len(meta["captions"]) == len(expected)
     apple = next(m for m in rows_of(shards / "pictures" / "train") if m["item"] == "food/fruit/apple_red")

@@ -45,14 +45,23 @@ def test_it_learns_its_training_items_by_heart(demo):
         for direction in (f"{one}_to_{other}", f"{other}_to_{one}"):
             assert set(metrics[direction]) == {"R@1", "R@5", "R@10", "MedR", "MeanR", "n_queries", "n_gallery", "p"}
             assert metrics[direction]["p"] < 0.01
-    for direction in ("text_to_video", "video_to_text", "text_to_audio", "audio_to_text", "audio_to_video", "text_to_audio/nb"):
+    for direction in (
+        "text_to_video",
+        "video_to_text",
+        "text_to_audio",
+        "audio_to_text",
+        "audio_to_video",
+        "text_to_audio/nb",
+    ):
         assert metrics[direction]["R@1"] == 100, direction
     assert {"text_to_audio/vb", "text_to_audio/vb-fr", "audio_to_video/nb", "video_to_audio/vb-es"} <= set(metrics)
 
 
 def test_every_type_token_is_evaluated(demo):
     folder = demo[0] / "runs/sample/eval/test"
-    found = {name: json.loads((folder / f"metrics{name}.json").read_text()) for name in ("", "-vb", "-nb", "-both", "-0.5")}
+    found = {
+        name: json.loads((folder / f"metrics{name}.json").read_text()) for name in ("", "-vb", "-nb", "-both", "-0.5")
+    }
     assert all(set(metrics) == set(found[""]) for metrics in found.values())
     means = [metrics["audio_to_text"]["MeanR"] for metrics in found.values()]
     assert len(set(means)) > 1  # the token changes what is heard

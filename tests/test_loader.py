@@ -83,7 +83,7 @@ def test_evaluation_pads_and_visits_everything_once():
 
 
 def loader(shards, order=None, needs=("frames", "fbank"), **changes):
-    folders = open_folders({str(shards / s / "train"): 1.0 for s in ("speech", "sounds")}, "data.train")
+    folders = open_folders({str(shards / s / "train"): 1.0 for s in ("speech_fr", "sounds")}, "data.train")
     counts = [[shard.samples for shard in f.shards] for f in folders]
     order = order or EvalOrder(counts, 16)
     cfg = DataSources(**changes)
@@ -148,7 +148,7 @@ def test_prefetching_changes_nothing_and_a_consumer_may_leave(sample_shards):
 
 def damage(shards, share: float):
     """Flip one byte in the spectrograms of a share of the speech samples."""
-    folder = shards / "speech/train"
+    folder = shards / "speech_fr/train"
     index = json.loads((folder / "index.json").read_text())
     shard = index["shards"][0]
     tar = bytearray((folder / shard["name"]).read_bytes())
@@ -180,7 +180,7 @@ def test_more_damage_than_allowed_stops(sample_shards, tmp_path):
 
 
 def test_fingerprints_that_differ_are_refused_with_both_values(sample_shards):
-    theirs = open_folders({str(sample_shards / "speech/train"): 1.0}, "data.train")[0].fingerprint
+    theirs = open_folders({str(sample_shards / "speech_fr/train"): 1.0}, "data.train")[0].fingerprint
     ours = json.loads(json.dumps(theirs))
     ours["spectrogram"]["n_fft"] = 512
     with pytest.raises(UserError, match="spectrogram.n_fft is 512 there and 1024 here"):

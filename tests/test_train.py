@@ -24,7 +24,7 @@ def tiny(sample_shards, tmp_path_factory):
     """Words that make any config tiny: a small CLIP, few steps, the shipped sample."""
     clip = tmp_path_factory.mktemp("clip") / "tiny.json"
     clip.write_text(json.dumps(TINY))
-    speech, sounds = (sample_shards / s / "train" for s in ("speech", "sounds"))
+    speech, sounds = (sample_shards / s / "train" for s in ("speech_fr", "sounds"))
     return [
         "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={clip}", "train.precision=fp32", "track.wandb=off",
         f"data.train={{{speech}: 0.5, {sounds}: 0.5}}", "train.batch_size=12", f"train.max_steps={STEPS}",
@@ -183,12 +183,12 @@ def test_a_checkpoint_of_another_model_or_fingerprint_is_refused(undisturbed, ti
         index.write_text(
             index.read_text().replace('"n_fft": 1024', '"n_fft": 512').replace('"n_fft":1024', '"n_fft":512')
         )
-    data = f"data.train={{{shards}/speech/train: 0.5, {shards}/sounds/train: 0.5}}"
+    data = f"data.train={{{shards}/speech_fr/train: 0.5, {shards}/sounds/train: 0.5}}"
     _refused(run("launch/pretrain.py", *words, data), "spectrogram.n_fft is 1024 there and 512 here")
 
 
 def test_an_empty_split_is_named(tiny, sample_shards, tmp_path):
-    shutil.copytree(sample_shards / "speech/train", tmp_path / "s")
+    shutil.copytree(sample_shards / "speech_fr/train", tmp_path / "s")
     index = json.loads((tmp_path / "s/index.json").read_text())
     (tmp_path / "s/index.json").write_text(json.dumps(index | {"shards": []}))
     _refused(run("launch/pretrain.py", *tiny, f"data.train={tmp_path / 's'}"), "is empty: no samples")

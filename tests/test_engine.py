@@ -1,0 +1,135 @@
+"""engine.py: ds.json merged with the YAML, schedule, parameter groups, safe loading, and a full disk."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run
+from test_model import TINY
+
+from clip4vla import CLIP4VLA, engine
+from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig, TrainConfig, UserError, load
+
+SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
+
+
+def merged(ds, *words):
+    return engine.merge(ds, "my.json", load(RunConfig, None, words))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_every_shipped_deepspeed_config_merges(path):
+    ds = merged(engine.read_ds_config(str(path))[0], "train.batch_size=64", "train.lr=3e-4")
+    assert ds["train_batch_size"] == ds["train_micro_batch_size_per_gpu"] == 64
+    assert ds["optimizer"]["params"]["lr"] == 3e-4 and ds["gradient_clipping"] == 1.0
+    assert not [key for key, value in engine._leaves(ds) if value == "auto"]
+
+
+def test_users_keys_pass_through_and_their_file_stays_as_it_is():
+    mine = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5}, "wall_clock_breakdown": True}
+    before = json.dumps(mine)
+    ds = merged(mine)
+    assert ds["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 5} and ds["wall_clock_breakdown"] is True
+    assert json.dumps(mine) == before
+
+
+@pytest.mark.parametrize(
+    "ds, words, said",
+    [
+        ({"train_batch_size": 8}, ["train.batch_size=16"], ["my.json", "train_batch_size=8", "train.batch_size=16"]),
+        ({"gradient_clipping": 0.5}, [], ["gradient_clipping=0.5", "train.clip=1.0"]),
+        ({"bf16": {"enabled": True}}, ["train.precision=fp32"], ["bf16.enabled=True", "train.precision"]),
+        ({"gradient_accumulation_steps": 2}, [], ["gradient_accumulation_steps=2", "whole batch"]),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, [], ["optimizer.params.lr=1.0", "train.lr"]),
+        ({"zero_optimization": {"stage": "auto"}}, [], ["zero_optimization.stage", "does not decide"]),
+    ],
+)
+def test_contradictions_name_both_places(ds, words, said):
+    with pytest.raises(UserError) as caught:
+        merged(ds, *words)
+    assert all(word in str(caught.value) for word in said) and "\n" not in str(caught.value)
+
+
+def test_precision_follows_ds_json_unless_the_yaml_decides():
+    assert merged({"bf16": {"enabled": True}})["bf16"]["enabled"] is True
+    assert merged({})["bf16"]["enabled"] is torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="my.json: fp16 is not supported on cpu"):
+            merged({"fp16": {"enabled": True}})
+
+
+def test_own_ds_json_in_the_working_folder_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert engine.read_ds_config("ds.json")[1] == engine.read_ds_config(None)[1] == str(engine.SHIPPED)
+    Path("ds.json").write_text("{}")
+    assert engine.read_ds_config("ds.json")[1] == engine.read_ds_config(None)[1] == "ds.json"
+
+
+def test_learning_rate_is_a_warm_up_and_a_cosine():
+    train = TrainConfig(max_steps=100, lr=2.0, warmup=0.1)
+    rates = [engine.learning_rate(step, train) for step in range(100)]
+    assert rates[0] == 0.2 and rates[9] == 2.0
+    assert rates[55] == pytest.approx(2 * 0.5 * (1 + math.cos(math.pi * 0.5)))
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False)) and rates[-1] < 0.01
+
+
+def tiny(**settings) -> CLIP4VLA:
+    model = CLIP4VLA(TINY, ModelConfig(clip="tiny.json", **settings), SpectrogramConfig())
+    model.freeze()
+    return model
+
+
+def test_no_decay_on_biases_norms_embeddings_and_temperature():
+    model = tiny(train_towers="text+vision+audio", learn_temperature=True)
+    decayed, plain = engine.parameter_groups(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for group, matrices in ((decayed, True), (plain, False)):
+        for p in group["params"]:
+            name = names[id(p)]
+            is_matrix = (
+                name.endswith(("weight", "proj", "text_projection")) and "ln_" not in name and "embedding" not in name
+            )
+            assert is_matrix == matrices, name
+    assert plain["weight_decay"] == 0.0 and len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_only_the_chosen_towers_train():
+    model = tiny()
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"audio"}
+
+
+def test_a_pickle_among_the_checkpoint_files_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "pwned",)
+
+    torch.save({"module": Evil()}, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(Exception, match="[Ww]eights.only|Unsupported"):
+        engine.load_tensors(str(tmp_path / "mp_rank_00_model_states.pt"))
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_full_disk_while_saving_is_one_line_and_leaves_no_half_checkpoint(sample_shards, tmp_path):
+    """A file size limit stands for the full disk: the write fails half-way."""
+    clip = tmp_path / "tiny.json"
+    clip.write_text(json.dumps(TINY))
+    words = [
+        "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={clip}", "train.precision=fp32", "track.wandb=off",
+        f"data.train={sample_shards}/sounds/train", "train.batch_size=4", "train.max_steps=2", f"run_dir={tmp_path / 'r'}",
+    ]  # fmt: skip
+    code = (
+        "import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "sys.argv = ['launch/pretrain.py', *sys.argv[1:]]; runpy.run_path('launch/pretrain.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "checkpoint" in line and str(tmp_path / "r") in line
+    assert engine.newest_checkpoint(tmp_path / "r") is None
+    assert run("launch/pretrain.py", *words).returncode == 0
+    assert engine.newest_checkpoint(tmp_path / "r").name == "step-00000002"
