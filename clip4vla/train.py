@@ -87,6 +87,7 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
     if resume:
         model = CLIP4VLA.from_checkpoint(resume)
         _must_match(model, cfg, spectrogram, resume)
+        cfg.model.train_towers = model.cfg.train_towers  # the optimizer's state is of these
         model.cfg = cfg.model
         model.freeze()
         return model.train(), str(resume)
@@ -103,9 +104,8 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
         source = cfg.model.clip
     else:  # nothing to freeze: towers without weights are trained
         model.start_audio()
-        model.cfg.train_towers = "+".join(
-            {*cfg.model.train_towers.split("+"), *(("text", "vision") if cfg.loss.at or cfg.loss.tv else ())}
-        )
+        wanted = {*cfg.model.train_towers.split("+"), *(("text", "vision") if cfg.loss.at or cfg.loss.tv else ())}
+        model.cfg.train_towers = "+".join(sorted(wanted))
         source = "scratch"
     model.freeze()
     return model.train(), source

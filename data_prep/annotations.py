@@ -72,7 +72,9 @@ def _stamp_rows(item: str, stamp: Stamp, group: str, nonverbal: set[str]) -> Ite
 
     def row(source: str, langs: list[str], **more: Any) -> Row:
         captions = [stamp.texts[lang] for lang in langs]
-        return Row(f"{source}/{item}", item, group, source, split_of(group), captions, langs, picture=stamp.picture, **more)
+        return Row(
+            f"{source}/{item}", item, group, source, split_of(group), captions, langs, picture=stamp.picture, **more
+        )
 
     yield row("pictures", ["en", *(lang for lang in PICTURE_LANGS if lang in stamp.texts)])
     if stamp.sound in nonverbal:
