@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from clip4vla.config import UserError
 
 
-def type_mix(audio_type: str, own: Tensor | None = None) -> Tensor:
+def type_mix(audio_type: str, own: Tensor | None = None, key: str = "model.audio_type") -> Tensor:
     """Which type tokens to append, as shares of ([VB], [NB]): (1, T, 2), or (S, T, 2) by the clips' own types.
 
     vb, nb: one token. both: both tokens, T = 2 (the paper's fine-tuning). none: T = 0. A number r: the token
@@ -26,7 +26,7 @@ def type_mix(audio_type: str, own: Tensor | None = None) -> Tensor:
     except ValueError:
         ratio = -1.0
     if not 0 <= ratio <= 1:
-        raise UserError(f"model.audio_type must be vb, nb, both, none or a number from 0 to 1, not {audio_type!r}")
+        raise UserError(f"{key} must be vb, nb, both, none or a number from 0 to 1, not {audio_type!r}")
     return torch.tensor([[[1 - ratio, ratio]]])
 
 
@@ -35,6 +35,8 @@ class AudioEncoder(nn.Module):
 
     def __init__(self, vision: VisionTransformer, position_init: str = "matched"):
         super().__init__()
+        if vision.image_size != (224, 224):
+            raise UserError(f"model.clip: segments are 224 x 224, this vision tower takes {vision.image_size}")
         self.trunk = copy.deepcopy(vision)
         positions = vision.positional_embedding.detach()
         extra = torch.randn_like(positions[:1])

@@ -1,6 +1,7 @@
 """What the loader hands to the model: the clips of one step on one rank, packed so that no padding is encoded."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +34,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on the device, copied without waiting."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in values.items()})
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> "Batch":
-        """The same batch with its tensors in pinned memory, so that copies to a GPU do not wait."""
+        """The same batch with what lies in the CPU's memory pinned, so that copies to a GPU do not wait."""
+        return self._each(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{k: v.pin_memory() if torch.is_tensor(v) else v for k, v in values.items()})
+        return Batch(**{name: change(v) if torch.is_tensor(v) else v for name, v in values.items()})

@@ -110,7 +110,7 @@ class DataSources:
     val: dict[str, float] = setting({}, "shard folders for evaluation during training")
     test: dict[str, float] = setting({}, "shard folders for launch/evaluate.py")
     window: int = setting(8, "shards whose samples are shuffled together")
-    threads: int = setting(4, "reader threads of a rank")
+    threads: int = setting(4, "shards read at the same time by a rank")
     decode_threads: int = setting(2, "DALI threads of a rank")
     prefetch: int = setting(2, "batches prepared ahead")
     max_damage: float = setting(0.01, "share of samples read that may be damaged before the run stops")
@@ -184,7 +184,9 @@ class RunConfig:
 
     run_dir: str = setting("runs/default", "everything about the run goes here")
     preset: Literal["paper", "official"] = setting("paper", "defaults as in the paper, or as in the authors' code")
-    init_from: list[str] = setting([], "run folders or .safetensors files; the first that exists gives the weights")
+    init_from: list[str] = setting(
+        [], "run or checkpoint folders, or scratch; the first that is there gives the weights"
+    )
     seed: int = setting(0, "of the sample order, masks and fresh weights")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataSources = field(default_factory=DataSources)
@@ -202,7 +204,7 @@ OFFICIAL: dict[str, Any] = {
     "spectrogram.channels": "lmr",
     "spectrogram.extra_segment": True,
     "model.normalise": "padded",
-    "model.audio_type": "0.5",
+    "model.audio_type": "0.5",  # one averaged token
     "model.position_init": "unit",
     "loss.av": 2.0,
     "mask.uniform_width": True,

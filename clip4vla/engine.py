@@ -1,9 +1,12 @@
 """DeepSpeed: the user's ds.json merged with the YAML, precision, and checkpoints that are complete or do not exist."""
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from clip4vla import distributed
 from clip4vla.config import RunConfig, TrainConfig, UserError
+from clip4vla.shards import write_text
 
 AUTO = "auto"
 SHIPPED = Path(__file__).parent.parent / "configs/deepspeed/ds.json"
@@ -38,8 +42,8 @@ def read_ds_config(path: str | None) -> tuple[dict[str, Any], str]:
 def merge(ds: dict[str, Any], where: str, cfg: RunConfig) -> dict[str, Any]:
     """ds.json with "auto" and missing keys filled from the YAML; UserError naming both places where they contradict."""
     ds, train, world = json.loads(json.dumps(ds)), cfg.train, distributed.world()
-    if train.batch_size % world:
-        raise UserError(f"train.batch_size={train.batch_size} does not divide by {world} ranks")
+    if train.batch_size < 1 or train.batch_size % world:
+        raise UserError(f"train.batch_size={train.batch_size} must be a multiple of the {world} ranks")
     precision = choose_precision(ds, where, train)
     decided = {
         "train_batch_size": ("train.batch_size", train.batch_size),
@@ -49,8 +53,11 @@ def merge(ds: dict[str, Any], where: str, cfg: RunConfig) -> dict[str, Any]:
         "bf16.enabled": ("train.precision", precision == "bf16"),
         "fp16.enabled": ("train.precision", precision == "fp16"),
     }
-    own_optimizer = ds.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
-    own_optimizer.setdefault("params", {})
+    if "scheduler" in ds:
+        raise UserError(
+            f"{where}: scheduler contradicts train.lr and train.warmup of the YAML, which decide the learning rate"
+        )
+    ds.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
     for name in ("lr", "betas", "eps", "weight_decay"):
         decided[f"optimizer.params.{name}"] = (f"train.{name}", getattr(train, name))
     for key, (source, value) in decided.items():
@@ -66,6 +73,9 @@ def choose_precision(ds: dict[str, Any], where: str, train: TrainConfig) -> str:
     """fp32, bf16 or fp16, after asking the device; `auto` follows ds.json, else takes bf16 on a GPU, fp32 on a CPU."""
     from deepspeed.accelerator import get_accelerator
 
+    for kind in ("bf16", "fp16", "optimizer"):
+        if not isinstance(ds.get(kind, {}), dict):
+            raise UserError(f"{where}: {kind} must be a JSON object, not {ds[kind]!r}")
     asked = [kind for kind in ("bf16", "fp16") if ds.get(kind, {}).get("enabled") is True]
     wanted = train.precision if train.precision != AUTO else asked[0] if asked else ""
     device = get_accelerator()
@@ -134,9 +144,12 @@ def newest_checkpoint(run_dir: str | Path) -> Path | None:
 class Checkpoints:
     """Writes and reads the checkpoints of one run: DeepSpeed's state, model.safetensors in fp32 and config.json."""
 
-    def __init__(self, engine: Any, run_dir: str, keep: int, frozen: dict[str, Tensor]):
-        self.engine, self.folder, self.keep, self.frozen = engine, Path(run_dir, "checkpoints"), keep, frozen
+    def __init__(self, engine: Any, cfg: RunConfig, frozen: dict[str, Tensor], samples: list[list[int]]):
+        self.engine, self.frozen = engine, frozen
+        self.folder, self.keep = Path(cfg.run_dir, "checkpoints"), cfg.train.keep
         self.layout = {"ranks": distributed.world(), "zero_stage": engine.zero_optimization_stage()}
+        order = [samples, list(cfg.data.train.values()), cfg.train.batch_size, cfg.seed, cfg.data.window]
+        self.layout["sample order"] = hashlib.sha256(json.dumps(order).encode()).hexdigest()[:12]
 
     def save(self, step: int) -> None:
         """Write aside, fsync, rename, then `latest`: a checkpoint is complete or it does not exist."""
@@ -155,7 +168,8 @@ class Checkpoints:
     def _save(self, step: int) -> None:
         aside, final = self.folder / f"partial-{step:08d}", self.folder / f"step-{step:08d}"
         if distributed.rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+            for half_written in self.folder.glob("partial-*"):
+                shutil.rmtree(half_written, ignore_errors=True)
         distributed.barrier()
         self.engine.save_checkpoint(str(self.folder), tag=aside.name, save_latest=False, exclude_frozen_parameters=True)
         weights = self._weights()
@@ -171,13 +185,21 @@ class Checkpoints:
     def load(self, folder: Path) -> int:
         """Continue from a checkpoint of this run; returns the steps done."""
         meta = json.loads((folder / "config.json").read_text())
-        theirs = {key: meta[key] for key in self.layout}
-        if theirs != self.layout:
+        theirs = {key: meta.get(key) for key in self.layout}
+        for key, ours in self.layout.items():
+            if theirs[key] != ours:
+                what = "train.batch_size, seed, data.train or data.window" if key == "sample order" else key
+                raise UserError(
+                    f"{folder}: {what} differs: {key} {theirs[key]} there and {ours} here; resume with the same, "
+                    "or start a new run_dir with init_from"
+                )
+        try:
+            self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
+        except Exception as error:  # torch, pickle and DeepSpeed raise many kinds for damaged files
+            reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{folder}: was written with {theirs}, this run has {self.layout}: resume with the same, or use init_from"
-            )
-        path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
-        assert path is not None
+                f"{folder}: cannot be continued from ({reason}); remove it to go on from the one before"
+            ) from None
         return meta["step"]
 
     def _weights(self) -> dict[str, Tensor]:
@@ -191,9 +213,8 @@ class Checkpoints:
                 master = safe_get_full_fp32_param(parameter)  # a collective: every rank takes part
                 with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                     full = (parameter if master is None else master).detach().float().cpu()
-                weights[name] = full.reshape(
-                    parameter.ds_shape if hasattr(parameter, "ds_id") else parameter.shape
-                ).clone()
+                if distributed.rank() == 0:
+                    weights[name] = full.reshape(getattr(parameter, "ds_shape", parameter.shape)).clone()
         return weights
 
     def _publish(self, aside: Path, final: Path) -> None:
@@ -202,11 +223,19 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         _fsync(self.folder)
-        pointer = self.folder / "latest.partial"
-        pointer.write_text(final.name)
-        pointer.rename(self.folder / "latest")
+        write_text(self.folder / "latest", final.name)  # for people and for DeepSpeed's own tools
         for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
             shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def whole_weights(engine: Any) -> Iterator[None]:
+    """Inside, every rank holds all weights, also under ZeRO-3: for passes that do not go through engine.forward."""
+    import deepspeed
+
+    split = [p for p in engine.module.parameters() if hasattr(p, "ds_id")]
+    with deepspeed.zero.GatheredParameters(split, enabled=bool(split)):
+        yield
 
 
 def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -231,6 +260,8 @@ def _decide(ds: dict[str, Any], key: str, value: Any, where: str, source: str) -
     *parents, leaf = key.split(".")
     for parent in parents:
         ds = ds.setdefault(parent, {})
+        if not isinstance(ds, dict):
+            raise UserError(f"{where}: {parent} must be a JSON object, not {ds!r}")
     if ds.get(leaf, AUTO) != AUTO and ds[leaf] != value:
         raise UserError(
             f'{where}: {key}={ds[leaf]!r} contradicts {source}={value!r} of the YAML; set one of them to the other, or "auto"'

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip4vla import distributed, report, retrieval
+from clip4vla.audio_encoder import type_mix
 from clip4vla.config import RunConfig, UserError
 from clip4vla.loader import EvalOrder, Loader, check_fingerprint, number, open_folders
 from clip4vla.model import CLIP4VLA
@@ -46,13 +47,13 @@ class Side:
 
 
 def evaluate(
-    model: CLIP4VLA, cfg: RunConfig, sources: dict[str, float], name: str, say: Say, key: str = "data.val"
+    model: CLIP4VLA, cfg: RunConfig, sources: dict[str, float], name: str, say: Say, with_examples: bool = False
 ) -> tuple[dict[str, dict], list[report.Query]] | None:
-    """Metrics by direction for every type token of cfg.eval.types, written to run_dir/eval/NAME/metrics[-TYPE].json.
+    """Metrics by direction for every type token of _types(cfg), written to run_dir/eval/NAME/metrics[-TYPE].json.
 
-    All ranks embed; rank 0 ranks, and returns the main token's metrics with queries for the report page.
+    All ranks embed; rank 0 ranks, and returns the main token's metrics, with_examples also queries for the report page.
     """
-    folders = open_folders(sources, key)
+    folders = open_folders(sources, "data.test" if with_examples else "data.val")
     check_fingerprint(model.config(), folders[0].fingerprint, "the model", folders[0].url)
     loader = eval_loader(cfg, folders, next(model.parameters()).device)
     training = model.training
@@ -63,23 +64,36 @@ def evaluate(
         return None
     folder = Path(cfg.run_dir, "eval", name)
     folder.mkdir(parents=True, exist_ok=True)
-    results = {}
-    for audio_type in cfg.eval.types:
+    results, shown = {}, []
+    for audio_type in _types(cfg):
         pairs = list(directions(clips, vectors, audio_type))
         results[audio_type] = {title: rank(query, gallery, cfg) for title, query, gallery in pairs}
-        suffix = "" if audio_type == cfg.eval.types[0] else f"-{audio_type}"
+        suffix = "" if audio_type == _types(cfg)[0] else f"-{audio_type}"
         (folder / f"metrics{suffix}.json").write_text(json.dumps(results[audio_type], indent=1))
         if not suffix:
             say(f"{name}, type token {audio_type}:\n{table(results[audio_type])}")
-            shown = examples(pairs, clips, loader, cfg)
-    return results[cfg.eval.types[0]], shown
+            shown = examples(pairs, clips, loader, cfg) if with_examples else []
+    return results[_types(cfg)[0]], shown
+
+
+def _types(cfg: RunConfig) -> list[str]:
+    return cfg.eval.types or [cfg.model.audio_type]
+
+
+def check_evaluation(cfg: RunConfig) -> None:
+    """UserError at the start of a run for what would stop its first evaluation."""
+    for audio_type in _types(cfg):
+        if audio_type != "data":
+            type_mix(audio_type, key="eval.types")
+    if cfg.eval.batch_size % distributed.world():
+        raise UserError(f"eval.batch_size={cfg.eval.batch_size} does not divide by {distributed.world()} ranks")
+    if cfg.eval.every:
+        open_folders(cfg.data.val, "data.val")
 
 
 def eval_loader(cfg: RunConfig, folders: list, device: torch.device) -> Loader:
     """Every clip of the folders once, in order."""
     order = EvalOrder([[shard.samples for shard in folder.shards] for folder in folders], cfg.eval.batch_size)
-    if cfg.eval.batch_size % distributed.world():
-        raise UserError(f"eval.batch_size={cfg.eval.batch_size} does not divide by {distributed.world()} ranks")
     return Loader(
         folders, order, cfg.data, tokenize=tokenizer(cfg.model.clip, cfg.model.max_tokens), mask=cfg.mask, seed=cfg.seed,
         needs=("frames", "fbank"), device=device, damage_log=Path(cfg.run_dir, f"damaged-{distributed.rank()}.jsonl"),
@@ -89,7 +103,7 @@ def eval_loader(cfg: RunConfig, folders: list, device: torch.device) -> Loader:
 def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> tuple[dict[int, dict], dict[str, dict]]:
     """(metadata, vectors), on rank 0's CPU. Clips are numbered by their place in the loader's order: `video` and
     `audio/TYPE` map clip numbers to vectors (D,), `text` maps (clip number, caption number) to them."""
-    mine: dict[str, dict] = {name: {} for name in ("clips", "video", "text", *(f"audio/{t}" for t in cfg.eval.types))}
+    mine: dict[str, dict] = {name: {} for name in ("clips", "video", "text", *(f"audio/{t}" for t in _types(cfg)))}
     for k, batch in enumerate(loader.batches(0, len(loader.order))):
         batch = batch.to(loader.device)
         index = [k * loader.order.batch_size + distributed.rank() + i * distributed.world() for i in range(len(batch))]
@@ -98,11 +112,13 @@ def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> tuple[dict[int, di
         tokens = loader.tokenize([text for texts in captions for text in texts] or [""]).to(loader.device)
         texts = F.normalize(model.encode_text(tokens)[0].float(), dim=-1)
         mine["clips"] |= {i: meta for i, meta in zip(index, batch.meta, strict=True) if meta["id"]}
-        mine["text"] |= dict(zip(flat, texts.cpu(), strict=False))
+        mine["text"] |= {name: vector.clone() for name, vector in zip(flat, texts.cpu(), strict=False)}
         mine["video"] |= _where(batch.has_frames, index, model.encode_vision(batch))
-        for audio_type in cfg.eval.types:
+        for audio_type in _types(cfg):
             mine[f"audio/{audio_type}"] |= _where(batch.has_audio, index, model.encode_audio(batch, audio_type))
     parts = distributed.gather_objects(mine)
+    if distributed.rank():
+        return {}, {}
     merged = {name: dict(sorted(row for part in parts for row in part[name].items())) for name in mine}
     return merged.pop("clips"), merged
 
@@ -164,7 +180,8 @@ def _tags(clip: dict) -> tuple[str, ...]:
 
 
 def _where(there: Tensor, index: list[int], vectors: Tensor) -> dict[int, Tensor]:
-    return {i: v for i, v, ok in zip(index, vectors.cpu(), there.tolist(), strict=True) if ok}
+    """The vectors that are there, each with memory of its own: a view would be pickled with its whole batch."""
+    return {i: v.clone() for i, v, ok in zip(index, vectors.cpu(), there.tolist(), strict=True) if ok}
 
 
 def rank(query: Side, gallery: Side, cfg: RunConfig) -> dict[str, Any]:
@@ -236,7 +253,7 @@ def write_report(cfg: RunConfig, checkpoint: Path, metrics: dict[str, dict], que
     places = {Path(place).name: read_rows(place) for place in [*cfg.init_from, cfg.run_dir]}
     page = Path(cfg.run_dir, "report.html")
     settings = {"run": cfg.run_dir, "checkpoint": checkpoint.name, "data": ", ".join(cfg.data.test)}
-    settings |= {"clip": cfg.model.clip, "type token": cfg.eval.types[0], "preset": cfg.preset}
+    settings |= {"clip": cfg.model.clip, "type token": _types(cfg)[0], "preset": cfg.preset}
     report.write(
         page,
         f"{Path(cfg.run_dir).name}: test split",

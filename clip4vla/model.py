@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clip4vla import towers
 from clip4vla.audio_encoder import AudioEncoder, type_mix
 from clip4vla.batch import Batch
-from clip4vla.config import LossConfig, MaskConfig, ModelConfig, SpectrogramConfig, UserError, to_dict
+from clip4vla.config import DataConfig, LossConfig, MaskConfig, ModelConfig, SpectrogramConfig, UserError, load, to_dict
 from clip4vla.masking import masked_view
 from clip4vla.spectrogram import decode, normalise
 
@@ -30,9 +31,7 @@ class CLIP4VLA(nn.Module):
         self.log_scale = nn.Parameter(
             torch.tensor([math.log(1 / cfg.temperature)])
         )  # 1-d: DeepSpeed broadcasts no scalars
-        mean, std = towers.image_statistics(cfg.clip)
-        self.register_buffer("image_mean", torch.tensor(mean).view(3, 1, 1) * 255)
-        self.register_buffer("image_std", torch.tensor(std).view(3, 1, 1) * 255)
+        self.image_statistics = towers.image_statistics(cfg.clip)
 
     def load_clip(self) -> bool:
         """Fill text and vision from the weights that cfg.clip names; False if it names none."""
@@ -64,8 +63,8 @@ class CLIP4VLA(nn.Module):
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Vectors (F, D), not normalised, of RGB frames (F, 3, 224, 224) in 0..255."""
-        dtype = self.vision.proj.dtype
-        return self.vision(((frames.float() - self.image_mean.float()) / self.image_std.float()).to(dtype))
+        mean, std = (255 * torch.tensor(x, device=frames.device).view(3, 1, 1) for x in self.image_statistics)
+        return self.vision(((frames.float() - mean) / std).to(self.vision.conv1.weight.dtype))
 
     def encode_segments(self, segments: Tensor, mix: Tensor) -> Tensor:
         """Vectors (S, D), not normalised, of normalised segments; mix: see audio_encoder.type_mix."""
@@ -83,7 +82,8 @@ class CLIP4VLA(nn.Module):
 
     def forward(self, batch: Batch, loss: LossConfig, mask: MaskConfig) -> dict[str, Tensor]:
         """Unit vectors (B, D) that the losses with a weight need: text, vision, audio, masked; and `scale` = 1 / temperature."""
-        features = {"scale": self.log_scale.float().exp()}
+        fixed = torch.full_like(self.log_scale, 1 / self.cfg.temperature, dtype=torch.float32)  # log_scale may be bf16
+        features = {"scale": self.log_scale.float().exp() if self.cfg.learn_temperature else fixed}
         if loss.at or loss.tv:
             with torch.set_grad_enabled(self._trains(self.text)):
                 features["text"] = F.normalize(self.encode_text(batch.tokens)[0].float(), dim=-1)
@@ -121,7 +121,7 @@ class CLIP4VLA(nn.Module):
             tree = json.loads((Path(folder) / "config.json").read_text())
             model = cls(tree["clip"], ModelConfig(**tree["model"]), SpectrogramConfig(**tree["spectrogram"]))
             model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: not a readable checkpoint ({' '.join(str(error).split())[:200]})") from None
         return model.eval()
 
@@ -137,7 +137,7 @@ def from_official(state: dict[str, Tensor], cfg: ModelConfig) -> CLIP4VLA:
     """CLIP4VLA from the authors' flat state dict: clip.* (OpenAI's names), audio.visual.*; the task heads are left."""
     clip = {key[5:]: value.float() for key, value in state.items() if key.startswith("clip.")}
     config = towers.infer_config(clip, "official checkpoint") | {"quick_gelu": True}
-    model = CLIP4VLA(config, cfg, SpectrogramConfig())
+    model = CLIP4VLA(config, cfg, load(DataConfig, None, ["preset=official"]).spectrogram)
     vision = {key[7:]: value for key, value in clip.items() if key.startswith("visual.")}
     text = {key: value for key, value in clip.items() if not key.startswith("visual.") and key != "logit_scale"}
     audio = {key[13:]: value.float() for key, value in state.items() if key.startswith("audio.visual.")}

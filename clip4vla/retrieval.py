@@ -52,9 +52,7 @@ def summary(ranks: Tensor, n_gallery: int, p: float | None) -> dict[str, float |
     values = ranks.cpu().numpy()
     values = values[~np.isnan(values)]
     if not len(values):
-        raise UserError(
-            "retrieval: no query has a right answer in the gallery; check that the data has both modalities"
-        )
+        raise UserError(NO_ANSWER)
     recall = {f"R@{k}": 100 * float((values <= k).mean()) for k in (1, 5, 10)}
     middle = {"MedR": float(np.median(values)), "MeanR": float(values.mean())}
     return {**recall, **middle, "n_queries": len(values), "n_gallery": n_gallery, "p": p}
@@ -79,9 +77,7 @@ def permutation_p(
     rng = np.random.default_rng(seed)
     usable = torch.isin(query_group, gallery_group).nonzero()[:, 0].cpu().numpy()
     if not len(usable):
-        raise UserError(
-            "retrieval: no query has a right answer in the gallery; check that the data has both modalities"
-        )
+        raise UserError(NO_ANSWER)
     chosen = torch.from_numpy(np.sort(rng.permutation(usable)[:max_queries])).to(query.device)
     groups, own = query_group[chosen].unique(return_inverse=True)
     gain = torch.zeros(len(groups), len(groups), dtype=torch.float64, device=query.device)

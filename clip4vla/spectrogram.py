@@ -57,7 +57,7 @@ def _channels(wave: Tensor, cfg: SpectrogramConfig) -> Tensor:
 def n_segments(rows: int, cfg: SpectrogramConfig) -> int:
     """Segments that `rows` rows fill: ceil(rows / 224), and one more, blank, where the released code appends it."""
     extra = cfg.extra_segment and rows % cfg.segment_rows == 0
-    return math.ceil(rows / cfg.segment_rows) + int(extra)
+    return min(cfg.max_segments, math.ceil(rows / cfg.segment_rows) + int(extra))
 
 
 def crop(decibels: Tensor, cfg: SpectrogramConfig) -> Tensor:

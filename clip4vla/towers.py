@@ -125,7 +125,7 @@ def tokenizer(clip: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
 
     def tokenize(texts: list[str]) -> Tensor:
         tokens = full(texts)
-        return tokens[:, : int((tokens != 0).sum(1).max())]
+        return tokens[:, : int(tokens.argmax(1).max()) + 1]  # [EOS] has the largest number; 0 is padding, but "!" too
 
     return tokenize
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from clip4vla import distributed
 from clip4vla.config import RunConfig, UserError, to_dict
+from clip4vla.shards import write_text
 
 PACKAGES = ("torch", "deepspeed", "open_clip_torch", "nvidia-dali-cuda130", "webdataset")
 
@@ -25,9 +26,9 @@ class Tracker:
         self.active, self.folder = distributed.rank() == 0, Path(cfg.run_dir)
         if not self.active:
             return
-        self.rows = read_rows(self.folder, until=step)
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
-        (self.folder / "metrics.jsonl").write_text(text)
+        write_text(
+            self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in read_rows(self.folder, until=step))
+        )
         self.metrics = (self.folder / "metrics.jsonl").open("a")
         self.bar = tqdm(total=cfg.train.max_steps, initial=step, disable=None, dynamic_ncols=True, unit="step")
         self.wandb = _start_wandb(cfg, self.folder)
@@ -116,7 +117,8 @@ def _start_wandb(cfg: RunConfig, folder: Path) -> Any:
     except ImportError:
         raise UserError("track.wandb: wandb is not installed: pip install wandb, or set track.wandb=off") from None
     os.environ.setdefault("WANDB_SILENT", "true")
-    name = folder.name
-    return wandb.init(
-        project=cfg.track.project, name=name, id=name, resume="allow", dir=folder, mode=mode, config=to_dict(cfg)
-    )
+    mark = folder / "wandb_id"  # a resumed run goes on as the same one
+    if not mark.exists():
+        mark.write_text(wandb.util.generate_id())
+    known = {"id": mark.read_text(), "resume": "allow"}
+    return wandb.init(project=cfg.track.project, name=folder.name, dir=folder, mode=mode, config=to_dict(cfg), **known)

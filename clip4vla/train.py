@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clip4vla import distributed, engine, tracking
 from clip4vla.config import RunConfig, SpectrogramConfig, UserError, to_dict
-from clip4vla.evaluation import evaluate
+from clip4vla.evaluation import check_evaluation, evaluate
 from clip4vla.loader import Loader, TrainOrder, check_fingerprint, open_folders
 from clip4vla.losses import objective
 from clip4vla.model import CLIP4VLA
@@ -28,18 +28,20 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
     torch.manual_seed(cfg.seed)
     folders = open_folders(cfg.data.train, "data.train")
     ds = engine.merge(*engine.read_ds_config(ds_config), cfg)
-    tracking.start_run(cfg, ds)
-    resume = engine.newest_checkpoint(cfg.run_dir)
+    check_evaluation(cfg)
+    resume = distributed.gather_objects(engine.newest_checkpoint(cfg.run_dir))[0]  # one rank's view of the disk
     model, origin = build_model(cfg, folders[0].fingerprint, resume)
+    tracking.start_run(cfg, ds)
     frozen = engine.frozen_weights(model)
     run = engine.start(model, ds)
-    checkpoints = engine.Checkpoints(run, cfg.run_dir, cfg.train.keep, frozen)
+    sizes = [[shard.samples for shard in folder.shards] for folder in folders]
+    checkpoints = engine.Checkpoints(run, cfg, frozen, sizes)
     step = checkpoints.load(resume) if resume else 0
     tracker = tracking.Tracker(cfg, step)
     _introduce(cfg, folders, model, origin, ds, step, tracker)
     loader = train_loader(cfg, folders, device)
     stop = _Signals()
-    meter = Meter(cfg, step, device)
+    meter = Meter(cfg, device)
     for batch in meter.timed(loader.batches(step, cfg.train.max_steps)):
         for group in run.optimizer.param_groups:
             group["lr"] = engine.learning_rate(step, cfg.train)
@@ -53,10 +55,13 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
         saving = step % cfg.train.save_every == 0 or step == cfg.train.max_steps or stopped
         if saving or step % cfg.train.log_every == 0:
             tracker.rows_of(meter.rows(step, run))  # stops if a loss is not finite, so such a state is never saved
-        if cfg.eval.every and step % cfg.eval.every == 0:
-            evaluate(run.module, cfg, cfg.data.val, f"val-{step:08d}", tracker.say)
         if saving:
             checkpoints.save(step)
+        if cfg.eval.every and step % cfg.eval.every == 0:
+            with engine.whole_weights(run):
+                evaluate(run.module, cfg, cfg.data.val, f"val-{step:08d}", tracker.say)
+        if not meter.pending:
+            meter.restart()  # the rates are those of training alone
         if stopped:
             break
     tracker.say(f"step {step} of {cfg.train.max_steps}: state saved in {cfg.run_dir}/checkpoints")
@@ -83,6 +88,11 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
 
     1. the newest complete checkpoint of this run; 2. init_from; 3. the CLIP weights that model.clip names; 4. scratch.
     """
+    if (cfg.model.fusion, cfg.model.modalities) != ("global_global", "av"):
+        raise UserError(
+            f"model.fusion={cfg.model.fusion}, model.modalities={cfg.model.modalities}: heads and single modalities belong "
+            "to fine-tuning, which is not written yet; take global_global and av"
+        )
     spectrogram = SpectrogramConfig(**fingerprint["spectrogram"])
     if resume:
         model = CLIP4VLA.from_checkpoint(resume)
@@ -92,7 +102,7 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
         model.freeze()
         return model.train(), str(resume)
     model = CLIP4VLA(describe_clip(cfg.model.clip, cfg.model.quick_gelu), cfg.model, spectrogram)
-    source = next((place for place in cfg.init_from if Path(place).exists()), None)
+    source = next((place for place in cfg.init_from if _checkpoint_in(place)), None)
     if cfg.init_from and not source and "scratch" not in cfg.init_from:
         raise UserError(
             f"init_from: none of {', '.join(cfg.init_from)} exists; add `scratch` to the list to start without"
@@ -104,16 +114,22 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
         source = cfg.model.clip
     else:  # nothing to freeze: towers without weights are trained
         model.start_audio()
-        wanted = {*cfg.model.train_towers.split("+"), *(("text", "vision") if cfg.loss.at or cfg.loss.tv else ())}
+        wanted = {*cfg.model.train_towers.split("+"), *(["text"] if cfg.loss.at or cfg.loss.tv else [])}
+        wanted |= {"vision"} if cfg.loss.av or cfg.loss.tv else set()
         model.cfg.train_towers = "+".join(sorted(wanted))
         source = "scratch"
     model.freeze()
     return model.train(), source
 
 
+def _checkpoint_in(place: str) -> Path | None:
+    """The newest checkpoint of a run folder, or the folder itself if it is one."""
+    return engine.newest_checkpoint(place) or (Path(place) if Path(place, "model.safetensors").is_file() else None)
+
+
 def _load_initial(model: CLIP4VLA, source: str, cfg: RunConfig, spectrogram: SpectrogramConfig) -> Path:
     """Weights of another run or checkpoint; its audio tower only if it was trained there."""
-    folder = engine.newest_checkpoint(source) or Path(source)
+    folder = _checkpoint_in(source)
     other = CLIP4VLA.from_checkpoint(folder)
     heard = "audio" in other.cfg.train_towers
     _must_match(other, cfg, spectrogram if heard else None, folder)
@@ -160,8 +176,8 @@ def _introduce(cfg, folders, model, origin, ds, step, tracker) -> None:
 class Meter:
     """Collects what a step gives on the device, and turns it into rows on the logging steps."""
 
-    def __init__(self, cfg: RunConfig, step: int, device: torch.device):
-        self.cfg, self.device, self.first = cfg, device, step
+    def __init__(self, cfg: RunConfig, device: torch.device):
+        self.cfg, self.device = cfg, device
         self.pending: list[dict[str, Tensor]] = []
         self.waited = 0.0
         self.since = time.perf_counter()
@@ -179,19 +195,15 @@ class Meter:
     def add(self, losses: dict[str, Tensor], batch: Any) -> None:
         """Note the losses of one step, without waiting for them."""
         named = {name if name == "loss" else f"loss/{name}": value.detach() for name, value in losses.items()}
-        if batch.hidden_rows.numel():
-            named["hidden_rows"] = batch.hidden_rows.sum() / batch.segment_rows.sum()
-        self.pending.append(named)
+        counts = {"hidden": batch.hidden_rows.sum().float(), "heard": batch.segment_rows.sum().float()}
+        self.pending.append(named | counts)
 
     def rows(self, step: int, run: Any) -> list[dict[str, Any]]:
         """Rows of the steps since the last call; stops the run if a loss is not finite."""
         if not self.pending:
             return []
         names = list(self.pending[0])
-        missing = torch.zeros((), device=self.device)
-        table = distributed.mean(
-            torch.stack([torch.stack([row.get(n, missing).float() for n in names]) for row in self.pending])
-        )
+        table = distributed.mean(torch.stack([torch.stack([row[n].float() for n in names]) for row in self.pending]))
         first, seconds = step - len(table), time.perf_counter() - self.since
         rows = [
             {
@@ -202,6 +214,9 @@ class Meter:
             | dict(zip(names, values, strict=True))
             for i, values in enumerate(table.tolist())
         ]
+        for row in rows:
+            hidden, heard = row.pop("hidden"), row.pop("heard")
+            row |= {"hidden_rows": hidden / heard} if heard else {}
         _must_be_finite(rows, self.cfg.run_dir)
         rows[-1] |= {
             "grad_norm": float(run.get_global_grad_norm() or 0.0),
@@ -210,8 +225,12 @@ class Meter:
             "memory_gib": _peak_memory(self.device),
             "time": time.time(),
         }
-        self.pending, self.waited, self.since = [], 0.0, time.perf_counter()
+        self.pending = []
         return rows
+
+    def restart(self) -> None:
+        """Start the clock of the next rows."""
+        self.waited, self.since = 0.0, time.perf_counter()
 
 
 def _must_be_finite(rows: list[dict[str, Any]], run_dir: str) -> None:

@@ -59,9 +59,9 @@ def read_audio(path: Path, start: float | None = None, end: float | None = None)
     return torch.from_numpy(np.ascontiguousarray(wave.T)), rate
 
 
-def jpeg(pixels: np.ndarray, quality: int) -> bytes:
+def jpeg(pixels: np.ndarray, quality: int, subsampling: str = "4:2:0") -> bytes:
     """JPEG bytes of (H, W, 3), (H, W, 1) uint8."""
-    return _encode(pixels, "JPEG", quality=quality)
+    return _encode(pixels, "JPEG", quality=quality, subsampling=subsampling)
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -235,7 +235,7 @@ def fbank(cfg: DataConfig, path: Path, start: float | None, end: float | None) -
     spec = cfg.spectrogram
     decibels = crop(log_mel(wave, rate, spec), spec)
     picture = encode(decibels, spec)
-    data = png(picture) if spec.codec == "png" else jpeg(picture, spec.quality)
+    data = png(picture) if spec.codec == "png" else jpeg(picture, spec.quality, "4:4:4")
     counts = {"n_rows": decibels.shape[1], "n_segments": len(picture) // spec.segment_rows}
     return counts | {"has_audio": True, "duration": wave.shape[1] / rate, "members": {f"fbank.{spec.codec}": data}}
 

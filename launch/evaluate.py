@@ -4,21 +4,23 @@ laptop    python launch/evaluate.py configs/pretrain/stamps.yaml
 two ranks deepspeed --num_accelerators 2 launch/evaluate.py configs/pretrain/stamps.yaml eval.types=[both,0.3]
 """
 
-from clip4vla import distributed, engine
 from clip4vla.config import RunConfig, UserError, cli, command_line
-from clip4vla.evaluation import evaluate, write_report
-from clip4vla.model import CLIP4VLA
 
 
 @cli
 def main() -> None:
     cfg, _ = command_line(RunConfig, "configs/pretrain/stamps.yaml", __doc__)
+    from clip4vla import distributed, engine  # after the settings are read: a typing error shows at once
+    from clip4vla.evaluation import check_evaluation, evaluate, write_report
+    from clip4vla.model import CLIP4VLA
+
     device = distributed.setup()
+    check_evaluation(cfg)
     checkpoint = engine.newest_checkpoint(cfg.run_dir)
     if checkpoint is None:
         raise UserError(f"run_dir {cfg.run_dir}: no checkpoint there; train first, or name the run with run_dir=FOLDER")
     model = CLIP4VLA.from_checkpoint(checkpoint).to(device)
-    result = evaluate(model, cfg, cfg.data.test, "test", print, key="data.test")
+    result = evaluate(model, cfg, cfg.data.test, "test", print, with_examples=True)
     if result:
         print(f"report: {write_report(cfg, checkpoint, *result)}")
     distributed.barrier()

@@ -226,3 +226,25 @@ def test_towers_equal_open_clips_own(official):
     torch.testing.assert_close(
         towers.encode_text(clip.text, tokens)[0], clip.text(F.pad(tokens, (0, 77 - tokens.shape[1])))
     )
+
+
+def test_marks_of_exclamation_are_no_padding():
+    """Token 0 is "!" as well as padding: the longest caption of a batch must keep its [EOS]."""
+    tokenize = towers.tokenizer("x.json", 77)
+    for texts in (["what!?) a cat"], ["!", "a crow!!!"], ["x " * 100, "!"]):
+        tokens = tokenize(texts)
+        assert (tokens.max(1).values == 49407).all() and tokens.shape[1] == 1 + tokens.argmax(1).max()
+
+
+def test_a_fixed_temperature_is_exact_in_bf16(official):
+    from clip4vla.config import LossConfig, MaskConfig
+
+    model = CLIP4VLA(TINY, ModelConfig(clip="tiny.json", temperature=0.01), SpectrogramConfig()).to(torch.bfloat16)
+    scale = model.forward(None, LossConfig(at=0, av=0, aa=0), MaskConfig())["scale"]
+    assert scale.item() == 100 and scale.dtype == torch.float32
+
+
+def test_a_tower_of_another_picture_size_is_refused():
+    config = TINY | {"vision_cfg": TINY["vision_cfg"] | {"image_size": 256}}
+    with pytest.raises(UserError, match="224 x 224"):
+        AudioEncoder(towers.build_clip(config).visual)

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def tiny(sample_shards, tmp_path_factory):
         "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={clip}", "train.precision=fp32", "track.wandb=off",
         f"data.train={{{speech}: 0.5, {sounds}: 0.5}}", "train.batch_size=12", f"train.max_steps={STEPS}",
         "train.log_every=1", "train.save_every=2", "data.decode_threads=1",
+        f"data.val=[{sample_shards}/speech_fr/val, {sample_shards}/sounds/val]", "eval.permutations=0",
     ]  # fmt: skip
 
 
@@ -91,12 +93,11 @@ def test_kill_9_of_one_rank_at_a_random_step_then_resume_gives_the_same_losses_t
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs), said
 
 
-@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
-def test_a_signal_to_one_rank_saves_and_exits_85_and_the_run_goes_on_from_there(undisturbed, tiny, tmp_path, name):
+def test_usr1_to_one_rank_saves_and_exits_85_and_the_run_goes_on_from_there(undisturbed, tiny, tmp_path):
     words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.save_every=1000"]
     with _started(words) as launcher:
         _wait_for(tmp_path / "r/metrics.jsonl", 2)
-        os.kill(_ranks(launcher)[1], getattr(signal, name))
+        os.kill(_ranks(launcher)[1], signal.SIGUSR1)
         assert launcher.wait(60) == 85
     (saved,) = (tmp_path / "r/checkpoints").glob("step-*")
     assert max(trace(tmp_path / "r")) == int(saved.name[-8:]) < STEPS
@@ -104,13 +105,28 @@ def test_a_signal_to_one_rank_saves_and_exits_85_and_the_run_goes_on_from_there(
     assert trace(tmp_path / "r") == trace(undisturbed[0])
 
 
+def test_term_saves_and_exits_85(tiny, tmp_path):
+    words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.save_every=1000", "train.max_steps=500"]
+    with subprocess.Popen(
+        [sys.executable, "launch/pretrain.py", *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL
+    ) as one:
+        _wait_for(tmp_path / "r/metrics.jsonl", 2)
+        one.send_signal(signal.SIGTERM)
+        assert one.wait(60) == 85
+    (saved,) = (tmp_path / "r/checkpoints").glob("step-*")
+    assert max(trace(tmp_path / "r")) == int(saved.name[-8:])
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_zero_stages_agree(undisturbed, tiny, tmp_path, stage):
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    words = [*tiny, f"run_dir={tmp_path / 'r'}", "--deepspeed_config", tmp_path / "ds.json"]
+    words = [*tiny, f"run_dir={tmp_path / 'r'}", "--deepspeed_config", tmp_path / "ds.json", "eval.every=4"]
     done = deepspeed(2, "launch/pretrain.py", *words)
     assert done.returncode == 0, done.stderr
     ours, theirs = trace(tmp_path / "r"), trace(undisturbed[0])
+    for step in (4, 8):  # evaluation in between changes nothing, and works on partitioned weights
+        metrics = json.loads((tmp_path / f"r/eval/val-{step:08d}/metrics.json").read_text())
+        assert metrics["text_to_audio"]["n_gallery"] == 4
     for step, losses in theirs.items():
         assert ours[step] == pytest.approx(losses, rel=1e-5)
     shapes = [{k: v.shape for k, v in load_file(f / "checkpoints/step-00000008/model.safetensors").items()}
@@ -152,16 +168,42 @@ BAD = [
     (["--deepspeed_config", "README.md"], "README.md: not valid JSON"),
     (["train.precision=fp16"], "train.precision: fp16 is not supported on cpu"),
     (["train.batch_size=100000"], "fewer than its"),
-    (["init_from=runs/none"], "init_from: none of runs/none exists"),
+    (["init_from=runs/none"], "init_from: no checkpoint in runs/none"),
     (["model.clip=nope.json"], "model.clip: nope.json"),
     (["model.train_towers=sound"], "model.train_towers: 'sound'"),
+    (["model.fusion=local_local"], "model.fusion=local_local"),
+    (["train.batch_size=0"], "train.batch_size=0 must be a multiple"),
+    (["eval.types=[loud]"], "eval.types must be vb, nb, both"),
+    (["eval.every=2", "data.val=[]"], "data.val names no shard folder"),
     (["run_dir=/proc/nothing"], "run_dir /proc/nothing: cannot be written"),
 ]
 
 
-@pytest.mark.parametrize("words, expected", BAD, ids=[" ".join(words) for words, _ in BAD])
-def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path, words, expected):
-    _refused(run("launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}", *words), expected)
+@pytest.fixture(scope="module")
+def refusals(tiny, tmp_path_factory):
+    """(exit code, stderr) of launch/pretrain.py for each of BAD: one process runs them all, which saves the imports."""
+    driver = (
+        "import contextlib, io, json, runpy, sys\n"
+        "out = []\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    sys.argv = ['launch/pretrain.py', *words]\n"
+        "    with contextlib.redirect_stderr(io.StringIO()) as said:\n"
+        "        try: runpy.run_path('launch/pretrain.py', run_name='__main__'); code = 0\n"
+        "        except SystemExit as end: code = end.code\n"
+        "    out.append((code, said.getvalue()))\n"
+        "print(json.dumps(out))"
+    )
+    folder = tmp_path_factory.mktemp("bad")
+    cases = [[*map(str, tiny), f"run_dir={folder}", *words] for words, _ in BAD]
+    done = run("-c", driver, json.dumps(cases))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("number", range(len(BAD)), ids=[" ".join(words) for words, _ in BAD])
+def test_bad_input_is_one_line_and_exit_code_2(refusals, number):
+    code, said = refusals[number]
+    assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and BAD[number][1] in said
 
 
 def test_ds_json_that_contradicts_the_yaml_names_both(tiny, tmp_path):
@@ -238,3 +280,20 @@ def _ranks(launcher: subprocess.Popen) -> list[int]:
             rank = next(v for v in environ if v.startswith(b"RANK="))
             found[int(rank[5:])] = int(proc.parent.name)
     return [found[rank] for rank in sorted(found)]
+
+
+def test_the_official_preset_from_media_to_a_trained_step(tiny, tmp_path):
+    """Left/mid/right spectrograms with the released code's window, FFT, blank segment, normalisation and masks."""
+    out = tmp_path / "shards"
+    done = run("data_prep/shard.py", "configs/data/sample.yaml", f"out={out}", "preset=official")
+    assert done.returncode == 0, done.stderr
+    data = f"data.train={{{out}/speech_fr/train: 0.5, {out}/sounds/train: 0.5}}"
+    words = [*tiny, data, "preset=official", f"run_dir={tmp_path / 'r'}", "train.max_steps=2", "train.batch_size=8"]
+    done = run("launch/pretrain.py", *words)
+    assert done.returncode == 0, done.stderr
+    saved = json.loads((tmp_path / "r/checkpoints/step-00000002/config.json").read_text())
+    assert saved["spectrogram"]["channels"] == "lmr" and saved["model"]["normalise"] == "padded"
+    _refused(
+        run("launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}"),
+        "spectrogram.window is 'hann' there and 'hamming' here",
+    )
