@@ -35,8 +35,6 @@ class AudioEncoder(nn.Module):
 
     def __init__(self, vision: VisionTransformer, position_init: str = "matched"):
         super().__init__()
-        if vision.image_size != (224, 224):
-            raise UserError(f"model.clip: segments are 224 x 224, this vision tower takes {vision.image_size}")
         self.trunk = copy.deepcopy(vision)
         positions = vision.positional_embedding.detach()
         extra = torch.randn_like(positions[:1])

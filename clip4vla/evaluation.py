@@ -252,7 +252,8 @@ def write_report(cfg: RunConfig, checkpoint: Path, metrics: dict[str, dict], que
     """run_dir/report.html: loss curves of this run and of the one it started from, the metrics, and the examples."""
     places = {Path(place).name: read_rows(place) for place in [*cfg.init_from, cfg.run_dir]}
     page = Path(cfg.run_dir, "report.html")
-    settings = {"run": cfg.run_dir, "checkpoint": checkpoint.name, "data": ", ".join(cfg.data.test)}
+    data = f"{next(iter(cfg.data.test))} and {len(cfg.data.test) - 1} more"
+    settings = {"run": cfg.run_dir, "checkpoint": checkpoint.name, "data": data}
     settings |= {"clip": cfg.model.clip, "type token": _types(cfg)[0], "preset": cfg.preset}
     report.write(
         page,

@@ -56,8 +56,8 @@ def _channels(wave: Tensor, cfg: SpectrogramConfig) -> Tensor:
 
 def n_segments(rows: int, cfg: SpectrogramConfig) -> int:
     """Segments that `rows` rows fill: ceil(rows / 224), and one more, blank, where the released code appends it."""
-    extra = cfg.extra_segment and rows % cfg.segment_rows == 0
-    return min(cfg.max_segments, math.ceil(rows / cfg.segment_rows) + int(extra))
+    full = rows % cfg.segment_rows == 0 and rows < cfg.max_segments * cfg.segment_rows
+    return math.ceil(rows / cfg.segment_rows) + int(cfg.extra_segment and full)
 
 
 def crop(decibels: Tensor, cfg: SpectrogramConfig) -> Tensor:

@@ -102,6 +102,11 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
         model.freeze()
         return model.train(), str(resume)
     model = CLIP4VLA(describe_clip(cfg.model.clip, cfg.model.quick_gelu), cfg.model, spectrogram)
+    size = (spectrogram.segment_rows, spectrogram.n_mels)
+    if model.vision.image_size != size:
+        raise UserError(
+            f"model.clip: its pictures are {model.vision.image_size}, segments {size}: take a CLIP of that size"
+        )
     source = next((place for place in cfg.init_from if _checkpoint_in(place)), None)
     if cfg.init_from and not source and "scratch" not in cfg.init_from:
         raise UserError(

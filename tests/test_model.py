@@ -242,9 +242,3 @@ def test_a_fixed_temperature_is_exact_in_bf16(official):
     model = CLIP4VLA(TINY, ModelConfig(clip="tiny.json", temperature=0.01), SpectrogramConfig()).to(torch.bfloat16)
     scale = model.forward(None, LossConfig(at=0, av=0, aa=0), MaskConfig())["scale"]
     assert scale.item() == 100 and scale.dtype == torch.float32
-
-
-def test_a_tower_of_another_picture_size_is_refused():
-    config = TINY | {"vision_cfg": TINY["vision_cfg"] | {"image_size": 256}}
-    with pytest.raises(UserError, match="224 x 224"):
-        AudioEncoder(towers.build_clip(config).visual)

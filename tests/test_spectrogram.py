@@ -88,6 +88,7 @@ def test_segments_are_ceil_of_rows_and_never_blank(samples):
 def test_official_appends_a_blank_segment_where_rows_divide():
     assert [n_segments(rows, OFFICIAL) for rows in (223, 224, 225, 448)] == [1, 2, 2, 3]
     assert [n_segments(rows, CFG) for rows in (223, 224, 225, 448)] == [1, 1, 2, 2]
+    assert n_segments(2240, OFFICIAL) == n_segments(2240, CFG) == OFFICIAL.max_segments
 
 
 @pytest.mark.parametrize("rate", [5000, 8000, 11025, 16000, 22050, 44100, 48000])
@@ -103,7 +104,8 @@ def test_a_sine_lands_in_its_mel_channel_at_any_rate(rate, hz):
 
 def test_left_mid_right_and_mono():
     stereo = torch.stack([noise(1)[0], torch.zeros(16000)])
-    left, mid, right = log_mel(stereo, 16000, OFFICIAL)
+    live = mel_filters(OFFICIAL).sum(0) > 0
+    left, mid, right = log_mel(stereo, 16000, OFFICIAL)[:, :, live]
     torch.testing.assert_close(left - mid, torch.full_like(mid, 20 * math.log10(2)), atol=0.01, rtol=0)
     assert right.max() == (left.max() - 80)
     mono = log_mel(noise(1), 16000, OFFICIAL)

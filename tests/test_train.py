@@ -206,6 +206,15 @@ def test_bad_input_is_one_line_and_exit_code_2(refusals, number):
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and BAD[number][1] in said
 
 
+def test_towers_of_another_picture_size_are_refused(tiny, tmp_path):
+    clip = tmp_path / "large.json"
+    clip.write_text(json.dumps(TINY | {"vision_cfg": TINY["vision_cfg"] | {"image_size": 256}}))
+    _refused(
+        run("launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}", f"model.clip={clip}"),
+        "its pictures are (256, 256)",
+    )
+
+
 def test_ds_json_that_contradicts_the_yaml_names_both(tiny, tmp_path):
     (tmp_path / "ds.json").write_text('{"train_batch_size": 64}')
     words = ["--deepspeed_config", tmp_path / "ds.json"]
