@@ -134,15 +134,16 @@ def directions(clips: dict[int, dict], vectors: dict[str, dict], audio_type: str
     text = _texts(clips, vectors["text"], video, lambda clip, j: tuple(clip.get("caption_langs", [])[j : j + 1]))
     spoken = _texts(clips, vectors["text"], audio, lambda clip, _: _tags(clip))
     for a, b in ((text, video), (spoken, audio), (video, audio)):
-        whole = len(_once(a, clips).clip), len(_once(b, clips).clip)
+        seen = []
         for tag in ("", *sorted({tag for tags in a.tags + b.tags for tag in tags})):
             few = [_once(side.tagged(tag), clips) for side in (a, b)]
-            if set(few[0].group.tolist()) & set(few[1].group.tolist()) and not (
-                tag and whole == tuple(len(f.clip) for f in few)
-            ):
-                ending = f"/{tag}" if tag else ""
-                yield f"{a.kind}_to_{b.kind}{ending}", *few
-                yield f"{b.kind}_to_{a.kind}{ending}", *reversed(few)
+            rows = [side.clip for side in few]
+            if rows in seen or not set(few[0].group.tolist()) & set(few[1].group.tolist()):
+                continue  # the same things under another name, or nothing to find
+            seen.append(rows)
+            ending = f"/{tag}" if tag else ""
+            yield f"{a.kind}_to_{b.kind}{ending}", *few
+            yield f"{b.kind}_to_{a.kind}{ending}", *reversed(few)
 
 
 def _media(kind: str, clips: dict[int, dict], vectors: dict[int, Tensor]) -> Side:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,6 @@ def _start_wandb(cfg: RunConfig, folder: Path) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     mark = folder / "wandb_id"  # a resumed run goes on as the same one
     if not mark.exists():
-        mark.write_text(wandb.util.generate_id())
+        mark.write_text(uuid.uuid4().hex)
     known = {"id": mark.read_text(), "resume": "allow"}
     return wandb.init(project=cfg.track.project, name=folder.name, dir=folder, mode=mode, config=to_dict(cfg), **known)

@@ -9,6 +9,10 @@ if [ "$set" = stamps ] && ! bash data_prep/get_stamps.sh data/stamps_source; the
     echo "The stamps cannot be fetched (apt-get and dpkg-deb of a Debian or Ubuntu machine do that); the demo goes on with tests/sample instead."
     set=sample
 fi
+if [ "$set" = stamps ] && ! python -c "import cairosvg" 2>/dev/null; then
+    echo "A third of the pictures are drawings, which need libcairo2 (apt-get install libcairo2); the demo goes on with tests/sample instead."
+    set=sample
+fi
 clock "shards"
 python data_prep/shard.py configs/data/$set.yaml
 clock "a small CLIP from scratch"
