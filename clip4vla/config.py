@@ -8,7 +8,9 @@ import dataclasses
 import difflib
 import errno
 import functools
+import os
 import sys
+import time
 import types
 import typing
 from dataclasses import dataclass, field
@@ -22,46 +24,47 @@ class UserError(ValueError):
     """A mistake that the person at the keyboard can mend: one line that says what, where, and what to change."""
 
 
-def setting(default: Any, meaning: str) -> Any:
-    """A dataclass field with its meaning, which `--help` prints."""
+def setting(default: Any, meaning: str, low: float | None = None) -> Any:
+    """A dataclass field with its meaning, which `--help` prints, and the least value that makes sense."""
+    metadata = {"help": meaning, "low": low}
     if isinstance(default, dict | list):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": meaning})
-    return field(default=default, metadata={"help": meaning})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
 class SpectrogramConfig:
     """Waveform to log-mel segments, and their 8-bit code. Shapes the pixels, so all of it is in the fingerprint."""
 
-    sample_rate: int = setting(16000, "Hz; audio is resampled to it")
+    sample_rate: int = setting(16000, "Hz; audio is resampled to it", low=1000)
     window: Literal["hamming", "hann"] = setting("hamming", "window function (official: hann)")
-    win_length: int = setting(512, "samples in a window (32 ms)")
-    hop_length: int = setting(128, "samples between rows (8 ms, so 125 rows a second)")
-    n_fft: int = setting(1024, "FFT points; 512 leaves 12 of the 224 mel filters without a bin (official: 512)")
-    n_mels: int = setting(224, "mel channels, the width of a segment")
+    win_length: int = setting(512, "samples in a window (32 ms)", low=2)
+    hop_length: int = setting(128, "samples between rows (8 ms, so 125 rows a second)", low=1)
+    n_fft: int = setting(1024, "FFT points; 512 leaves 12 of the 224 mel filters without a bin (official: 512)", low=2)
+    n_mels: int = setting(224, "mel channels, the width of a segment", low=1)
     f_min: float = setting(0.0, "Hz, lower edge of the lowest mel filter")
     f_max: float = setting(8000.0, "Hz, upper edge of the highest mel filter")
     top_db: float = setting(80.0, "dB kept below the loudest point of a clip")
     channels: Literal["mono", "lmr"] = setting("mono", "one channel, or left/mid/right as RGB (official: lmr)")
-    segment_rows: int = setting(224, "rows of a segment (1.792 s)")
+    segment_rows: int = setting(224, "rows of a segment (1.792 s)", low=1)
     extra_segment: bool = setting(False, "append a blank segment when rows divide by 224 (official: true, a bug)")
-    max_segments: int = setting(10, "longer clips keep their contiguous centre")
+    max_segments: int = setting(10, "longer clips keep their contiguous centre", low=1)
     db_min: float = setting(-95.0, "dB stored as 0")
     db_max: float = setting(32.5, "dB stored as 255 (steps of 0.5 dB with the default range)")
     codec: Literal["png", "jpg"] = setting(
         "jpg", "png is lossless after the 8-bit code; jpg 95 takes 3/4 of it and errs by 0.9 dB rms"
     )
-    quality: int = setting(95, "JPEG quality of spectrograms")
+    quality: int = setting(95, "JPEG quality of spectrograms", low=1)
 
 
 @dataclass
 class FramesConfig:
     """The film strip: frames of a clip, resized and cropped as CLIP does, stacked vertically in one JPEG."""
 
-    size: int = setting(224, "pixels, both sides")
-    fps: float = setting(1.0, "frames per second")
-    max_frames: int = setting(12, "longer clips are sampled uniformly")
-    quality: int = setting(90, "JPEG quality of the film strip")
+    size: int = setting(224, "pixels, both sides", low=32)
+    fps: float = setting(1.0, "frames per second", low=0.01)
+    max_frames: int = setting(12, "longer clips are sampled uniformly", low=1)
+    quality: int = setting(90, "JPEG quality of the film strip", low=1)
 
 
 @dataclass
@@ -73,9 +76,9 @@ class DataConfig:
     media_root: str = setting("", "folder with the media; paths in manifests are relative to it and stay inside")
     out: str = setting("", "folder that receives SOURCE/SPLIT/{*.tar, index.json, quarantine.jsonl}")
     preset: Literal["paper", "official"] = setting("paper", "defaults as in the paper, or as in the authors' code")
-    samples_per_shard: int = setting(256, "samples in one tar")
-    workers: int = setting(0, "processes; 0: one for each core")
-    max_damage: float = setting(0.01, "share of items that may fail before shard.py gives up")
+    samples_per_shard: int = setting(256, "samples in one tar", low=1)
+    workers: int = setting(0, "processes; 0: one for each core", low=0)
+    max_damage: float = setting(0.01, "share of items that may fail before shard.py gives up", low=0)
     spectrogram: SpectrogramConfig = field(default_factory=SpectrogramConfig)
     frames: FramesConfig = field(default_factory=FramesConfig)
 
@@ -88,7 +91,9 @@ class ModelConfig:
         "ViT-B-32-quickgelu/openai",
         "open_clip name, NAME/PRETRAINED tag, weights file (.safetensors, .pt), or .json in open_clip's format",
     )
-    quick_gelu: Literal["auto", "yes", "no"] = setting("auto", "activation of a weights file; auto: OpenAI .pt yes")
+    quick_gelu: Literal["auto", "yes", "no"] = setting(
+        "auto", "activation; auto: as the weights were trained, yes for OpenAI's"
+    )
     modalities: Literal["v", "a", "av"] = setting("av", "which media towers are used beside text")
     fusion: Literal["global_global", "global_local", "local_local"] = setting("global_global", "retrieval head")
     audio_type: str = setting("both", "type token when not pre-training: vb, nb, both, none, or the share of NB, 0..1")
@@ -96,8 +101,8 @@ class ModelConfig:
     audio_init: Literal["vision", "scratch"] = setting("vision", "where the audio tower starts")
     position_init: Literal["matched", "unit"] = setting("matched", "extra position row: as the others, or std 1")
     normalise: Literal["valid", "padded"] = setting("valid", "z-score over valid rows, or after zero padding in dB")
-    max_tokens: int = setting(32, "text tokens, [SOS] and [EOS] included")
-    temperature: float = setting(0.01, "of the cosine similarities")
+    max_tokens: int = setting(32, "text tokens, [SOS] and [EOS] included", low=2)
+    temperature: float = setting(0.01, "of the cosine similarities", low=0.0001)
     learn_temperature: bool = setting(False, "train the temperature too")
     train_towers: str = setting("audio", "trainable towers joined by +, e.g. text+vision; the others are frozen")
 
@@ -109,11 +114,10 @@ class DataSources:
     train: dict[str, float] = setting({}, "shard folder: share; a folder or a list of folders means equal shares")
     val: dict[str, float] = setting({}, "shard folders for evaluation during training")
     test: dict[str, float] = setting({}, "shard folders for launch/evaluate.py")
-    window: int = setting(8, "shards whose samples are shuffled together")
-    threads: int = setting(4, "shards read at the same time by a rank")
-    decode_threads: int = setting(2, "DALI threads of a rank")
-    prefetch: int = setting(2, "batches prepared ahead")
-    max_damage: float = setting(0.01, "share of samples read that may be damaged before the run stops")
+    window: int = setting(8, "shards whose samples are shuffled together", low=1)
+    decode_threads: int = setting(2, "DALI threads of a rank", low=1)
+    prefetch: int = setting(2, "batches prepared ahead", low=0)
+    max_damage: float = setting(0.01, "share of samples read that may be damaged before the run stops", low=0)
 
 
 @dataclass
@@ -131,9 +135,9 @@ class LossConfig:
 class MaskConfig:
     """The augmented view of a spectrogram."""
 
-    time_share: float = setting(0.15, "share of the rows where a masked run starts")
-    channel_share: float = setting(0.05, "share of the mel channels where a masked run starts")
-    width: int = setting(10, "rows or channels in a run; runs may overlap")
+    time_share: float = setting(0.15, "share of the rows where a masked run starts", low=0)
+    channel_share: float = setting(0.05, "share of the mel channels where a masked run starts", low=0)
+    width: int = setting(10, "rows or channels in a run; runs may overlap", low=0)
     uniform_width: bool = setting(False, "draw each width from 0..width (official: true)")
     fill: Literal["mean", "zero_db"] = setting("mean", "0 after normalisation, or 0 dB before it (official)")
 
@@ -142,32 +146,32 @@ class MaskConfig:
 class TrainConfig:
     """The training loop."""
 
-    max_steps: int = setting(1000, "optimizer steps")
-    batch_size: int = setting(256, "clips in the global batch, over all ranks")
+    max_steps: int = setting(1000, "optimizer steps", low=1)
+    batch_size: int = setting(256, "clips in the global batch, over all ranks", low=1)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: bf16 on a GPU that has it, else fp32")
-    lr: float = setting(1e-4, "peak learning rate")
+    lr: float = setting(1e-4, "peak learning rate", low=0)
     betas: list[float] = setting([0.9, 0.98], "AdamW")
-    eps: float = setting(1e-6, "AdamW")
-    weight_decay: float = setting(0.2, "not on biases, norms, embeddings and temperature")
-    warmup: float = setting(0.1, "share of the steps with a linear warm-up; cosine after it")
-    clip: float = setting(1.0, "gradient norm; 0: off")
-    log_every: int = setting(10, "steps between log lines; the only steps that wait for the device")
-    save_every: int = setting(500, "steps between checkpoints")
-    keep: int = setting(2, "checkpoints kept")
+    eps: float = setting(1e-6, "AdamW", low=0)
+    weight_decay: float = setting(0.2, "not on biases, norms, embeddings and temperature", low=0)
+    warmup: float = setting(0.1, "share of the steps with a linear warm-up; cosine after it", low=0)
+    clip: float = setting(1.0, "gradient norm; 0: off", low=0)
+    log_every: int = setting(10, "steps between log lines; the only steps that wait for the device", low=1)
+    save_every: int = setting(500, "steps between checkpoints", low=1)
+    keep: int = setting(2, "checkpoints kept", low=1)
 
 
 @dataclass
 class EvalConfig:
     """Zero-shot retrieval."""
 
-    every: int = setting(0, "steps between evaluations on data.val; 0: never")
-    batch_size: int = setting(128, "clips in a batch, over all ranks")
+    every: int = setting(0, "steps between evaluations on data.val; 0: never", low=0)
+    batch_size: int = setting(128, "clips in a batch, over all ranks", low=1)
     captions: Literal["first", "all"] = setting("all", "captions of an item used as queries")
     types: list[str] = setting(
         ["both"], "type tokens, the first is the main one: vb, nb, both, none, data (the clip's own), or 0..1"
     )
-    permutations: int = setting(2000, "for the p-value; 0: none")
-    report_queries: int = setting(20, "queries shown on the report page")
+    permutations: int = setting(2000, "for the p-value; 0: none", low=0)
+    report_queries: int = setting(20, "queries shown on the report page", low=0)
 
 
 @dataclass
@@ -187,7 +191,7 @@ class RunConfig:
     init_from: list[str] = setting(
         [], "run or checkpoint folders, or scratch; the first that is there gives the weights"
     )
-    seed: int = setting(0, "of the sample order, masks and fresh weights")
+    seed: int = setting(0, "of the sample order, masks and fresh weights", low=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataSources = field(default_factory=DataSources)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -286,6 +290,8 @@ def cli(main: typing.Callable[[], None]) -> typing.Callable[[], None]:
             said = f"{error.filename or 'writing'}: {error.strerror}: make room, or choose another folder"
         else:
             return
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # most mistakes are every rank's: rank 0 says it, and the launcher ends the others meanwhile
         print(f"error: {said}", file=sys.stderr, flush=True)
         sys.exit(2)
 
@@ -320,6 +326,7 @@ def _override(word: str, value: Any = None) -> dict[str, Any]:
 
 def _merge(config: Any, tree: dict[str, Any], where: str, prefix: str) -> None:
     hints = typing.get_type_hints(type(config))
+    known = {item.name: item for item in dataclasses.fields(config)}
     for key, value in tree.items():
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0) or sorted(hints)[:1]
@@ -329,7 +336,10 @@ def _merge(config: Any, tree: dict[str, Any], where: str, prefix: str) -> None:
                 raise UserError(f"{where}: {prefix}{key} holds settings, not {value!r}")
             _merge(getattr(config, key), value, where, f"{prefix}{key}.")
         else:
-            setattr(config, key, _coerce(value, hints[key], where, prefix + key))
+            value, low = _coerce(value, hints[key], where, prefix + key), known[key].metadata["low"]
+            if low is not None and value < low:
+                raise UserError(f"{where}: {prefix}{key} must be at least {low}, not {value}")
+            setattr(config, key, value)
 
 
 def _coerce(value: Any, kind: Any, where: str, key: str) -> Any:
@@ -351,11 +361,10 @@ def _coerce(value: Any, kind: Any, where: str, key: str) -> Any:
     if origin is list and isinstance(value, list | str | int | float):
         items = value if isinstance(value, list) else [value]
         return [_coerce(item, args[0], where, key) for item in items]
-    if origin is dict and isinstance(value, dict | list | str):
-        shares = (
-            dict.fromkeys([value] if isinstance(value, str) else value, 1.0) if not isinstance(value, dict) else value
-        )
-        return {str(name): _coerce(share, args[1], where, f"{key}.{name}") for name, share in shares.items()}
+    names = [value] if isinstance(value, str) else value
+    if origin is dict and isinstance(names, dict | list) and all(isinstance(name, str) for name in names):
+        shares = names if isinstance(names, dict) else dict.fromkeys(names, 1.0)
+        return {name: _coerce(share, args[1], where, f"{key}.{name}") for name, share in shares.items()}
     raise UserError(f"{where}: {key} must be {_type_name(kind)}, not {value!r}")
 
 

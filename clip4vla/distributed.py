@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clip4vla.config import UserError
+
 
 def setup() -> torch.device:
     """Join the process group that the launcher announced (none: a single process) and return this rank's device."""
@@ -14,6 +16,10 @@ def setup() -> torch.device:
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     alone = "WORLD_SIZE" not in os.environ
+    if not alone and "MASTER_ADDR" not in os.environ:
+        raise UserError(
+            "MASTER_ADDR and MASTER_PORT are not set: rank 0's host name and a free port, the same for all tasks"
+        )
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
     cuda = torch.cuda.is_available()

@@ -42,7 +42,7 @@ def read_ds_config(path: str | None) -> tuple[dict[str, Any], str]:
 def merge(ds: dict[str, Any], where: str, cfg: RunConfig) -> dict[str, Any]:
     """ds.json with "auto" and missing keys filled from the YAML; UserError naming both places where they contradict."""
     ds, train, world = json.loads(json.dumps(ds)), cfg.train, distributed.world()
-    if train.batch_size < 1 or train.batch_size % world:
+    if train.batch_size % world:
         raise UserError(f"train.batch_size={train.batch_size} must be a multiple of the {world} ranks")
     precision = choose_precision(ds, where, train)
     decided = {

@@ -289,6 +289,8 @@ def _caption(clip: dict, key: tuple[int, ...]) -> str:
 
 def _apportion(shares: Sequence[float], total: int) -> list[int]:
     """Whole numbers in proportion to the shares that add up to total (largest remainders)."""
+    if min(shares) < 0 or sum(shares) <= 0:
+        raise UserError(f"data.train: shares must be positive, not {list(shares)}")
     exact = np.array(shares, float) / sum(shares) * total
     parts = np.floor(exact).astype(int)
     parts[np.argsort(parts - exact, kind="stable")[: total - parts.sum()]] += 1

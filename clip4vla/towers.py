@@ -35,6 +35,9 @@ def describe_clip(clip: str, quick_gelu: str = "auto") -> dict[str, Any]:
     if config is None:
         near = difflib.get_close_matches(clip, open_clip.list_models(), n=1, cutoff=0)
         raise UserError(f"model.clip: open_clip knows no model {clip!r} (nearest: {near[0]}), and no such file exists")
+    trained_with = open_clip.get_pretrained_cfg(*clip.partition("/")[::2]).get("quick_gelu")  # OpenAI's: yes
+    if quick_gelu != "auto" or trained_with is not None:
+        config["quick_gelu"] = trained_with if quick_gelu == "auto" else quick_gelu == "yes"
     return {key: config[key] for key in TOWER_KEYS if key in config}
 
 

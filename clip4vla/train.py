@@ -29,6 +29,8 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
     folders = open_folders(cfg.data.train, "data.train")
     ds = engine.merge(*engine.read_ds_config(ds_config), cfg)
     check_evaluation(cfg)
+    if not any(to_dict(cfg.loss)[name] for name in ("at", "av", "aa", "tv")):
+        raise UserError("loss: every weight is 0: give at, av, aa or tv one")
     resume = distributed.gather_objects(engine.newest_checkpoint(cfg.run_dir))[0]  # one rank's view of the disk
     model, origin = build_model(cfg, folders[0].fingerprint, resume)
     tracking.start_run(cfg, ds)

@@ -3,6 +3,7 @@
 # SET: stamps (Tux Paint's, from Debian) or sample (the few that ship under tests/sample).
 set -euo pipefail
 set=${1:-stamps}
+ranks=$(python -c "import torch; print(min(2, torch.cuda.device_count()) or 2)")
 clock() { echo "[$((SECONDS / 60)) min $((SECONDS % 60)) s] $*"; }
 
 if [ "$set" = stamps ] && ! bash data_prep/get_stamps.sh data/stamps_source; then
@@ -16,12 +17,12 @@ fi
 clock "shards"
 python data_prep/shard.py configs/data/$set.yaml
 clock "a small CLIP from scratch"
-deepspeed --num_accelerators 2 launch/pretrain.py configs/pretrain/${set}_clip.yaml
+deepspeed --num_accelerators "$ranks" launch/pretrain.py configs/pretrain/${set}_clip.yaml
 clock "its ears"
 if [ "$set" = stamps ]; then
-    deepspeed --num_accelerators 2 launch/pretrain.py --deepspeed_config ds.json
+    deepspeed --num_accelerators "$ranks" launch/pretrain.py --deepspeed_config ds.json
 else
-    deepspeed --num_accelerators 2 launch/pretrain.py --deepspeed_config ds.json configs/pretrain/$set.yaml
+    deepspeed --num_accelerators "$ranks" launch/pretrain.py --deepspeed_config ds.json configs/pretrain/$set.yaml
 fi
 clock "evaluation"
 python launch/evaluate.py configs/pretrain/$set.yaml

@@ -55,6 +55,10 @@ def test_each_official_difference_is_one_named_setting():
         ("- a\n- b", "expected `key: value`"),
         ("a: [", "not valid YAML"),
         ("data: {train: {x: many}}", "data.train.x must be float"),
+        ("data: {train: [{x: 1}]}", "data.train must be"),
+        ("train: {save_every: 0}", "train.save_every must be at least 1, not 0"),
+        ("model: {temperature: 0}", "model.temperature must be at least 0.0001, not 0"),
+        ("seed: -1", "seed must be at least 0, not -1"),
     ],
 )
 def test_a_wrong_file_gets_one_line_with_file_and_key(tmp_path, text, words):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from clip4vla import distributed, towers
 from clip4vla.config import DataSources, MaskConfig, UserError
-from clip4vla.loader import EvalOrder, Loader, Place, TrainOrder, check_fingerprint, open_folders
+from clip4vla.loader import EvalOrder, Loader, TrainOrder, check_fingerprint, open_folders
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=7)
 
@@ -73,6 +73,12 @@ def test_shuffling_mixes_shards_within_the_window():
 def test_a_source_smaller_than_its_part_of_a_batch_is_named():
     with pytest.raises(UserError, match="source 2 has 5 samples, fewer than its 6"):
         TrainOrder([[50], [5]], [0.5, 0.5], 12, 0, 1)
+
+
+def test_shares_must_be_positive():
+    for shares in ([0.0, 0.0], [1.0, -1.0]):
+        with pytest.raises(UserError, match="shares must be positive"):
+            TrainOrder([[50], [50]], shares, 12, 0, 1)
 
 
 def test_evaluation_pads_and_visits_everything_once():
@@ -198,10 +204,6 @@ def test_without_dali_there_is_one_clear_line(sample_shards):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "UserError: reading shards needs NVIDIA DALI: pip install" in done.stderr
-
-
-def test_place_is_a_plain_tuple():
-    assert Place(0, 1, 2, 3) == (0, 1, 2, 3)
 
 
 def _picture(data: bytes) -> Image.Image:

@@ -183,6 +183,13 @@ def test_any_vit_of_open_clip_by_name():
 
 
 @pytest.mark.parametrize(
+    "clip, setting, quick", [("ViT-B-32/openai", "auto", True), ("ViT-B-32", "auto", None), ("ViT-B-32", "yes", True)]
+)
+def test_activation_is_the_one_the_weights_were_trained_with(clip, setting, quick):
+    assert towers.describe_clip(clip, setting).get("quick_gelu") is quick
+
+
+@pytest.mark.parametrize(
     "clip, words",
     [("ViT-B-33", "nearest: ViT-B-32"), ("none.json", "none.json"), ("none.pt", "no weights file none.pt")],
 )

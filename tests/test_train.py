@@ -119,7 +119,8 @@ def test_term_saves_and_exits_85(tiny, tmp_path):
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_zero_stages_agree(undisturbed, tiny, tmp_path, stage):
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # nothing is too small to be partitioned
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
     words = [*tiny, f"run_dir={tmp_path / 'r'}", "--deepspeed_config", tmp_path / "ds.json", "eval.every=4"]
     done = deepspeed(2, "launch/pretrain.py", *words)
     assert done.returncode == 0, done.stderr
@@ -132,6 +133,11 @@ def test_zero_stages_agree(undisturbed, tiny, tmp_path, stage):
     shapes = [{k: v.shape for k, v in load_file(f / "checkpoints/step-00000008/model.safetensors").items()}
               for f in (tmp_path / "r", undisturbed[0])]  # fmt: skip
     assert shapes[0] == shapes[1]
+    if stage == 3:  # continued from an earlier checkpoint, it ends the same
+        shutil.rmtree(tmp_path / "r/checkpoints/step-00000008")
+        done = deepspeed(2, "launch/pretrain.py", *words)
+        assert done.returncode == 0 and "6 done of 8" in done.stdout, done.stderr
+        assert trace(tmp_path / "r") == ours
 
 
 def test_one_rank_gives_the_losses_of_two(undisturbed, tiny, tmp_path):
@@ -172,7 +178,9 @@ BAD = [
     (["model.clip=nope.json"], "model.clip: nope.json"),
     (["model.train_towers=sound"], "model.train_towers: 'sound'"),
     (["model.fusion=local_local"], "model.fusion=local_local"),
-    (["train.batch_size=0"], "train.batch_size=0 must be a multiple"),
+    (["train.batch_size=0"], "train.batch_size must be at least 1"),
+    (["loss={at: 0, av: 0, aa: 0}"], "every weight is 0"),
+    (["data.train={x: 0}"], "no shards found in x"),
     (["eval.types=[loud]"], "eval.types must be vb, nb, both"),
     (["eval.every=2", "data.val=[]"], "data.val names no shard folder"),
     (["run_dir=/proc/nothing"], "run_dir /proc/nothing: cannot be written"),
@@ -204,6 +212,10 @@ def refusals(tiny, tmp_path_factory):
 def test_bad_input_is_one_line_and_exit_code_2(refusals, number):
     code, said = refusals[number]
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and BAD[number][1] in said
+
+
+def test_two_ranks_say_it_once(tiny):
+    _refused(deepspeed(2, "launch/pretrain.py", *tiny, "data.train=nowhere"), "no shards found in nowhere")
 
 
 def test_towers_of_another_picture_size_are_refused(tiny, tmp_path):
