@@ -16,10 +16,6 @@ def setup() -> torch.device:
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     alone = "WORLD_SIZE" not in os.environ
-    if not alone and "MASTER_ADDR" not in os.environ:
-        raise UserError(
-            "MASTER_ADDR and MASTER_PORT are not set: rank 0's host name and a free port, the same for all tasks"
-        )
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
     cuda = torch.cuda.is_available()
@@ -35,6 +31,10 @@ def setup() -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if alone:  # no port to agree on, so that any number of single runs fit on a machine
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        elif "MASTER_ADDR" not in os.environ:
+            raise UserError(
+                "MASTER_ADDR and MASTER_PORT are not set: rank 0's host name and a free port, the same for all tasks"
+            )
         else:
             dist.init_process_group(backend)
     return device

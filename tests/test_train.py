@@ -63,13 +63,6 @@ def test_two_ranks_train_log_and_save(undisturbed):
     assert "# torch 2." in (folder / "config.yaml").read_text()
 
 
-def test_the_same_command_again_finds_everything_done(undisturbed, tiny, tmp_path):
-    shutil.copytree(undisturbed[0], tmp_path / "r")
-    done = deepspeed(2, "launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}")
-    assert done.returncode == 0 and f"{STEPS} done of {STEPS}" in done.stdout
-    assert trace(tmp_path / "r") == trace(undisturbed[0])
-
-
 def test_kill_9_of_one_rank_at_a_random_step_then_resume_gives_the_same_losses_to_the_last_bit(
     undisturbed, tiny, tmp_path
 ):
