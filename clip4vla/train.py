@@ -112,7 +112,7 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
     source = next((place for place in cfg.init_from if _checkpoint_in(place)), None)
     if cfg.init_from and not source and "scratch" not in cfg.init_from:
         raise UserError(
-            f"init_from: none of {', '.join(cfg.init_from)} exists; add `scratch` to the list to start without"
+            f"init_from: no checkpoint in {', '.join(cfg.init_from)}; add `scratch` to the list to start without"
         )
     if source:
         source = str(_load_initial(model, source, cfg, spectrogram))
