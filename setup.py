@@ -24,8 +24,10 @@ setup(
         "tqdm",
         "pillow",
         "matplotlib",
+        "av>=14",
+        "ijson>=3.2",
         "soundfile>=0.12",
         "cairosvg>=2.7",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "scikit-learn", "scipy"]},
+    extras_require={"dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "scikit-learn", "scikit-video", "scipy"]},
 )

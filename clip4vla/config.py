@@ -62,7 +62,7 @@ class FramesConfig:
     """The film strip: frames of a clip, resized and cropped as CLIP does, stacked vertically in one JPEG."""
 
     size: int = setting(224, "pixels, both sides", low=32)
-    fps: float = setting(1.0, "frames per second", low=0.01)
+    fps: float = setting(1.0, "frames per second; 0: max_frames of every clip", low=0)
     max_frames: int = setting(12, "longer clips are sampled uniformly", low=1)
     quality: int = setting(90, "JPEG quality of the film strip", low=1)
 
@@ -71,13 +71,19 @@ class FramesConfig:
 class DataConfig:
     """What data_prep/shard.py does: media and annotations in, tar shards out."""
 
-    dataset: Literal["stamps", "folder"] = setting("folder", "which annotation format, see data_prep/annotations.py")
+    dataset: Literal[
+        "folder", "stamps", "howto100m", "audioset", "msrvtt", "msrvtt_1ka", "vatex", "audiocaps", "clotho",
+        "activitynet", "youcook2", "esc50", "ucf101",
+    ] = setting("folder", "which annotation format, see data_prep/annotations.py")  # fmt: skip
     annotations: str = setting("", "annotation file or folder; empty: media_root")
     media_root: str = setting("", "folder with the media; paths in manifests are relative to it and stay inside")
+    cut: bool = setting(False, "files named after a whole video hold the annotated interval alone")
+    clips_per_video: int = setting(0, "howto100m: clips taken of a video, spread over it; 0: all", low=0)
     out: str = setting("", "folder that receives SOURCE/SPLIT/{*.tar, index.json, quarantine.jsonl}")
     preset: Literal["paper", "official"] = setting("paper", "defaults as in the paper, or as in the authors' code")
     samples_per_shard: int = setting(256, "samples in one tar", low=1)
     workers: int = setting(0, "processes; 0: one for each core", low=0)
+    time_limit: float = setting(120.0, "seconds after which a file that hangs is given up", low=0.1)
     max_damage: float = setting(0.01, "share of items that may fail before shard.py gives up", low=0)
     spectrogram: SpectrogramConfig = field(default_factory=SpectrogramConfig)
     frames: FramesConfig = field(default_factory=FramesConfig)
@@ -118,6 +124,9 @@ class DataSources:
     decode_threads: int = setting(2, "DALI threads of a rank", low=1)
     prefetch: int = setting(2, "batches prepared ahead", low=0)
     max_damage: float = setting(0.01, "share of samples read that may be damaged before the run stops", low=0)
+    vectors: Literal["auto", "use", "off"] = setting(
+        "auto", "frozen text and vision from data_prep/embed.py's vectors: where every folder has them, always, never"
+    )
 
 
 @dataclass

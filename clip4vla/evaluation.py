@@ -168,9 +168,9 @@ def _groups(clips: dict[int, dict], index: Any) -> Tensor:
 
 
 def _once(side: Side, clips: dict[int, dict]) -> Side:
-    """Each sound, and the first of equal pictures or captions of one item."""
+    """Each sound, and the first of equal pictures or captions of one item; clips of one video are groups of their own."""
     names = [
-        (i if side.kind == "audio" else clips[i].get("item"), text)
+        (i, i, text) if side.kind == "audio" else (clips[i].get("item"), clips[i]["group"], text)
         for i, text in zip(side.clip, side.text, strict=True)
     ]
     return side.pick(list({name: row for row, name in reversed(list(enumerate(names)))}.values())[::-1])

@@ -9,6 +9,7 @@ duration (s of audio), n_frames, n_segments, n_rows (valid ones), has_audio, has
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -19,7 +20,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 
@@ -41,13 +42,17 @@ class Member:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar as index.json describes it; entries stay as JSON gave them, [key, {ext: [offset, size, crc32]}]."""
+    """One tar as index.json describes it; entries stay as JSON gave them, [key, {ext: [offset, size, crc32]}].
+
+    of: in a folder of vectors, the sha256 of the shard that they belong to.
+    """
 
     name: str
     samples: int
     bytes: int
     sha256: str
     entries: list[Any]
+    of: str = ""
 
     def members(self, entry: int) -> tuple[str, dict[str, Member]]:
         """Key and members by extension ("json", "fbank.jpg", "frames.jpg") of one sample."""
@@ -83,11 +88,12 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
     """Write (key, {ext: bytes}) samples as a tar that is complete or absent; returns its entry for index.json.
 
     Equal samples give equal bytes: times, owners and modes are fixed, members keep the order of the dictionary.
+    Raises UserError if another process is writing the same shard.
     """
     import webdataset
 
     partial = f"{path}.partial"
-    with open(partial, "wb") as stream:
+    with _own(partial) as stream:
         with webdataset.TarWriter(stream, user="root", group="root", mode=0o644, mtime=0, encoder=False) as tar:
             for key, members in samples:
                 assert "." not in key, key
@@ -98,6 +104,20 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
     entry = _describe(partial, Path(path).name)
     os.replace(partial, path)
     return entry
+
+
+def _own(path: str) -> BinaryIO:
+    """The file, emptied, locked until it is closed."""
+    stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.stat(path).st_ino != os.fstat(stream.fileno()).st_ino:  # another process finished it meanwhile
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError):
+        stream.close()
+        raise UserError(f"{path}: another run is writing it; wait for it, or choose another folder") from None
+    stream.truncate()
+    return stream
 
 
 def _describe(path: str, name: str) -> dict[str, Any]:
@@ -195,7 +215,7 @@ class ShardFolder:
     def read(
         self, wanted: Sequence[tuple[int, int]], exts: Sequence[str] = ("json", "fbank", "frames")
     ) -> list[dict[str, bytes] | Damaged]:
-        """Bytes by kind ("json", "fbank", "frames") of each wanted (shard, entry), less the kinds that a sample lacks.
+        """Bytes by kind ("json", "fbank", "frames") of each wanted (shard, entry), less those that a sample lacks or are empty.
 
         Adjacent members are one range, all ranges one `cat_ranges` (concurrent on remote file systems). Size and CRC-32
         are checked; a damaged sample, missing tar or failing read gives a Damaged in its place, never an exception.
@@ -215,7 +235,7 @@ class ShardFolder:
         _, members = self.shards[shard].members(entry)
         chosen = [(ext.partition(".")[0], member) for ext, member in members.items()]
         parts: list[_Range] = []
-        for kind, member in sorted((c for c in chosen if c[0] in exts), key=lambda c: c[1].offset):
+        for kind, member in sorted((c for c in chosen if c[0] in exts and c[1].size), key=lambda c: c[1].offset):
             end = member.offset + member.size
             if parts and member.offset - parts[-1].end < 2 * HEADER:  # padding and a header between
                 parts[-1] = _Range(parts[-1].start, end, [*parts[-1].members, (kind, member)])

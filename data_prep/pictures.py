@@ -1,0 +1,56 @@
+"""Still pictures to pixels, pixels to JPEG and PNG; whatever is wrong with a file is a ValueError that says what."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+def read_picture(path: Path, size: int) -> np.ndarray:
+    """The picture as (size, size, 3) uint8: transparency on white, aspect ratio kept, padded with white."""
+    try:
+        with Image.open(io.BytesIO(_render_svg(path, size)) if path.suffix.lower() == ".svg" else path) as image:
+            rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    except UnidentifiedImageError:
+        raise ValueError("not a picture that Pillow can read") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"unreadable picture: {error}") from None
+    white = Image.new("RGBA", rgba.size, "white")
+    flat = Image.alpha_composite(white, rgba).convert("RGB")
+    return np.asarray(ImageOps.pad(flat, (size, size), Image.Resampling.BICUBIC, color="white"))
+
+
+def _render_svg(path: Path, size: int) -> bytes:
+    """PNG bytes, twice as wide as needed; a drawing may hold entities and pictures, but fetches none."""
+    from cairosvg.surface import PNGSurface
+    from cairosvg.url import fetch
+
+    def fetch_embedded(url: str, kind: str) -> bytes:
+        if not url.startswith("data:"):
+            raise ValueError(f"the drawing refers to {url}")
+        return fetch(url, kind)
+
+    try:
+        data = path.read_bytes()
+        return PNGSurface.convert(bytestring=data, unsafe=True, url_fetcher=fetch_embedded, output_width=2 * size)
+    except OSError as error:
+        raise ValueError(f"unreadable picture: {error.strerror or error}") from None
+    except Exception as error:  # cairosvg raises whatever its parsers and cairo raise
+        raise ValueError(f"unreadable drawing: {type(error).__name__}: {error}") from None
+
+
+def jpeg(pixels: np.ndarray, quality: int, subsampling: str = "4:2:0") -> bytes:
+    """JPEG bytes of (H, W, 3), (H, W, 1) uint8."""
+    return _encode(pixels, "JPEG", quality=quality, subsampling=subsampling)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """PNG bytes of (H, W, 3), (H, W, 1) uint8."""
+    return _encode(pixels, "PNG", optimize=False)
+
+
+def _encode(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(out, kind, **options)
+    return out.getvalue()

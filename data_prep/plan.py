@@ -1,0 +1,134 @@
+"""The plan: which row goes into which shard. Rows keep their shard for ever; new ones get new shards behind the old.
+
+OUT/manifest.jsonl: the first line lists the units (one unit is one shard), the others are their rows, in order.
+"""
+
+import hashlib
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from clip4vla.config import UserError
+from clip4vla.shards import write_text
+from data_prep.manifest import Row, Skipped
+
+MANIFEST = "manifest.jsonl"
+Key = tuple[str, str, str]  # source, split, id
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One shard to be: its rows are the `size` bytes from `offset` of the manifest.
+
+    first: number of its first row among those of its folder OUT/SOURCE/SPLIT; sample keys begin with it.
+    """
+
+    out: str
+    source: str
+    split: str
+    number: int
+    first: int
+    rows: int
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return str(self.tar)
+
+    @property
+    def folder(self) -> Path:
+        """Where the shard goes."""
+        return Path(self.out, self.source, self.split)
+
+    @property
+    def tar(self) -> Path:
+        """The shard."""
+        return self.folder / f"{self.source}-{self.split}-{self.number:06d}.tar"
+
+    @property
+    def note(self) -> Path:
+        """The note that says that the shard is finished."""
+        return self.folder / ".parts" / f"{self.tar.stem}.json"
+
+    def text(self) -> bytes:
+        """The rows as the manifest has them, a line each."""
+        with Path(self.out, MANIFEST).open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+    def read(self) -> list[Row]:
+        """The rows."""
+        return [Row(**json.loads(line)) for line in self.text().splitlines()]
+
+
+def read_plan(out: Path) -> tuple[int, list[Unit]] | None:
+    """(samples_per_shard, units) of the manifest in `out`; None if there is none."""
+    try:
+        with (out / MANIFEST).open("rb") as file:
+            line = file.readline()
+            head = json.loads(line)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise UserError(
+            f"{out / MANIFEST}: not a manifest of shard.py: delete it, the next run makes it anew"
+        ) from None
+    ends = itertools.accumulate((unit[-1] for unit in head["units"]), initial=len(line))
+    units = [Unit(str(out), *unit[:-1], end, unit[-1]) for unit, end in zip(head["units"], ends, strict=False)]
+    return head["samples_per_shard"], units
+
+
+def make_plan(out: Path, rows: Iterable[Row], skipped: list[Skipped], size: int) -> list[Unit]:
+    """Write the manifest, with shards of `size` rows; rows of the plan before stay where they are.
+
+    So does a row whose media are gone by now, as its shard may be finished; one that the annotations no longer have goes.
+    """
+    new: dict[Key, str] = {(row.source, row.split, row.id): _line(row) for row in rows}
+    gone = {item.where for item in skipped if item.why == "missing"}
+    before = read_plan(out)
+    filled: list[tuple[Unit, list[str]]] = []
+    for unit in before[1] if before and before[0] == size else []:
+        lines = []
+        for line in unit.text().decode().splitlines():
+            row = json.loads(line)
+            kept = line if gone & {row["id"], row["item"]} else None
+            text = new.pop((row["source"], row["split"], row["id"]), kept)
+            lines += [text] if text else []
+        filled.append((unit, lines))
+    _write(out, size, [*_heads(filled), *_new_units(new, filled, size)])
+    return read_plan(out)[1]
+
+
+def _line(row: Row) -> str:
+    return json.dumps(asdict(row), ensure_ascii=False, separators=(",", ":"))
+
+
+def _heads(filled: list[tuple[Unit, list[str]]]) -> list[tuple]:
+    """(source, split, number, first, lines) of the units of the plan before."""
+    return [(unit.source, unit.split, unit.number, unit.first, lines) for unit, lines in filled if lines]
+
+
+def _new_units(new: dict[Key, str], filled: list[tuple[Unit, list[str]]], size: int) -> list[tuple]:
+    """The same of what is left over, by folder, in an order that looks random and is the same in every run."""
+    folders, number, first = defaultdict(list), defaultdict(int), defaultdict(int)
+    for (source, split, name), line in new.items():
+        folders[source, split].append((hashlib.blake2b(name.encode(), digest_size=8).digest(), line))
+    for unit, _ in filled:
+        number[unit.source, unit.split] = max(number[unit.source, unit.split], unit.number + 1)
+        first[unit.source, unit.split] = max(first[unit.source, unit.split], unit.first + unit.rows)
+    units = []
+    for folder, members in sorted(folders.items()):
+        lines = [line for _, line in sorted(members)]
+        for i, start in enumerate(range(0, len(lines), size)):
+            units.append((*folder, number[folder] + i, first[folder] + start, lines[start : start + size]))
+    return units
+
+
+def _write(out: Path, size: int, units: list[tuple]) -> None:
+    texts = ["".join(line + "\n" for line in unit[-1]) for unit in units]
+    heads = [[*unit[:-1], len(unit[-1]), len(text.encode())] for unit, text in zip(units, texts, strict=True)]
+    head = json.dumps({"samples_per_shard": size, "units": heads}, separators=(",", ":"))
+    write_text(out / MANIFEST, head + "\n" + "".join(texts))

@@ -1,0 +1,151 @@
+"""Worker processes for files that may hang or crash a decoder: the item is blamed, the worker replaced, the rest goes on."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from clip4vla.config import UserError
+
+FORK = multiprocessing.get_context("fork")
+NO_ITEM = -1
+
+
+class At:
+    """Where a worker is in its unit, in memory that it shares with its parent."""
+
+    def __init__(self) -> None:
+        self.numbers = FORK.RawArray("d", [NO_ITEM, 0, 0, 0, 0])
+
+    def start(self, item: int) -> None:
+        """The worker begins an item; NO_ITEM: it is between items, and no time limit holds."""
+        self.numbers[1] = time.monotonic()
+        self.numbers[0] = item
+
+    def done(self, seconds: float, failed: bool) -> None:
+        """An item is finished that lasted `seconds` of media."""
+        self.numbers[2] += 1
+        self.numbers[3] += seconds
+        self.numbers[4] += failed
+
+    def reset(self) -> None:
+        """A new unit begins."""
+        self.numbers[:] = [NO_ITEM, 0, 0, 0, 0]
+
+    @property
+    def item(self) -> int:
+        """Number of the item in work, or NO_ITEM."""
+        return int(self.numbers[0])
+
+    @property
+    def counts(self) -> tuple[float, float, float]:
+        """(items, seconds of media, failures) of the unit so far."""
+        return tuple(self.numbers[2:5])
+
+    def overdue(self, limit: float) -> bool:
+        """Whether the item in work has taken more than `limit` seconds."""
+        return self.item != NO_ITEM and time.monotonic() - self.numbers[1] > limit
+
+
+Do = Callable[[Any, dict[int, str], At], Any]
+
+
+class _Worker:
+    """A process that does one unit after another."""
+
+    def __init__(self, do: Do) -> None:
+        self.at, self.unit, self.blamed = At(), None, {}
+        self.pipe, theirs = FORK.Pipe()
+        self.process = FORK.Process(target=_serve, args=(do, theirs, self.at), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def give(self, unit: Any, blamed: dict[int, str]) -> None:
+        self.unit, self.blamed = unit, blamed
+        self.at.reset()
+        self.pipe.send((unit, blamed))
+
+    def blame(self, why: str) -> tuple[Any, dict[int, str]]:
+        """The unit again, with the item in work marked as the culprit; the process is no more."""
+        self.process.kill()
+        self.process.join()
+        return self.unit, self.blamed | {self.at.item: why}
+
+
+def _serve(do: Do, pipe: Connection, at: At) -> None:
+    torch.set_num_threads(1)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # never outlive a killed parent
+    while True:
+        unit, blamed = pipe.recv()
+        try:
+            pipe.send(do(unit, blamed, at))
+        except Exception as error:
+            if not isinstance(error, UserError | OSError):
+                traceback.print_exc()
+            pipe.send(error)
+
+
+def work(units: Iterable[Any], do: Do, workers: int, limit: float, tick: Callable[[list[At]], None]) -> Iterator[Any]:
+    """(unit, do(unit, blamed, at)) in the order in which they are finished, from `workers` processes.
+
+    do tells `at` which item it begins; an item that takes more than `limit` seconds or crashes the process comes back in
+    `blamed` (item number: reason) when the unit is done anew. tick gets every worker's place twice a second. What `do`
+    raises is raised here. Raises UserError if a worker is killed from outside, by lack of memory as a rule.
+    """
+    waiting = [(unit, {}) for unit in units][::-1]
+    idle, busy = [_Worker(do) for _ in range(min(workers, len(waiting)))], []
+    try:
+        while waiting or busy:
+            while waiting and idle:
+                busy.append(idle.pop())
+                busy[-1].give(*waiting.pop())
+            ready = wait([worker.pipe for worker in busy], timeout=0.5)
+            tick([worker.at for worker in busy])
+            for worker in list(busy):
+                why = _fate(worker, worker.pipe in ready, limit)
+                if isinstance(why, str):
+                    busy.remove(worker)
+                    waiting.append(worker.blame(why))
+                    idle.append(_Worker(do))
+                elif worker.pipe in ready:
+                    busy.remove(worker)
+                    idle.append(worker)
+                    yield worker.unit, why[0]
+    finally:
+        for worker in idle + busy:
+            worker.process.kill()
+            worker.process.join()
+
+
+def _fate(worker: _Worker, spoke: bool, limit: float) -> tuple[Any] | str | None:
+    """(result,) of a worker that is done, the reason to blame its item for, or None while it works."""
+    if spoke:
+        try:
+            result = worker.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            return _death(worker)
+        if isinstance(result, Exception):
+            raise result
+        return (result,)
+    return f"gave up after {limit:g} s" if worker.at.overdue(limit) else None
+
+
+def _death(worker: _Worker) -> str:
+    worker.process.join()
+    code, item = worker.process.exitcode, worker.at.item
+    if code in (-signal.SIGKILL, -signal.SIGTERM) or item == NO_ITEM:
+        raise UserError(
+            f"a worker was killed at item {item} of {worker.unit} (exit code {code}; out of memory?): start again with fewer "
+            "workers=N; finished shards stay"
+        )
+    return f"crashed the decoder ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"

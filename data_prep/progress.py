@@ -1,0 +1,81 @@
+"""One line on how far data preparation is, and an estimate of how far it has to go."""
+
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.manifest import Row
+from data_prep.pool import At
+
+EVERY = 30.0  # s between lines where there is no terminal
+TRIED = 32  # samples made for an estimate
+
+
+class Progress:
+    """Items a second, hours of media a minute, failures and time left: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, total: int):
+        self.total, self.start, self.said = total, time.monotonic(), time.monotonic()
+        self.items = self.seconds = self.failed = 0
+        self.made = 0  # items that were not there yet: rates are of these
+        self.bar = tqdm(total=total, unit="clip", disable=None, file=sys.stderr, bar_format="{l_bar}{bar}| {desc}")
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+        if error[0] is None:
+            print(self.line(self.items, self.made, self.seconds, self.failed), file=sys.stderr, flush=True)
+
+    def add(self, items: int, note: dict[str, Any]) -> None:
+        """A unit is finished, or was so before."""
+        self.items += items
+        self.failed += len(note["quarantined"])
+        if "kept" not in note:
+            self.made += items
+            self.seconds += note["seconds"]
+
+    def tick(self, places: list[At]) -> None:
+        """Show the state, with what the workers have done of their units."""
+        items, seconds, failed = (int(sum(part)) for part in zip(*(at.counts for at in places), strict=True))
+        line = self.line(self.items + items, self.made + items, self.seconds + seconds, self.failed + failed)
+        if not self.bar.disable:
+            self.bar.n, self.bar.desc = self.items + items, line
+            self.bar.refresh()
+        elif time.monotonic() - self.said > EVERY:
+            self.said = time.monotonic()
+            print(line, file=sys.stderr, flush=True)
+
+    def line(self, items: int, made: int, seconds: float, failed: int) -> str:
+        """The facts; rates since the start."""
+        passed = time.monotonic() - self.start
+        rate = made / passed
+        left = tqdm.format_interval((self.total - items) / rate) if rate else "?"
+        hours = seconds / 60 / passed
+        return f"{items} of {self.total} clips, {rate:.1f}/s, {hours:.2f} h of media/min, {failed} failed, {left} left"
+
+
+def estimate(rows: list[Row], make: Callable[[Row], tuple[dict[str, Any], dict[str, bytes]]], per_shard: int) -> str:
+    """How big and how long, from some rows picked at random (seed 0) and made."""
+    tried = random.Random(0).sample(rows, min(TRIED, len(rows)))
+    size = seconds = failed = 0.0
+    began = time.process_time()
+    for row in tried:
+        try:
+            meta, members = make(row)
+        except ValueError:
+            failed += 1
+            continue
+        parts = [len(str(meta)), *map(len, members.values())]
+        size += sum(512 + -(-part // 512) * 512 for part in parts)  # tar: a header, and padding
+        seconds += meta["duration"]
+    share, cpu = len(rows) / len(tried), time.process_time() - began
+    return (
+        f"from {len(tried)} of {len(rows)} clips: {size * share / 1e9:.3g} GB in about {-(-len(rows) // per_shard)} shards, "
+        f"{seconds * share / 3600:.3g} h of media, {failed / len(tried):.0%} failing, {cpu * share / 3600:.2g} core hours"
+    )

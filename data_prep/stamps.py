@@ -1,0 +1,116 @@
+"""Tux Paint's stamps: real pictures, text, sounds and speech, which a fresh machine can get (get_stamps.sh)."""
+
+import csv
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.manifest import Row
+
+PICTURE_LANGS = ("fr", "ro", "ru", "ca", "bg", "es", "be", "el", "da")
+KINDS = Path(__file__).parent / "stamps_sound_kinds.csv"
+
+
+@dataclass
+class Stamp:
+    """NAME.png or .svg with texts by language, a sound of its own, and spoken clips (language, path)."""
+
+    picture: str
+    texts: dict[str, str]
+    sound: str | None
+    speech: list[tuple[str, str]]
+
+
+def stamps(root: Path) -> list[Row]:
+    """Rows of Tux Paint's stamps in the sources pictures, sounds (nonverbal), and speech_LANG (the name spoken).
+
+    Splits are by group: stamps that share a normalised English caption, a picture, a recording or a _mirror/_flip base.
+    """
+    found = _find_stamps(root)
+    groups = _groups(root, found)
+    with KINDS.open(encoding="utf-8") as file:
+        nonverbal = {row["path"] for row in csv.DictReader(file) if row["kind"] == "nonverbal"}
+    return [row for item, stamp in found.items() for row in _stamp_rows(item, stamp, groups[item], nonverbal)]
+
+
+def _stamp_rows(item: str, stamp: Stamp, group: str, nonverbal: set[str]) -> Iterator[Row]:
+    """The picture, the sound if it is a nonverbal one, and every spoken clip."""
+
+    def row(source: str, langs: list[str], **more: Any) -> Row:
+        captions = [stamp.texts[lang] for lang in langs]
+        return Row(
+            f"{source}/{item}", item, group, source, split_of(group), captions, langs, picture=stamp.picture, **more
+        )
+
+    yield row("pictures", ["en", *(lang for lang in PICTURE_LANGS if lang in stamp.texts)])
+    if stamp.sound in nonverbal:
+        yield row("sounds", ["en"], media=stamp.sound, audio_type="nb")
+    for lang, path in stamp.speech:
+        langs = [lang, "en"] if lang != "en" and lang in stamp.texts else ["en"]
+        yield row(f"speech_{lang}", langs, media=path, audio_type="vb", lang=lang)
+
+
+def split_of(group: str) -> str:
+    """train, val or test (8:1:1), by the group's hash."""
+    number = int(hashlib.sha256(group.encode()).hexdigest(), 16) % 10
+    return {0: "test", 1: "val"}.get(number, "train")
+
+
+def _find_stamps(root: Path) -> dict[str, Stamp]:
+    """Stamps with picture and English text by name (path without suffix), sorted."""
+    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    spoken = defaultdict(list)
+    for path in sorted(files):
+        if match := re.fullmatch(r"(.+)_desc(?:_([A-Za-z_@]+))?\.ogg", path):
+            spoken[match[1]].append((match[2] or "en", path))
+    found = {}
+    for text in sorted(path for path in files if path.endswith(".txt")):
+        name = text.removesuffix(".txt")
+        picture, sound = (_first(files, name, kinds) for kinds in ((".png", ".svg"), (".ogg", ".wav")))
+        texts = _texts(root / text)
+        if picture and texts.get("en"):
+            found[name] = Stamp(picture, texts, sound, spoken[name])
+    return found
+
+
+def _first(files: set[str], name: str, suffixes: tuple[str, ...]) -> str | None:
+    return next((name + suffix for suffix in suffixes if name + suffix in files), None)
+
+
+def _texts(path: Path) -> dict[str, str]:
+    """Texts by language of a stamp's .txt: the first line is English, then `fr.utf8=…`."""
+    first, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    pairs = [line.partition(".utf8=") for line in lines]
+    return {"en": first.strip()} | {lang.strip(): text.strip() for lang, sign, text in pairs if sign and text.strip()}
+
+
+def _groups(root: Path, found: dict[str, Stamp]) -> dict[str, str]:
+    """Smallest name of each stamp's group (union-find over what stamps share)."""
+    parent = {name: name for name in found}
+
+    def head(name: str) -> str:
+        while parent[name] != name:
+            name = parent[name]
+        return name
+
+    owner: dict[str, str] = {}
+    for name, stamp in found.items():
+        for key in _shared(root, name, stamp):
+            low, high = sorted((head(owner.setdefault(key, name)), head(name)))
+            parent[high] = low
+    return {name: head(name) for name in found}
+
+
+def _shared(root: Path, name: str, stamp: Stamp) -> Iterator[str]:
+    """Keys that put stamps into one group when they are equal."""
+    words = re.sub(r"\.$", "", stamp.texts["en"].lower()).split()
+    yield "caption " + " ".join(word for word in words if word not in ("a", "an", "the"))
+    yield "base " + re.sub(r"_(mirror|flip)$", "", name)
+    if "dreydl" in name:
+        yield "dreydl"
+    for path in filter(None, [stamp.picture, stamp.sound, *(path for _, path in stamp.speech)]):
+        yield "file " + hashlib.sha256((root / path).read_bytes()).hexdigest()

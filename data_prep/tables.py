@@ -1,0 +1,178 @@
+"""What the annotation formats share: finding and reading their files, and lines to rows with what is wrong told apart."""
+
+import csv
+import html
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ijson
+
+from clip4vla.config import UserError
+from data_prep.manifest import MediaFolder, Row, Skipped
+
+Found = Iterator[Row | Skipped]
+Line = tuple[str, str, Any]  # FILE:LINE or FILE: ID, split, what stands there
+
+# Files
+
+
+def need(place: Path, *names: str) -> list[Path]:
+    """Paths of these files, of which none may be absent; `place` is their folder, or one of them."""
+    paths = [_path(place, name) for name in names]
+    if absent := [name for name, path in zip(names, paths, strict=True) if not path.is_file()]:
+        raise UserError(
+            f"annotations={place}: no {', no '.join(absent)} there; the config's header says which files go where"
+        )
+    return paths
+
+
+def some(place: Path, splits: dict[str, str]) -> list[tuple[Path, str]]:
+    """(path, split) of those files that are there; where `place` is one of them, that one alone."""
+    found = [(path, split) for name, split in splits.items() if (path := _path(place, name)).is_file()]
+    found = [each for each in found if place.is_dir() or each[0].name == place.name]
+    if not found:
+        raise UserError(
+            f"annotations={place}: none of {', '.join(splits)} there; the config's header says which files go where"
+        )
+    return found
+
+
+def _path(place: Path, name: str) -> Path:
+    """Where the file is, or should be; its own folder (meta/esc50.csv) may be `place` already."""
+    folder = place if place.is_dir() else place.parent
+    return path if (path := folder / name).is_file() else folder / Path(name).name
+
+
+# Reading
+
+
+def read_csv(path: Path, *columns: str, header: bool = True) -> Iterator[tuple[str, dict[str | None, str]]]:
+    """(FILE:LINE, cells by column, "" where there is none); raises UserError if the header lacks one of the columns."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
+        reader = csv.DictReader(stream, None if header else columns, skipinitialspace=True)
+        try:
+            if missing := set(columns) - set(reader.fieldnames or []):
+                raise UserError(f"{path}: the first line names no column {' and '.join(sorted(missing))}")
+            for line in reader:
+                if any(line.values()):
+                    yield f"{path.name}:{reader.line_num}", {key: value or "" for key, value in line.items()}
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: not a table: {error}; mend that line") from None
+
+
+def read_csvs(place: Path, splits: dict[str, str], *columns: str, header: bool = True) -> Iterator[Line]:
+    """Lines of all of these tables that are there."""
+    for path, split in some(place, splits):
+        yield from ((where, split, line) for where, line in read_csv(path, *columns, header=header))
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(FILE:LINE, text) of lines that are not blank."""
+    with path.open(encoding="utf-8-sig", errors="replace") as stream:
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                yield f"{path.name}:{number}", line.strip()
+
+
+def read_json(path: Path, kind: type, *keys: str) -> Any:
+    """The list or dict in a JSON file; raises UserError if it is something else or lacks one of the keys."""
+    try:
+        data = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}; get it again") from None
+    if not isinstance(data, kind) or any(key not in data for key in keys):
+        form = f"a {kind.__name__} with {' and '.join(keys)}" if keys else f"a {kind.__name__}"
+        raise UserError(f"{path}: JSON, but not {form}; is it the right file?")
+    return data
+
+
+def stream_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a JSON object that is too large for memory."""
+    try:
+        with path.open("rb") as file:
+            yield from ijson.kvitems(file, "", use_float=True)
+    except ijson.JSONError as error:
+        what = " ".join(str(error).split())
+        raise UserError(f"{path}: not valid JSON, perhaps cut short: {what}; get it again") from None
+
+
+# Rows
+
+
+def rows(lines: Iterable[Line], parse: Callable[[str, Any], Row], join: bool = False) -> Found:
+    """A Row for each line by parse(split, line), whose ValueError makes it malformed; then those whose media are there.
+
+    join: lines of one clip (equal id and split) add their captions to it; else a second one is malformed.
+    """
+    held: dict[tuple[str, str], tuple[str, Row]] = {}
+    for where, split, line in lines:
+        try:
+            if isinstance(line, dict) and None in line:
+                raise ValueError("more cells than the header has columns")
+            row = parse(split, line)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            yield Skipped("malformed", where, reason(error))
+            continue
+        first, kept = held.setdefault((row.split, row.id), (where, row))
+        if kept is not row and join:
+            for text, lang in zip(row.captions, row.caption_langs, strict=True):
+                if text not in kept.captions:
+                    kept.captions.append(text)
+                    kept.caption_langs.append(lang)
+        elif kept is not row:
+            yield Skipped("malformed", where, f"duplicate of {first}")
+    yield from (row if row.media or row.picture else missing(row.id, row.item) for _, row in held.values())
+
+
+def whole_row(
+    source: str, split: str, name: str, path: str | None, texts: Iterable[Any], group: str = "", **more: Any
+) -> Row:
+    """The Row of a whole file, in English."""
+    if not name:
+        raise ValueError("no name")
+    told = captions(texts)
+    return Row(name, name, group or name, source, split, told, ["en"] * len(told), media=path, **more)
+
+
+def clip_row(
+    media: MediaFolder, source: str, split: str, video: str, start: float, end: float, texts: Iterable[Any], **more: Any
+) -> Row:
+    """The Row of an interval in seconds of a video, or of the file that was cut from it, in English."""
+    check_span(start, end)
+    if not video:
+        raise ValueError("no id")
+    name, told = f"{video}_{start:.10g}_{end:.10g}", captions(texts)
+    path, start, end = media.find_clip(video, start, end) or (None, start, end)
+    more |= {"media": path, "start": start, "end": end}
+    return Row(name, video, name, source, split, told, ["en"] * len(told), **more)
+
+
+def check_span(start: float | None, end: float | None) -> None:
+    """Raises ValueError unless start and end, in seconds (None: the file's own), span some time."""
+    if not 0 <= (start or 0) < (math.inf if end is None else end) or end == math.inf:
+        raise ValueError(f"start {start} and end {end} do not span any time")
+
+
+def captions(texts: Iterable[Any]) -> list[str]:
+    """Cleaned texts, without empty and repeated ones."""
+    return list(dict.fromkeys(filter(None, map(clean, texts))))
+
+
+def clean(text: Any) -> str:
+    """Without HTML entities and doubled white space."""
+    return "" if text is None else " ".join(html.unescape(str(text)).split())
+
+
+def missing(name: str, file: str) -> Skipped:
+    """A sample whose file is not there."""
+    return Skipped("missing", name, f"no file named {file}")
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a line, from the error that reading it raised."""
+    if isinstance(error, KeyError):
+        return f"no {error.args[0]}"
+    return str(error) if isinstance(error, ValueError) else f"not of the expected form: {error}"

