@@ -22,6 +22,7 @@ from clip4vla.towers import tokenizer
 from clip4vla.tracking import read_rows
 
 Say = Callable[[str], None]
+PLAYED = 4 << 20  # bytes of the largest file that goes into a page to be played
 SHOWN = ("text_to_audio/nb", "text_to_audio/vb", "text_to_video", "audio_to_video", "audio_to_text", "video_to_audio")
 
 
@@ -238,7 +239,8 @@ def exhibit(loader: Loader, clips: dict[int, dict], side: Side, row: int) -> rep
         shown.spectrogram = _without_padding(sample["fbank"], meta["n_rows"])
         root = Path(folder.media_root).resolve()
         file = (root / (meta["media"]["audio"] or "")).resolve()
-        if file.is_file() and root in file.parents:
+        whole = meta["start"] is None and meta["end"] is None  # what is cut out of a film has no file of its own
+        if whole and file.is_file() and root in file.parents and file.stat().st_size < PLAYED:
             shown.audio, shown.audio_mime = file.read_bytes(), mimetypes.guess_type(file.name)[0] or "audio/wav"
     return shown
 
