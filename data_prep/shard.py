@@ -167,8 +167,11 @@ def build_unit(cfg: DataConfig, unit: Unit, blamed: dict[int, str], at: At) -> d
     text = unit.text()
     rows = [Row(**json.loads(line)) for line in text.splitlines()]
     key = _key(cfg, unit, text)
-    if note := _finished(cfg, unit, key, rows):
-        return note | {"kept": True}
+    note = _finished(unit, key)
+    if note and all(
+        now in (then, []) for now, then in zip((_stat(cfg, row) for row in rows), note["media"], strict=True)
+    ):
+        return note | {"kept": True}  # media that are gone by now do not count as changed
     if unit.tar.exists():
         (unit.folder / INDEX).unlink(missing_ok=True)  # it may describe the tar that is about to go
     counts = {"with_audio": 0, "with_frames": 0, "silent": 0, "seconds": 0.0}
@@ -185,14 +188,11 @@ def _key(cfg: DataConfig, unit: Unit, text: bytes) -> str:
     return hashlib.sha256(state + text).hexdigest()
 
 
-def _finished(cfg: DataConfig, unit: Unit, key: str, rows: list[Row]) -> dict[str, Any] | None:
-    """The unit's note, if its shard is there and still right: media that are gone since do not count as changed."""
+def _finished(unit: Unit, key: str) -> dict[str, Any] | None:
+    """The unit's note, if its shard is there and was made of these rows with these settings."""
     try:
         note = json.loads(unit.note.read_text(encoding="utf-8"))
-        if note["key"] != key or unit.tar.stat().st_size != note["shard"]["bytes"]:
-            return None
-        same = (now in (then, []) for now, then in zip((_stat(cfg, row) for row in rows), note["media"], strict=True))
-        return note if all(same) else None
+        return note if note["key"] == key and unit.tar.stat().st_size == note["shard"]["bytes"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -297,9 +297,9 @@ def finish(cfg: DataConfig, units: list[Unit]) -> None:
 
 
 def _note(cfg: DataConfig, unit: Unit) -> dict[str, Any]:
-    note = _finished(cfg, unit, _key(cfg, unit, unit.text()), unit.read())
+    note = _finished(unit, _key(cfg, unit, unit.text()))
     if note is None:
-        raise UserError(f"{unit.tar} is not finished, or its media changed since: run the parts again, then --merge")
+        raise UserError(f"{unit.tar} is not finished, or made with other settings: run the parts again, then --merge")
     return note
 
 
