@@ -10,7 +10,10 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """B clips; F frames and S segments of all of them, one behind the other; L text tokens."""
+    """B clips; F frames and S segments of all of them, one behind the other; L text tokens.
+
+    With the frozen towers' vectors (D wide) there are no tokens and no frames: L = 0, and F counts frame_vectors alone.
+    """
 
     ids: list[str]
     captions: list[str]
@@ -28,6 +31,8 @@ class Batch:
     has_frames: Tensor  # B bool
     has_audio: Tensor  # B bool
     meta: list[dict]  # the json of each clip
+    text_vectors: Tensor | None = None  # B D float16: of the captions
+    frame_vectors: Tensor | None = None  # F D float16
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -354,8 +354,8 @@ def _merge(config: Any, tree: dict[str, Any], where: str, prefix: str) -> None:
 def _coerce(value: Any, kind: Any, where: str, key: str) -> Any:
     """The value as the field's type, or a UserError; `1e-4` is a string to YAML and a number to everybody else."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal and isinstance(value, bool) and ("yes" in args or "off" in args):  # YAML 1.1 reads on/off so
-        value = next(word for word in (("yes", "on") if value else ("no", "off")) if word in args or word == "off")
+    if origin is Literal and isinstance(value, bool):  # YAML 1.1 reads on, off, yes and no so
+        value = next((word for word in (("yes", "on") if value else ("no", "off")) if word in args), value)
     if origin is Literal and value in args:
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):

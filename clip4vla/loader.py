@@ -113,12 +113,17 @@ class Loader:
     """Batches of this rank from shard folders.
 
     needs: which pictures to read, of "frames" and "fbank". order: TrainOrder or EvalOrder over the same folders.
+    vectors: folders of frozen vectors (vectors.py), one for each folder: captions and frames come as these. whole: this rank
+    takes whole batches, not its part of them.
     """
 
     def __init__(self, folders, order, cfg: DataSources, *, tokenize, mask: MaskConfig, seed: int, needs: Sequence[str],
-                 device: torch.device, damage_log: Path):  # fmt: skip
+                 device: torch.device, damage_log: Path, vectors: Sequence[ShardFolder] | None = None,
+                 whole: bool = False):  # fmt: skip
         self.folders, self.order, self.cfg, self.tokenize, self.mask = folders, order, cfg, tokenize, mask
         self.seed, self.needs, self.device, self.damage_log = seed, needs, device, damage_log
+        self.vectors = vectors
+        self.part = slice(None) if whole else slice(distributed.rank(), None, distributed.world())
         self.spectrogram = SpectrogramConfig(**folders[0].fingerprint["spectrogram"])
         self.reads = self.damaged = 0
         self.decoders: dict[str, _Decoder] = {}
@@ -139,26 +144,26 @@ class Loader:
 
     def batch(self, k: int) -> Batch:
         """This rank's part of global batch k."""
-        places = self.order.batch(k)[distributed.rank() :: distributed.world()]
+        places = self.order.batch(k)[self.part]
         samples = self._read(places)
         clips = [json.loads(s["json"]) if s else _NOTHING for s in samples]
         keys = [
             (self.seed, zlib.crc32(c["id"].encode()), p.epoch if p else 0) for c, p in zip(clips, places, strict=True)
         ]
+        drawn = [_drawn(c, key) for c, key in zip(clips, keys, strict=True)]
+        captions = [c["captions"][j] if c["captions"] else "" for c, j in zip(clips, drawn, strict=True)]
         frames, frame_clip = self._pictures("frames", samples, 3)
+        frozen = {"frames": frames, "frame_clip": frame_clip}
+        frozen |= self._vectors(samples, clips, drawn) if self.vectors else {"tokens": self.tokenize(captions)}
         pictures, segment_clip = self._pictures("fbank", samples, 1 if self.spectrogram.channels == "mono" else 3)
-        return self._assemble(clips, keys, frames, frame_clip, pictures, segment_clip)
+        return self._assemble(clips, keys, captions, frozen, pictures, segment_clip)
 
-    def _assemble(self, clips, keys, frames, frame_clip, segments, segment_clip) -> Batch:
+    def _assemble(self, clips, keys, captions, frozen: dict[str, Tensor], segments, segment_clip) -> Batch:
         rows, hidden_rows, hidden_channels = self._masks(clips, keys, segment_clip)
-        captions = [_caption(c, key) for c, key in zip(clips, keys, strict=True)]
         has = lambda clip: torch.zeros(len(clips), dtype=torch.bool).index_fill_(0, clip, True)  # noqa: E731
         batch = Batch(
             ids=[c["id"] for c in clips],
             captions=captions,
-            tokens=self.tokenize(captions),
-            frames=frames,
-            frame_clip=frame_clip,
             segments=segments,
             segment_clip=segment_clip,
             segment_rows=rows,
@@ -167,9 +172,10 @@ class Loader:
             audio_type=torch.tensor([TYPES[c["audio_type"]] for c in clips]),
             group=torch.tensor([number(c["group"]) for c in clips]),
             has_text=torch.tensor([bool(c["captions"]) for c in clips]),
-            has_frames=has(frame_clip),
+            has_frames=has(frozen["frame_clip"]),
             has_audio=has(segment_clip),
             meta=clips,
+            **frozen,
         )
         return batch.pin() if self.device.type == "cuda" else batch
 
@@ -178,7 +184,10 @@ class Loader:
         samples: list[dict[str, bytes] | None] = [None] * len(places)
         for source, folder in enumerate(self.folders):
             rows = [i for i, place in enumerate(places) if place and place.source == source]
-            found = folder.read([(places[i].shard, places[i].entry) for i in rows], ("json", *self.needs))
+            wanted = [(places[i].shard, places[i].entry) for i in rows]
+            found = folder.read(wanted, ("json", *self.needs))
+            if self.vectors:
+                found = _with_vectors(found, self.vectors[source], wanted)
             for i, sample in zip(rows, found, strict=True):
                 self.reads += 1
                 if isinstance(sample, Damaged):
@@ -209,6 +218,20 @@ class Loader:
         tiles = [strip.reshape(-1, size, *strip.shape[1:]) for strip in strips]
         clip = torch.repeat_interleave(torch.tensor(there), torch.tensor([len(t) for t in tiles]))
         return torch.cat(tiles).permute(0, 3, 1, 2), clip
+
+    def _vectors(self, samples, clips, drawn: list[int]) -> dict[str, Tensor]:
+        """What the towers would give: text_vectors (B, D) of the drawn captions, frame_vectors (F, D), frame_clip (F,)."""
+        width = self.vectors[0].fingerprint["clip"]["dim"]
+        text, frames = torch.zeros(len(samples), width, dtype=torch.float16), []
+        for i, (sample, clip) in enumerate(zip(samples, clips, strict=True)):
+            data = sample.get("clip", b"") if sample else b""
+            rows = torch.from_numpy(np.frombuffer(data, "<f2").astype(np.float16)).view(-1, width)
+            if clip["captions"]:
+                text[i] = rows[drawn[i]]
+            frames.append(rows[len(clip["captions"]) :])
+        frame_clip = torch.repeat_interleave(torch.tensor([len(part) for part in frames]))
+        no_tokens = torch.zeros(len(samples), 0, dtype=torch.int64)
+        return {"tokens": no_tokens, "text_vectors": text, "frame_vectors": torch.cat(frames), "frame_clip": frame_clip}
 
     def _masks(self, clips, keys, segment_clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(valid rows (S,), hidden rows (S, 224), hidden channels (S, 224)) of the packed segments."""
@@ -282,9 +305,25 @@ def number(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
-def _caption(clip: dict, key: tuple[int, ...]) -> str:
-    captions = clip["captions"]
-    return captions[np.random.default_rng((*key, 1)).integers(len(captions))] if captions else ""
+def _with_vectors(samples: list, vectors: ShardFolder, wanted: list[tuple[int, int]]) -> list[dict | Damaged]:
+    """The samples with their vectors as "clip" (absent if 0 bytes); Damaged where these are, or are not as many as due."""
+    width = 2 * vectors.fingerprint["clip"]["dim"]  # bytes
+    out = []
+    for sample, found, (shard, entry) in zip(samples, vectors.read(wanted, ("clip",)), wanted, strict=True):
+        if isinstance(sample, Damaged) or isinstance(found, Damaged):
+            out.append(sample if isinstance(sample, Damaged) else found)
+            continue
+        clip, size = json.loads(sample["json"]), len(found.get("clip", b""))
+        rows, name = len(clip["captions"]) + clip["n_frames"], vectors.shards[shard].name
+        reason = f"clip: {size} bytes, not {rows} vectors of {width}"
+        key = vectors.shards[shard].entries[entry][0]
+        out.append(sample | found if size == rows * width else Damaged(name, key, reason))
+    return out
+
+
+def _drawn(clip: dict, key: tuple[int, ...]) -> int:
+    """Number of the caption that this epoch's visit of a clip takes; 0 if it has none."""
+    return int(np.random.default_rng((*key, 1)).integers(len(clip["captions"]))) if clip["captions"] else 0
 
 
 def _apportion(shares: Sequence[float], total: int) -> list[int]:

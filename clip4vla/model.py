@@ -63,6 +63,8 @@ class CLIP4VLA(nn.Module):
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Vectors (F, D), not normalised, of RGB frames (F, 3, 224, 224) in 0..255."""
+        if not len(frames):  # open_clip's tower fails on none, and under ZeRO-3 all ranks must run it
+            return self.encode_frames(frames.new_zeros(1, *frames.shape[1:]))[:0]
         mean, std = (255 * torch.tensor(x, device=frames.device).view(3, 1, 1) for x in self.image_statistics)
         return self.vision(((frames.float() - mean) / std).to(self.vision.conv1.weight.dtype))
 
@@ -76,9 +78,15 @@ class CLIP4VLA(nn.Module):
         mix = type_mix(audio_type, batch.audio_type[batch.segment_clip])
         return pool(self.encode_segments(segments, mix), batch.segment_clip, len(batch))
 
+    def encode_captions(self, batch: Batch) -> Tensor:
+        """x^g (B, D), unit length, of a batch's captions, from their vectors if it has them."""
+        given = batch.text_vectors is not None
+        return F.normalize((batch.text_vectors if given else self.encode_text(batch.tokens)[0]).float(), dim=-1)
+
     def encode_vision(self, batch: Batch) -> Tensor:
-        """y^g (B, D), unit length; zero where a clip has no frames."""
-        return pool(self.encode_frames(batch.frames), batch.frame_clip, len(batch))
+        """y^g (B, D), unit length, from the frames' vectors if it has them; zero where a clip has no frames."""
+        given = batch.frame_vectors is not None
+        return pool(batch.frame_vectors if given else self.encode_frames(batch.frames), batch.frame_clip, len(batch))
 
     def forward(self, batch: Batch, loss: LossConfig, mask: MaskConfig) -> dict[str, Tensor]:
         """Unit vectors (B, D) that the losses with a weight need: text, vision, audio, masked; and `scale` = 1 / temperature."""
@@ -86,7 +94,7 @@ class CLIP4VLA(nn.Module):
         features = {"scale": self.log_scale.float().exp() if self.cfg.learn_temperature else fixed}
         if loss.at or loss.tv:
             with torch.set_grad_enabled(self._trains(self.text)):
-                features["text"] = F.normalize(self.encode_text(batch.tokens)[0].float(), dim=-1)
+                features["text"] = self.encode_captions(batch)
         if loss.av or loss.tv:
             with torch.set_grad_enabled(self._trains(self.vision)):
                 features["vision"] = self.encode_vision(batch)

@@ -18,6 +18,7 @@ from clip4vla.loader import Loader, TrainOrder, check_fingerprint, open_folders
 from clip4vla.losses import objective
 from clip4vla.model import CLIP4VLA
 from clip4vla.towers import describe_clip, tokenizer
+from clip4vla.vectors import open_vectors
 
 PREEMPTED = 85  # exit code after SIGTERM or SIGUSR1, once the state is saved
 
@@ -33,6 +34,7 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
         raise UserError("loss: every weight is 0: give at, av, aa or tv one")
     resume = distributed.gather_objects(engine.newest_checkpoint(cfg.run_dir))[0]  # one rank's view of the disk
     model, origin = build_model(cfg, folders[0].fingerprint, resume)
+    vectors = open_vectors(folders, cfg, model)  # before the engine rounds the weights that they are checked against
     tracking.start_run(cfg, ds)
     frozen = engine.frozen_weights(model)
     run = engine.start(model, ds)
@@ -40,8 +42,8 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
     checkpoints = engine.Checkpoints(run, cfg, frozen, sizes)
     step = checkpoints.load(resume) if resume else 0
     tracker = tracking.Tracker(cfg, step)
-    _introduce(cfg, folders, model, origin, ds, step, tracker)
-    loader = train_loader(cfg, folders, device)
+    _introduce(cfg, folders, vectors, model, origin, ds, step, tracker)
+    loader = train_loader(cfg, folders, vectors, device)
     stop = _Signals()
     meter = Meter(cfg, device)
     for batch in meter.timed(loader.batches(step, cfg.train.max_steps)):
@@ -73,15 +75,16 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
         sys.exit(PREEMPTED)
 
 
-def train_loader(cfg: RunConfig, folders: list, device: torch.device) -> Loader:
-    """The endless stream of training batches; frames or spectrograms that no loss needs are not read."""
+def train_loader(cfg: RunConfig, folders: list, vectors: list | None, device: torch.device) -> Loader:
+    """The endless stream of training batches; spectrograms that no loss needs are not read, nor frames where vectors do."""
     sizes = [[shard.samples for shard in folder.shards] for folder in folders]
     order = TrainOrder(sizes, list(cfg.data.train.values()), cfg.train.batch_size, cfg.seed, cfg.data.window)
     loss = cfg.loss
-    needs = ["frames"] * bool(loss.av or loss.tv) + ["fbank"] * bool(loss.at or loss.av or loss.aa)
+    needs = ["fbank"] * bool(loss.at or loss.av or loss.aa)
+    needs += ["frames"] * bool((loss.av or loss.tv) and not vectors)
     return Loader(
         folders, order, cfg.data, tokenize=tokenizer(cfg.model.clip, cfg.model.max_tokens), mask=cfg.mask, seed=cfg.seed,
-        needs=needs, device=device, damage_log=Path(cfg.run_dir, f"damaged-{distributed.rank()}.jsonl"),
+        needs=needs, vectors=vectors, device=device, damage_log=Path(cfg.run_dir, f"damaged-{distributed.rank()}.jsonl"),
     )  # fmt: skip
 
 
@@ -163,13 +166,14 @@ def _must_match(model: CLIP4VLA, cfg: RunConfig, spectrogram: SpectrogramConfig 
         check_fingerprint(theirs, {"spectrogram": to_dict(spectrogram)}, str(folder), "the shards of data.train")
 
 
-def _introduce(cfg, folders, model, origin, ds, step, tracker) -> None:
+def _introduce(cfg, folders, vectors, model, origin, ds, step, tracker) -> None:
     """One page on what is about to run."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     precision = next((kind for kind in ("bf16", "fp16") if ds[kind]["enabled"]), "fp32")
     stage = ds.get("zero_optimization", {}).get("stage", 0)
     lines = [f"{'data':<10} {folder.url}: {len(folder)} samples in {len(folder.shards)} shards" for folder in folders]
     lines += [
+        f"{'vectors':<10} {'of text and frames from embed.py' if vectors else 'not used'}",
         f"{'model':<10} {cfg.model.clip}, weights from {origin}",
         f"{'training':<10} {model.cfg.train_towers}: {trained:.1f}M parameters; losses {to_dict(cfg.loss)}",
         f"{'engine':<10} {distributed.world()} ranks, ZeRO-{stage}, {precision}, global batch {cfg.train.batch_size}",
