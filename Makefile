@@ -1,9 +1,10 @@
 # make demo   everything on real data, from nothing: environment, data, training, evaluation, a page to look at
-# make test   environment, lint, all tests
+# make test   environment, lint, all tests; as root it installs TOOLS, else tests that need a missing one are skipped
 # Both need Python 3.10-3.12 with venv, and git. PYTHON and VENV can be set.
 PYTHON ?= python3
 VENV ?= .venv
 SET ?= stamps
+TOOLS = chromium ffmpeg munge slurmctld slurmd slurm-client
 .DELETE_ON_ERROR:
 .PHONY: demo test lint
 
@@ -11,8 +12,9 @@ demo: $(VENV)/installed
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash launch/demo.sh $(SET)
 
 test: $(VENV)/installed lint
-	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || { apt-get update -qq && apt-get install -y -qq chromium; } >/dev/null
-	@PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q -p no:cacheprovider tests
+	@which chromium ffmpeg munged slurmctld slurmd sbatch >/dev/null || [ "$$(id -u)" != 0 ] || \
+		{ apt-get update -qq && apt-get install -y -qq $(TOOLS); } >/dev/null
+	@PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q -rs -p no:cacheprovider tests
 
 lint: $(VENV)/installed
 	@$(VENV)/bin/ruff check --no-cache . && $(VENV)/bin/ruff format --no-cache --check .

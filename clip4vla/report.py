@@ -65,7 +65,7 @@ def spectrogram_png(grey: np.ndarray) -> bytes:
         image = image.resize((672, image.height))
     palette = (matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
     image.putpalette(palette.tobytes())
-    return _encoded(lambda buffer: image.save(buffer, "PNG", optimize=True))
+    return encoded(lambda buffer: image.save(buffer, "PNG", optimize=True))
 
 
 def loss_plot(runs: dict[str, list[dict[str, Any]]]) -> bytes:
@@ -76,7 +76,7 @@ def loss_plot(runs: dict[str, list[dict[str, Any]]]) -> bytes:
     figure = Figure(figsize=(5.4, 3.5 * max(1, len(runs))), dpi=160, layout="constrained")
     for axes, (name, rows) in zip(np.ravel(figure.subplots(max(1, len(runs)))), runs.items(), strict=True):
         _loss_panel(axes, name, list({row["step"]: row for row in rows if "loss" in row}.values()))
-    return _encoded(lambda buffer: figure.savefig(buffer, format="png"))
+    return encoded(lambda buffer: figure.savefig(buffer, format="png"))
 
 
 def _loss_panel(axes: Axes, name: str, rows: list[dict[str, Any]]) -> None:
@@ -112,7 +112,7 @@ def write(
 ) -> None:
     """Write the page. settings may be nested; metrics maps direction to retrieval.summary(); five hits are shown."""
     curves = "".join(
-        f'<img alt="loss curves of {escape(name)}" src="{_uri(loss_plot({name: rows}), "image/png")}">'
+        f'<img alt="loss curves of {escape(name)}" src="{data_uri(loss_plot({name: rows}), "image/png")}">'
         for name, rows in runs.items()
     )
     cards = "".join(_query(query, metrics.get(query.direction, {}).get("n_gallery")) for query in queries)
@@ -186,7 +186,7 @@ def _query(query: Query, n_gallery: int | None) -> str:
         f'<div class="head"><b>{_arrow(query.direction)}</b> <span class="badge {"ok" if first else "miss"}">'
         f"{'✓' if first else '✗'} {place}</span></div>"
         f'<div class="asked">{_media(query.exhibit, shown)}<div>'
-        f'<div class="id">{escape(query.exhibit.title)}: {note}</div>{_captions(query.exhibit.captions)}</div></div>'
+        f'<div class="id">{escape(query.exhibit.title)}: {note}</div>{captions_list(query.exhibit.captions)}</div></div>'
         f'<div class="hits">{hits}</div></article>'
     )
 
@@ -196,7 +196,7 @@ def _hit(number: int, hit: Hit) -> str:
     return (
         f'<div class="hit{" right" if hit.right else ""}"><div class="head"><b>{number}</b>{mark}'
         f'<span class="score">{hit.score:.3f}</span></div>{_media(hit.exhibit)}'
-        f'<div class="id">{escape(hit.exhibit.title)}</div>{_captions(hit.exhibit.captions)}</div>'
+        f'<div class="id">{escape(hit.exhibit.title)}</div>{captions_list(hit.exhibit.captions)}</div>'
     )
 
 
@@ -204,17 +204,19 @@ def _media(exhibit: Exhibit, shown: str | None = None) -> str:
     """Picture, spectrogram and player, or only the part that was asked with."""
     parts = []
     if exhibit.picture and shown in (None, "picture"):
-        parts.append(f'<img class="picture" alt="picture" src="{_uri(exhibit.picture, "image/jpeg")}">')
+        parts.append(f'<img class="picture" alt="picture" src="{data_uri(exhibit.picture, "image/jpeg")}">')
     if exhibit.spectrogram and shown in (None, "sound"):
         with Image.open(io.BytesIO(exhibit.spectrogram)) as image:
             png = spectrogram_png(np.asarray(image.convert("L")))
-        parts.append(f'<img class="spectrogram" alt="spectrogram" src="{_uri(png, "image/png")}">')
+        parts.append(f'<img class="spectrogram" alt="spectrogram" src="{data_uri(png, "image/png")}">')
     if exhibit.audio and shown in (None, "sound"):  # preload: browsers refuse pages with hundreds of loaded players
-        parts.append(f'<audio controls preload="none" src="{_uri(exhibit.audio, escape(exhibit.audio_mime))}"></audio>')
+        parts.append(
+            f'<audio controls preload="none" src="{data_uri(exhibit.audio, escape(exhibit.audio_mime))}"></audio>'
+        )
     return f'<div class="media">{"".join(parts)}</div>' if parts else ""
 
 
-def _captions(captions: list[str]) -> str:
+def captions_list(captions: list[str]) -> str:
     items = [f'<p class="caption">{escape(caption)}</p>' for caption in captions]
     more = f"<details><summary>{len(items) - 3} more</summary>{''.join(items[3:])}</details>" if items[3:] else ""
     return "".join(items[:3]) + more
@@ -224,11 +226,11 @@ def _arrow(direction: str) -> str:
     return escape(direction).replace("_to_", " → ").replace("/", " · ")
 
 
-def _uri(data: bytes, mime: str) -> str:
+def data_uri(data: bytes, mime: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(data).decode()}"
 
 
-def _encoded(save: Any) -> bytes:
+def encoded(save: Any) -> bytes:
     buffer = io.BytesIO()
     save(buffer)
     return buffer.getvalue()

@@ -2,12 +2,15 @@
 
 import csv
 import hashlib
+import multiprocessing
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import soundfile
 
 from data_prep.manifest import Row
 
@@ -23,6 +26,11 @@ class Stamp:
     texts: dict[str, str]
     sound: str | None
     speech: list[tuple[str, str]]
+
+    @property
+    def sounds(self) -> list[str]:
+        """Paths of the sound and of the spoken clips."""
+        return [path for path in (self.sound, *(path for _, path in self.speech)) if path]
 
 
 def stamps(root: Path) -> list[Row]:
@@ -90,7 +98,7 @@ def _texts(path: Path) -> dict[str, str]:
 
 def _groups(root: Path, found: dict[str, Stamp]) -> dict[str, str]:
     """Smallest name of each stamp's group (union-find over what stamps share)."""
-    parent = {name: name for name in found}
+    parent, sounds = {name: name for name in found}, _sounds(root, found)
 
     def head(name: str) -> str:
         while parent[name] != name:
@@ -99,18 +107,33 @@ def _groups(root: Path, found: dict[str, Stamp]) -> dict[str, str]:
 
     owner: dict[str, str] = {}
     for name, stamp in found.items():
-        for key in _shared(root, name, stamp):
+        picture = "picture " + hashlib.sha256((root / stamp.picture).read_bytes()).hexdigest()
+        for key in [*_words(name, stamp), picture, *(sounds[path] for path in stamp.sounds if path in sounds)]:
             low, high = sorted((head(owner.setdefault(key, name)), head(name)))
             parent[high] = low
     return {name: head(name) for name in found}
 
 
-def _shared(root: Path, name: str, stamp: Stamp) -> Iterator[str]:
-    """Keys that put stamps into one group when they are equal."""
+def _words(name: str, stamp: Stamp) -> Iterator[str]:
+    """Keys from names and captions that put stamps into one group when they are equal."""
     words = re.sub(r"\.$", "", stamp.texts["en"].lower()).split()
     yield "caption " + " ".join(word for word in words if word not in ("a", "an", "the"))
     yield "base " + re.sub(r"_(mirror|flip)$", "", name)
     if "dreydl" in name:
         yield "dreydl"
-    for path in filter(None, [stamp.picture, stamp.sound, *(path for _, path in stamp.speech)]):
-        yield "file " + hashlib.sha256((root / path).read_bytes()).hexdigest()
+
+
+def _sounds(root: Path, found: dict[str, Stamp]) -> dict[str, str]:
+    """Hash of the samples by path, less silent ones: the same recording lies in files of different bytes."""
+    paths = sorted({path for stamp in found.values() for path in stamp.sounds})
+    with multiprocessing.get_context("fork").Pool() as pool:
+        hashes = pool.map(_samples_hash, [root / path for path in paths], chunksize=64)
+    return {path: f"sound {digest}" for path, digest in zip(paths, hashes, strict=True) if digest}
+
+
+def _samples_hash(path: Path) -> str:
+    try:
+        samples, _ = soundfile.read(path, dtype="int16")
+    except soundfile.SoundFileError:
+        return ""  # what is broken is found out, and listed, when it becomes a sample
+    return hashlib.blake2b(samples.tobytes()).hexdigest() if samples.any() else ""

@@ -141,8 +141,10 @@ def test_stamps_that_share_anything_share_a_group(tmp_path):
     ):
         stamp(tmp_path, name, text, number)
     shutil.copy(tmp_path / "same.png", tmp_path / "pic.png")
-    for name in ("cow", "moo"):
-        soundfile.write(tmp_path / f"{name}.wav", np.ones(99), 8000)
+    for name, depth in (("cow", "PCM_16"), ("moo", "PCM_24")):  # equal samples in files of different bytes
+        soundfile.write(tmp_path / f"{name}.wav", np.arange(99) / 128, 8000, subtype=depth)
+    for name in ("alone", "cat2"):  # silence is nobody's recording
+        soundfile.write(tmp_path / f"{name}.wav", np.zeros(99), 8000)
     group = {row.item: row.group for row in stamps(tmp_path)}
     assert group == dict(
         zip(

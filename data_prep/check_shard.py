@@ -1,0 +1,317 @@
+"""One shard: which of its clips are intact, what is wrong with the others, and the facts of each clip."""
+
+import hashlib
+import io
+import json
+import tarfile
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clip4vla.config import SpectrogramConfig
+from clip4vla.shards import INDEX, Member, Shard
+from clip4vla.spectrogram import n_segments
+
+Members = dict[str, memoryview]  # by extension: "json", "fbank.jpg", "frames.jpg"
+Places = dict[str, dict[str, Member]]  # by key and extension
+Notes = list[tuple[str, str]]  # (key, or "" for the shard; what is wrong)
+
+FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("id", "item", "group", "source", "split", "lang", "audio_type"), (str,)),
+    **dict.fromkeys(("captions", "caption_langs"), (list,)),
+    **dict.fromkeys(("start", "end"), (int, float, type(None))),
+    **dict.fromkeys(("n_frames", "n_segments", "n_rows"), (int,)),
+    **dict.fromkeys(("has_audio", "has_frames"), (bool,)),
+    "label": (str, type(None)),
+    "duration": (int, float),
+    "media": (dict,),
+}
+
+
+HASHES = ("id", "group", "item", "audio", "picture")  # 64 bits of BLAKE2; 0: the clip has none
+COUNTS = ("n_segments", "n_frames", "n_captions")
+FACTS = np.dtype([("shard", "i4"), ("entry", "i4"), ("seconds", "f8"), *((n, "i4") for n in COUNTS)]
+                 + [(name, "u8") for name in HASHES])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong, and where; shard and key may be "" (the folder, the whole shard)."""
+
+    folder: str
+    shard: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (f"{self.folder}/{self.shard}".rstrip("/"), self.key))) + f": {self.reason}"
+
+
+@dataclass
+class Tally:
+    """Intact clips: a row of FACTS each, and counts of what has no place there."""
+
+    facts: np.ndarray = field(default_factory=lambda: np.zeros(0, FACTS))
+    words: Counter[int] = field(default_factory=Counter)  # captions by their length
+    types: Counter[str] = field(default_factory=Counter)
+    spoken: Counter[str] = field(default_factory=Counter)  # languages of clips with speech
+    written: Counter[str] = field(default_factory=Counter)  # languages of captions
+
+    @classmethod
+    def sum(cls, tallies: list["Tally"]) -> "Tally":
+        """All of them together."""
+        counts = [sum((getattr(t, n) for t in tallies), Counter()) for n in ("words", "types", "spoken", "written")]
+        return cls(np.concatenate([cls().facts, *(t.facts for t in tallies)]), *counts)
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    @property
+    def hours(self) -> float:
+        """Hours of clips."""
+        return self.facts["seconds"].sum() / 3600
+
+    def without(self) -> dict[str, int]:
+        """Clips that lack something."""
+        zeros = [int((self.facts[count] == 0).sum()) for count in COUNTS]
+        return dict(zip(("sound", "frames", "captions"), zeros, strict=True))
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """What distributions are taken of; each over the clips that have any."""
+        names = {"seconds": "seconds", "segments": "n_segments", "frames": "n_frames", "captions a clip": "n_captions"}
+        columns = {label: self.facts[name][self.facts[name] > 0] for label, name in names.items()}
+        lengths = np.array(list(self.words), int)
+        columns |= {"words a caption": np.repeat(lengths, list(self.words.values()))}
+        return {name: values for name, values in columns.items() if len(values)}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the clips of a folder must agree with; `vectors`: they are the frozen towers' and have no metadata."""
+
+    source: str
+    split: str
+    spectrogram: SpectrogramConfig
+    size: int  # pixels of a frame
+    vectors: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to check; `decode` numbers the entries whose pictures are decoded, None means all."""
+
+    path: Path
+    number: int
+    shard: Shard
+    rules: Rules
+    decode: frozenset[int] | None
+
+
+def check_shard(task: Task) -> tuple[Tally, list[Finding]]:
+    """The intact clips of one shard, and a finding for each of the others."""
+    samples, notes = contents(task.path / task.shard.name, task.shard)
+    numbers, rows, tally = indexed(task.shard)[1], [], Tally()
+    for key, members in samples.items():
+        number = numbers.get(key)
+        meta, reason = judge(members, task.rules, task.decode is None or number in task.decode)
+        if reason:
+            notes.append((key, reason))
+        elif meta is not None and number is not None:
+            rows.append(_fact(task.number, number, meta, members))
+            _count(tally, meta)
+    tally.facts = np.array(rows, FACTS)
+    reasons: dict[str, list[str]] = {}
+    for key, reason in notes:
+        reasons.setdefault(key, []).append(reason)
+    where = (str(task.path), task.shard.name)
+    return tally, [Finding(*where, key, "; ".join(dict.fromkeys(some))) for key, some in reasons.items()]
+
+
+def contents(path: Path, shard: Shard) -> tuple[dict[str, Members], Notes]:
+    """Samples whose bytes can be relied on, and what is wrong.
+
+    A tar with the indexed sha256 is right, whatever else the index says. In another, a member counts if it has the
+    indexed CRC-32, be it at the indexed place or where the tar has its name (a repair may have been killed between tar
+    and index); a sample with any other member is left out.
+    """
+    stated, _, notes = indexed(shard)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        return {}, [
+            *notes,
+            ("", f"unreadable: {error.strerror}"),
+            *((key, "its shard is unreadable") for key in stated),
+        ]
+    listed, more = _listed(data)
+    whole = hashlib.sha256(data).hexdigest() == shard.sha256
+    notes += more + _disagreements(stated, listed)
+    if len(data) != shard.bytes:
+        notes.append(("", f"{len(data):,} bytes, {shard.bytes} in {INDEX}"))
+    if not whole:
+        notes.append(("", f"sha256 differs from {INDEX}"))
+    samples: dict[str, Members] = {}
+    for key, members in (listed if whole else stated).items():
+        tar = listed.get(key, {})
+        parts = {ext: _bytes(memoryview(data), member, tar.get(ext)) for ext, member in members.items()}
+        bad = [ext for ext, part in parts.items() if part is None]
+        notes += [(key, f"{ext}: no {members[ext].size:,} bytes there with its CRC-32") for ext in bad]
+        if not bad:
+            samples[key] = parts
+    return samples, notes
+
+
+def indexed(shard: Shard) -> tuple[Places, dict[str, int], Notes]:
+    """Members as index.json has them, the number of each key's entry, and which entries are none."""
+    stated: Places = {}
+    numbers: dict[str, int] = {}
+    notes: Notes = []
+    for number in range(len(shard.entries)):
+        try:
+            key, members = shard.members(number)
+            counts = [count for member in members.values() for count in vars(member).values()]
+            good = isinstance(key, str) and "." not in key and all(type(n) is int and n >= 0 for n in counts)
+        except (TypeError, ValueError, AttributeError, LookupError):
+            good = False
+        if not good:
+            notes.append(("", f"entry {number} of {INDEX} is malformed"))
+        elif key in stated:
+            notes.append((key, f"twice in {INDEX}"))
+        else:
+            stated[key], numbers[key] = members, number
+    return stated, numbers, notes
+
+
+def _listed(data: bytes) -> tuple[Places, Notes]:
+    """Members as the tar's own headers have them, as far as they go."""
+    listed: Places = {}
+    notes: Notes = []
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for info in tar:
+                key, _, ext = info.name.partition(".")
+                if not info.isfile() or ext in listed.get(key, {}):
+                    notes.append((key, f"{ext} is in the tar twice, or is no file"))
+                crc32 = zlib.crc32(data[info.offset_data : info.offset_data + info.size])
+                listed.setdefault(key, {})[ext] = Member(info.offset_data, info.size, crc32)
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        notes.append(("", f"unreadable tar: {error}"))
+    return listed, notes
+
+
+def _disagreements(stated: Places, listed: Places) -> Notes:
+    notes: Notes = []
+    for key in dict.fromkeys([*stated, *listed]):
+        there, here = stated.get(key, {}), listed.get(key, {})
+        notes += [(key, f"{ext} is in {INDEX}, not in the tar") for ext in there if ext not in here]
+        notes += [(key, f"{ext} is in the tar, not in {INDEX}") for ext in here if ext not in there]
+        for ext in [ext for ext in there if ext in here]:
+            one, two = there[ext], here[ext]
+            if (one.offset, one.size) != (two.offset, two.size):
+                where = f"{two.offset}+{two.size}, by {INDEX} at {one.offset}+{one.size}"
+                notes.append((key, f"{ext} is at {where}"))
+            elif one.crc32 != two.crc32:
+                notes.append((key, f"{ext}: CRC-32 differs from {INDEX}"))
+    return notes
+
+
+def _bytes(data: memoryview, stated: Member, listed: Member | None) -> memoryview | None:
+    """The stated bytes: where the index, else where the tar has them; None if neither place has their CRC-32."""
+    for place in filter(None, (stated, listed)):
+        part = data[place.offset : place.offset + stated.size]
+        if len(part) == stated.size and zlib.crc32(part) == stated.crc32:
+            return part
+    return None
+
+
+def judge(members: Members, rules: Rules, decode: bool) -> tuple[dict[str, Any] | None, str]:
+    """A sample's metadata, and why it is damaged ("" if it is not)."""
+    if rules.vectors:
+        return None, "" if set(members) == {"clip.f16"} else f"members {sorted(members)}, not clip.f16 alone"
+    if "json" not in members:
+        return None, "no json"
+    try:
+        meta = json.loads(bytes(members["json"]))
+        json.dumps(meta, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        return None, f"json is not JSON: {error}"
+    reason = _fields(meta, rules) or _consistency(meta, members, rules)
+    return meta, reason or next(filter(None, (_picture(meta, ext, members[ext], rules, decode) for ext in members)), "")
+
+
+def _fields(meta: Any, rules: Rules) -> str:
+    if not isinstance(meta, dict) or set(FIELDS) - set(meta):
+        lacks = sorted(set(FIELDS) - set(meta)) if isinstance(meta, dict) else "every field"
+        return f"json lacks {lacks}"
+    for name, kinds in FIELDS.items():
+        if type(meta[name]) not in kinds:
+            return f"json: {name} is {meta[name]!r:.60}"
+    texts = [*meta["captions"], *meta["caption_langs"]]
+    if not all(isinstance(text, str) for text in texts) or len(texts) != 2 * len(meta["captions"]):
+        return "json: captions and caption_langs are not two equally long lists of text"
+    if any(not isinstance(meta["media"].get(name, 0), str | None) for name in ("audio", "frames")):
+        return "json: media is not two paths"
+    if meta["audio_type"] not in ("vb", "nb", "both"):
+        return f"json: audio_type is {meta['audio_type']!r:.60}"
+    if (meta["source"], meta["split"]) != (rules.source, rules.split):
+        return f"json: {meta['source']}/{meta['split']} in the folder of {rules.source}/{rules.split}"
+    return ""
+
+
+def _consistency(meta: dict[str, Any], members: Members, rules: Rules) -> str:
+    """Whether counts, has_audio, has_frames and members tell the same."""
+    spec, rows = rules.spectrogram, meta["n_rows"]
+    wanted = {"json", *[f"fbank.{spec.codec}"] * meta["has_audio"], *["frames.jpg"] * meta["has_frames"]}
+    if set(members) != wanted:
+        return f"members {sorted(members)}, by its json {sorted(wanted)}"
+    if meta["has_frames"] != (meta["n_frames"] > 0) or meta["n_frames"] < 0:
+        return f"json: has_frames is {meta['has_frames']}, n_frames {meta['n_frames']}"
+    if not 0 <= meta["duration"] < 1e9 or meta["has_audio"] > (meta["duration"] > 0):
+        return f"json: has_audio is {meta['has_audio']}, duration {meta['duration']}"
+    if meta["has_audio"] != (rows > 0) or not 0 <= rows <= spec.max_segments * spec.segment_rows:
+        return f"json: has_audio is {meta['has_audio']}, n_rows {rows}"
+    if meta["n_segments"] != (n_segments(rows, spec) if rows else 0):
+        return f"json: n_segments is {meta['n_segments']}, n_rows {rows}"
+    return ""
+
+
+def _picture(meta: dict[str, Any], ext: str, data: memoryview, rules: Rules, decode: bool) -> str:
+    """Why a picture is not what its metadata say; only its header is read unless `decode`."""
+    if ext == "json":
+        return ""
+    spec = rules.spectrogram
+    size, mode = (rules.size, meta["n_frames"] * rules.size), "RGB"
+    if ext != "frames.jpg":
+        size, mode = (spec.n_mels, meta["n_segments"] * spec.segment_rows), "L" if spec.channels == "mono" else "RGB"
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG" if ext.endswith("png") else "JPEG"]) as image:
+            if (image.size, image.mode) != (size, mode):
+                return f"{ext} is {image.mode} {image.size}, by its json {mode} {size}"
+            if decode:
+                image.load()
+    except Exception as error:  # Pillow raises whatever its parsers raise
+        return f"{ext} cannot be decoded: {error}"
+    return ""
+
+
+def _fact(shard: int, entry: int, meta: dict[str, Any], members: Members) -> tuple[Any, ...]:
+    """One row of FACTS."""
+    bodies = {ext.partition(".")[0]: data for ext, data in members.items()}
+    hashed = [meta[name].encode() for name in ("id", "group", "item")] + [bodies.get("fbank"), bodies.get("frames")]
+    return (
+        shard, entry, meta["duration"], meta["n_segments"], meta["n_frames"], len(meta["captions"]),
+        *(0 if data is None else int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1 for data in hashed),
+    )  # fmt: skip
+
+
+def _count(tally: Tally, meta: dict[str, Any]) -> None:
+    tally.words.update(len(caption.split()) for caption in meta["captions"])
+    tally.types[meta["audio_type"]] += 1
+    tally.written.update(meta["caption_langs"])
+    if meta["has_audio"] and meta["audio_type"] != "nb":
+        tally.spoken[meta["lang"]] += 1

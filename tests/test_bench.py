@@ -1,0 +1,121 @@
+"""launch/bench.py: one JSON object, both sides doing the same work, and arithmetic that follows from the measured figures."""
+
+import json
+import math
+import statistics
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, run
+
+sys.path.insert(0, str(ROOT))
+
+from clip4vla.config import DataConfig, UserError, load  # noqa: E402
+from data_prep.media import frame_times, read_clip  # noqa: E402
+from launch.bench_plan import markdown  # noqa: E402
+from launch.bench_prep import VIDEOS, peer_frames, prepare, psnr  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def prep():
+    done = run("launch/bench.py", "prep", "--rounds", 1, "--clips", 1)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    done = run("launch/bench.py", "plan", "--rounds", 2)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    path.write_text(done.stdout)
+    return path, json.loads(done.stdout)
+
+
+def test_prep_prints_one_object_with_its_fixed_keys(prep):
+    assert prep["bench"] == "prep"
+    assert {"throughput_ratio", "ratios", "median_cpu_s", "clips", "versions", "machine"} <= set(prep)
+    assert {"librosa", "opencv-python-headless", "av", "torch"} <= set(prep["versions"])
+    assert prep["machine"]["cpu"] and prep["machine"]["cores"] >= 1
+
+
+def test_both_sides_of_prep_make_the_same(prep):
+    (clip,) = prep["clips"]
+    assert clip["frames"] == [10, 10]
+    assert clip["frames_psnr_db"] > 30
+    assert clip["segments"] == [[math.ceil(10 / 1.792), 3, 224, 224]] * 2
+    assert clip["spectrogram_rms_db"] < 1  # 0.3: the resampler, and 8 bits
+
+
+def test_frames_of_another_time_would_show(tmp_path):
+    row, cfg = VIDEOS[0].make(tmp_path), load(DataConfig).frames
+    ours = read_clip(tmp_path / row.media, None, None, cfg)
+    times = frame_times(0, ours.seconds, cfg)[:4]
+    same, other = (peer_frames(tmp_path / row.media, [time + late for time in times], cfg.size) for late in (0, 0.4))
+    assert min(psnr(a, b) for a, b in zip(ours.frames, same, strict=False)) > 38
+    assert min(psnr(a, b) for a, b in zip(ours.frames, other, strict=False)) < 30
+
+
+def test_psnr_is_that_of_its_definition():
+    black = np.zeros((4, 4, 3), np.uint8)
+    assert psnr(black, black + 255) == pytest.approx(0)
+    assert psnr(black, black + 51) == pytest.approx(20 * math.log10(5))
+
+
+def test_the_ratio_of_prep_follows_from_its_rounds(prep):
+    parts = {}
+    for clip in prep["clips"]:
+        for part in clip["median_cpu_s"]:
+            spent = statistics.median(times[part] for times in clip["rounds_cpu_s"])
+            parts[part] = parts.get(part, 0) + spent
+    theirs = parts["peer_frames"] + parts["peer_wave"] + parts["peer_fbank"]
+    assert prep["throughput_ratio"] == pytest.approx(theirs / parts["ours"], rel=1e-3)
+    assert min(parts.values()) > 0
+
+
+def test_a_missing_package_is_one_line_with_its_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "librosa", None)
+    with pytest.raises(UserError, match=r"librosa: pip install .*\[bench\]"):
+        prepare()
+
+
+def test_a_plan_follows_from_its_figures(plan):
+    _, plan = plan
+    howto, audioset = plan["clips"]["howto100m"], plan["clips"]["audioset"]
+    size = 3 * 512 + sum(512 * math.ceil(size / 512) for size in howto["member_bytes"].values())
+    assert howto["tar_bytes"] == size
+    needs = plan["sets"]["HowTo100M"]
+    assert needs["clips"] == 1_200_000 * 8
+    assert needs["files"] == 37_500
+    assert needs["core_hours"] == pytest.approx(9.6e6 * howto["cpu_s"] / 3600, rel=1e-3)
+    assert needs["days_on_64_cores"] == pytest.approx(9.6e6 * howto["cpu_s"] / 86400 / 64, rel=1e-3)
+    both = plan["sets"]["HowTo100M + AudioSet"]
+    terabytes = (9.6e6 * howto["tar_bytes"] + 2e6 * audioset["tar_bytes"]) / 1e12
+    assert both["terabytes"] == pytest.approx(terabytes, rel=1e-3)
+    assert plan["terabytes_by_codec"]["fbank jpg 95, frames 90"] == pytest.approx(terabytes, rel=1e-3)
+    assert both["files"] == 37_500 + 7_813
+
+
+def test_codecs_that_keep_more_take_more(plan):
+    _, plan = plan
+    for kind in ("howto100m", "audioset"):
+        jpg, png = (plan["codecs"]["fbank"][codec][kind] for codec in ("jpg 95", "png"))
+        assert jpg["bytes"] < png["bytes"] and jpg["rms_db"] > png["rms_db"]
+        assert png["rms_db"] == pytest.approx(0.5 / math.sqrt(12), abs=0.02)  # steps of 0.5 dB
+        frames = [plan["codecs"]["frames"][quality][kind] for quality in ("75", "90", "95")]
+        assert sorted(frames, key=lambda f: f["bytes"]) == frames == sorted(frames, key=lambda f: f["psnr_db"])
+
+
+def test_the_tables_hold_the_figures_of_the_saved_plan(plan):
+    path, plan = plan
+    table = markdown(str(path))
+    assert f"| HowTo100M | 9,600,000 | {plan['sets']['HowTo100M']['core_hours']:,.0f} |" in table
+    assert f"| fbank png | {plan['codecs']['fbank']['png']['howto100m']['bytes'] / 1e3:.1f} |" in table
+
+
+def test_tables_of_no_plan_are_refused_in_one_line(tmp_path):
+    (tmp_path / "other.json").write_text('{"bench": "prep"}')
+    for name in ("other.json", "absent.json"):
+        with pytest.raises(UserError, match=f"{name}: not a plan .* make it with"):
+            markdown(str(tmp_path / name))
