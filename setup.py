@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+BENCH = ["librosa>=0.11", "opencv-python-headless>=4.10", "scikit-video"]  # what launch/bench.py compares with
+
 setup(
     name="clip4vla",
     version="0.1.0",
@@ -29,5 +31,8 @@ setup(
         "soundfile>=0.12",
         "cairosvg>=2.7",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "scikit-learn", "scikit-video", "scipy"]},
+    extras_require={
+        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "scikit-learn", "scikit-video", "scipy", *BENCH],
+        "bench": BENCH,
+    },
 )

@@ -30,7 +30,7 @@ def log_mel(wave: Tensor, rate: int, cfg: SpectrogramConfig) -> Tensor:
     stft = torch.stft(
         wave, cfg.n_fft, cfg.hop_length, cfg.win_length, window, center=True, pad_mode="constant", return_complex=True
     )
-    power = stft.abs().square().transpose(1, 2)[:, :rows]  # C R n_fft//2+1
+    power = (stft.real.square() + stft.imag.square()).transpose(1, 2)[:, :rows]  # C R n_fft//2+1
     decibels = 10 * torch.log10((power @ mel_filters(cfg)).clamp(min=1e-10))
     return torch.maximum(decibels, decibels.max() - cfg.top_db)
 

@@ -223,7 +223,7 @@ def fit(frame: av.VideoFrame, aspect: Fraction | None, size: int) -> np.ndarray:
     width, height = frame.width * float(aspect or 1), frame.height
     scale = size / min(width, height)
     width, height = max(size, round(width * scale)), max(size, round(height * scale))
-    picture = frame.reformat(width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+    picture = frame.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
     picture = np.rot90(picture, round(frame.rotation / 90))
     top, left = (round((side - size) / 2) for side in picture.shape[:2])
     return np.ascontiguousarray(picture[top : top + size, left : left + size])
@@ -234,8 +234,9 @@ class _Sound:
 
     def __init__(self, stream: av.AudioStream, begin: float, finish: float, origin: float):
         self.stream, self.begin, self.until, self.origin = stream, begin, finish, origin
-        layout = stream.codec_context.layout.nb_channels
-        self.mix = av.AudioResampler("fltp", "stereo" if layout > 2 else None)
+        surround = stream.codec_context.layout.nb_channels > 2
+        # mixing to integers keeps the sum within full scale, mixing to floats would not
+        self.mix = av.AudioResampler("s32p", "stereo") if surround else av.AudioResampler("fltp")
         self.chunks: list[np.ndarray] = []
         self.rate: int | None = None
         self.first = self.next = 0  # samples from `begin` to the first one, and to the one that follows the last
@@ -276,7 +277,8 @@ class _Sound:
         elif at - self.next > GAP * self.rate:  # sound is missing; what follows stays in step with the pictures
             self._silence(min(at, self.length) - self.next)
         for part in self.mix.resample(frame):
-            self.chunks.append(part.to_ndarray())
+            samples = part.to_ndarray()
+            self.chunks.append(samples if samples.dtype == np.float32 else (samples / 2**31).astype(np.float32))
             self.next += part.samples
 
     def _silence(self, samples: int) -> None:
