@@ -18,6 +18,8 @@ clock "shards"
 python data_prep/shard.py configs/data/$set.yaml
 clock "a small CLIP from scratch"
 deepspeed --num_accelerators "$ranks" launch/pretrain.py configs/pretrain/${set}_clip.yaml
+clock "the towers' vectors"
+deepspeed --num_accelerators "$ranks" data_prep/embed.py configs/pretrain/$set.yaml
 clock "its ears"
 if [ "$set" = stamps ]; then
     deepspeed --num_accelerators "$ranks" launch/pretrain.py --deepspeed_config ds.json
