@@ -62,13 +62,26 @@ def gather(x: Tensor) -> Tensor:
     return out
 
 
-def mean(x: Tensor) -> Tensor:
-    """Mean over the ranks."""
+def all_sum(x: Tensor) -> Tensor:
+    """Sum over the ranks."""
+    return _reduced(x, dist.ReduceOp.SUM)
+
+
+def all_max(x: Tensor) -> Tensor:
+    """Largest of the ranks' values, by element."""
+    return _reduced(x, dist.ReduceOp.MAX)
+
+
+def _reduced(x: Tensor, how: dist.ReduceOp) -> Tensor:
     x = x.detach().clone()
     if world() > 1:
-        dist.all_reduce(x)
-        x /= world()
+        dist.all_reduce(x, how)
     return x
+
+
+def mean(x: Tensor) -> Tensor:
+    """Mean over the ranks."""
+    return all_sum(x) / world()
 
 
 def gather_objects(value: object) -> list:

@@ -1,10 +1,19 @@
 """NCE_at, NCE_av, NCE_aa, equations (1)-(5), exact over the clips of all ranks, in tiles of bounded memory.
 
-Every rank holds b rows of the global batch of N. Features are gathered without gradient; a rank then computes its own rows
-of the similarity matrix in tiles and keeps their log-sum-exps. The similarity is symmetric, so the gradient of a rank's own
-rows needs only the gathered features and the gathered log-sum-exps: no N x N matrix, no N x D gradient traffic.
+Every rank holds b rows of the global batch of N. Features are gathered once, without gradient; a rank computes its own rows
+of the similarity matrix in tiles and keeps their log-sum-exps. Those of the columns are put together from all ranks' rows by
+two all-reduces of N numbers. The gradient of a rank's own rows needs the gathered features and log-sum-exps, and nothing of
+other ranks' gradients: no N x N matrix, no N x D gradient traffic. In one process a term takes 4 products of N x N x D (one
+forward, three backward), where the matrix kept in memory takes 6; on several ranks it takes 5.
 The engine averages gradients over ranks, so values are scaled by the world size: their mean over ranks is the loss.
+
+Bytes that a rank sends into collectives for F features of width D, T terms (I of them with intra), fp32:
+4 b D F (features) + b T (valid) + 8 b T (log-sum-exps) + 8 N T (columns' maxima and sums) + 8 b (groups, if any).
 """
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,116 +21,183 @@ from torch import Tensor
 from clip4vla import distributed
 from clip4vla.config import LossConfig
 
-TILE = 1 << 24  # elements of the similarity matrix held at once
+TILE = {
+    "cpu": 1 << 20,
+    "cuda": 1 << 25,
+}  # elements of the similarity matrix held at once: a cache's, and enough for a GPU
+
+
+class Term(NamedTuple):
+    """Symmetric InfoNCE between two of the features, by number.
+
+    valid (b,) says which rows take part, as row and as negative; the mean is over those of all ranks, 0 without any.
+    intra adds exp(a_i . a_k), k != i, to the denominator of row a_i, and its mirror image to that of b_i: (3) and (4).
+    """
+
+    a: int
+    b: int
+    valid: Tensor
+    intra: bool = False
 
 
 def info_nce(
     a: Tensor, b: Tensor, scale: Tensor, valid: Tensor, group: Tensor | None = None, intra: bool = False
 ) -> Tensor:
-    """Symmetric InfoNCE between the rows of a and b, (b, D) unit vectors of this rank; logits are scale * cosine.
+    """One Term between the rows of a and b, (b, D) unit vectors of this rank; logits are scale * cosine.
 
-    valid (b,) says which rows take part, as row and as negative; the mean is over those of all ranks, 0 without any.
-    group (b,) int64: other rows of the same group are no negatives. intra adds exp(a_i . a_k), k != i, to the denominator
-    of row a_i and its mirror image to that of b_i (equations (3) and (4)).
+    group (b,) int64: other rows of the same group are no negatives.
     """
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    group = torch.arange(len(a), device=a.device) + distributed.rank() * len(a) if group is None else group
-    return _InfoNCE.apply(a.to(dtype), b.to(dtype), scale.to(dtype), valid, group, intra)
+    return info_nces([a, b], scale, [Term(0, 1, valid, intra)], group)[0]
+
+
+def info_nces(
+    features: list[Tensor], scale: Tensor, terms: list[Term], group: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The value of each term, over features (b, D) that are gathered once."""
+    dtype = torch.promote_types(features[0].dtype, torch.float32)
+    return _InfoNCE.apply(scale.to(dtype), terms, group, *(x.to(dtype) for x in features))
 
 
 def objective(features: dict[str, Tensor], batch: "Batch", cfg: LossConfig) -> dict[str, Tensor]:  # noqa: F821
     """The weighted terms of (5) by name, and their sum under `loss`. features: as CLIP4VLA.forward gives them."""
+    pairs = {
+        "at": ("text", "audio", batch.has_text & batch.has_audio),
+        "av": ("vision", "audio", batch.has_frames & batch.has_audio),
+        "aa": ("audio", "masked", batch.has_audio),
+        "tv": ("text", "vision", batch.has_text & batch.has_frames),
+    }
+    weights = {name: getattr(cfg, name) for name in pairs if getattr(cfg, name)}
+    used = [name for name in ("text", "vision", "audio", "masked") if any(name in pairs[term][:2] for term in weights)]
+    terms = [Term(*map(used.index, pairs[name][:2]), pairs[name][2], intra=name == "aa") for name in weights]
     group = batch.group if cfg.exclude_same_group else None
-    terms = {
-        "at": ("text", "audio", cfg.at, batch.has_text & batch.has_audio),
-        "av": ("vision", "audio", cfg.av, batch.has_frames & batch.has_audio),
-        "aa": ("audio", "masked", cfg.aa, batch.has_audio),
-        "tv": ("text", "vision", cfg.tv, batch.has_text & batch.has_frames),
-    }
-    losses = {
-        name: info_nce(features[a], features[b], features["scale"], valid, group, intra=name == "aa")
-        for name, (a, b, weight, valid) in terms.items()
-        if weight
-    }
-    losses["loss"] = sum(terms[name][2] * value for name, value in losses.items())
-    return losses
+    values = info_nces([features[name] for name in used], features["scale"], terms, group)
+    losses = dict(zip(weights, values, strict=True))
+    return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}
 
 
 class _InfoNCE(torch.autograd.Function):
-    """info_nce with its own backward pass."""
+    """info_nces with its own backward pass."""
 
     @staticmethod
-    def forward(ctx, a, b, scale, valid, group, intra):
-        with torch.autocast(a.device.type, enabled=False):
-            sides = _Sides(a, b, scale, valid, group, intra)
-            lse = sides.log_sum_exp(0), sides.log_sum_exp(1)
-            rows = lse[0] + lse[1] - 2 * scale * (a * b).sum(1)
-            value = distributed.world() * (sides.weight * rows).sum()
-        ctx.save_for_backward(a, b, scale, valid, group, sides.all[0], sides.all[1], *lse)
-        ctx.intra = intra
-        return value
+    def forward(ctx, scale, terms, group, *own):
+        with torch.autocast(own[0].device.type, enabled=False):
+            everyone = distributed.gather(torch.cat(own, 1)).split([x.shape[1] for x in own], 1)
+            everyone = own if distributed.world() == 1 else [x.contiguous() for x in everyone]
+            valid = distributed.gather(torch.stack([term.valid for term in terms], 1))  # N T
+            group = None if group is None else (group, distributed.gather(group))
+            ctx.pairs = [_Pair(own, everyone, scale, group, t, v) for t, v in zip(terms, valid.T, strict=True)]
+            values = tuple(pair.value() for pair in ctx.pairs)
+        ctx.save_for_backward(scale, *own)
+        return values
 
     @staticmethod
-    def backward(ctx, grad):
-        a, b, scale, valid, group, all_a, all_b, *lse = ctx.saved_tensors
-        with torch.autocast(a.device.type, enabled=False):
-            sides = _Sides(a, b, scale, valid, group, ctx.intra, (all_a, all_b))
-            grad_a, scale_a = sides.gradient(0, lse)
-            grad_b, scale_b = sides.gradient(1, lse)
-        factor = grad * distributed.world()
-        return factor * grad_a, factor * grad_b, factor * (scale_a + scale_b), None, None, None
+    def backward(ctx, *grads):
+        scale, *own = ctx.saved_tensors
+        by_feature, by_scale = [torch.zeros_like(x) for x in own], torch.zeros_like(scale)
+        with torch.autocast(own[0].device.type, enabled=False):
+            for pair, grad in zip(ctx.pairs, grads, strict=True):
+                by_scale += pair.add_gradient(by_feature, grad * distributed.world())
+        return by_scale, None, None, *by_feature
 
 
-class _Sides:
-    """Both sides of the loss as this rank sees them: its rows, and the gathered columns."""
+class _Pair:
+    """One term as this rank sees it: its rows of both sides, and the columns of all ranks."""
 
-    def __init__(self, a, b, scale, valid, group, intra, gathered=None):
-        self.own, self.scale, self.intra = (a, b), scale, intra
-        self.all = gathered or (distributed.gather(a), distributed.gather(b))
-        self.valid, self.group = valid, group
-        self.all_valid, self.all_group = distributed.gather(valid), distributed.gather(group)
-        self.all_weight = self.all_valid.to(a.dtype) / (2 * self.all_valid.sum().clamp(min=1))
-        first = distributed.rank() * len(a)
-        self.index = torch.arange(first, first + len(a), device=a.device)
-        self.weight = self.all_weight[first : first + len(a)]
+    def __init__(self, own, everyone, scale, group, term: Term, valid: Tensor):
+        self.own, self.everyone = (own[term.a], own[term.b]), (everyone[term.a], everyone[term.b])
+        self.term, self.scale, self.group, self.valid = term, scale, group, valid
+        self.rows = len(term.valid)
+        self.first = distributed.rank() * self.rows
+        self.masked = valid.device.type != "cpu" or not bool(valid.all())  # on a GPU asking would cost a wait
+        self.weight = valid.to(scale.dtype) / (2 * valid.sum().clamp(min=1))
+        self.shift: list[Tensor] = []  # of each side, for all N rows: log-sum-exp less the log of the weight
 
-    def tiles(self):
-        """Row ranges such that a tile of them against all columns holds at most TILE elements."""
-        step = max(1, TILE // max(1, len(self.all_valid)))
-        return (slice(i, i + step) for i in range(0, len(self.valid), step))
+    def mine(self, x: Tensor) -> Tensor:
+        """This rank's part of N numbers."""
+        return x[self.first : self.first + self.rows]
 
-    def logits(self, side: int, rows: slice, keys: int) -> tuple[Tensor, Tensor]:
-        """(cosines, logits) of own rows of `side` against all of `keys`; pairs that do not count have logit -inf."""
-        cosine = self.own[side][rows] @ self.all[keys].T  # r N
-        out = (
-            (self.group[rows, None] == self.all_group).logical_or_(~self.all_valid).logical_or_(~self.valid[rows, None])
-        )
-        if keys != side:  # the row's own partner is its positive
-            local = torch.arange(len(out), device=out.device)
-            out[local, self.index[rows]] = ~self.valid[rows]
-        return cosine, (self.scale * cosine).masked_fill_(out, -torch.inf)
+    def value(self) -> Tensor:
+        """The loss, times the world size; keeps the log-sum-exps."""
+        row, column = self._log_sum_exps(0, 1)
+        lse = [row, self.mine(column)]
+        if self.term.intra:
+            lse = [torch.logaddexp(lse[side], self._log_sum_exps(side, side)[0]) for side in (0, 1)]
+        for side in distributed.gather(torch.stack(lse, 1)).T:
+            self.shift.append((side - self.weight.log()).masked_fill(~self.valid, torch.inf))
+        rows = lse[0] + lse[1] - 2 * self.scale * (self.own[0] * self.own[1]).sum(1)
+        return distributed.world() * (self.mine(self.weight) * rows.masked_fill(~self.term.valid, 0)).sum()
 
-    def log_sum_exp(self, side: int) -> Tensor:
-        """Log of each own row's denominator, (b,); 0 for rows that take no part."""
-        out = torch.zeros_like(self.weight)
-        for rows in self.tiles():
-            lse = torch.logsumexp(self.logits(side, rows, 1 - side)[1], 1)
-            if self.intra:
-                lse = torch.logaddexp(lse, torch.logsumexp(self.logits(side, rows, side)[1], 1))
-            out[rows] = lse.masked_fill(~self.valid[rows], 0)
-        return out
+    def _log_sum_exps(self, side: int, keys: int) -> tuple[Tensor, Tensor]:
+        """Of own rows of `side` over all of `keys`, (b,); and of all of `keys` over the rows of all ranks, (N,)."""
+        low = torch.finfo(self.scale.dtype).min
+        peak = [self.weight.new_full((n,), low) for n in (self.rows, len(self.valid))]
+        total = [torch.zeros_like(p) for p in peak]
+        for rows, columns, logits in self._tiles(side, keys):
+            for place, part, along in ((0, rows, 1), (1, columns, 0))[: 1 + (side != keys)]:
+                old = peak[place][part]
+                new = torch.maximum(old, logits.amax(along))
+                grown = (logits - new.unsqueeze(along)).exp_().sum(along)
+                total[place][part] = total[place][part] * (old - new).exp() + grown
+                peak[place][part] = new
+        if side != keys and distributed.world() > 1:
+            highest = distributed.all_max(peak[1])
+            total[1] = distributed.all_sum(total[1] * (peak[1] - highest).exp())
+            peak[1] = highest
+        return peak[0] + total[0].log(), peak[1] + total[1].log()
 
-    def gradient(self, side: int, lse: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(gradient of the global loss by own rows of `side` (b, D), by the scale through the denominators of those rows)."""
-        gathered = distributed.gather(lse[0]), distributed.gather(lse[1])
-        grad, by_scale = torch.zeros_like(self.own[side]), torch.zeros_like(self.scale)
-        for rows in self.tiles():
-            for keys in (1 - side, side) if self.intra else (1 - side,):
-                cosine, logits = self.logits(side, rows, keys)
-                # as a row of its own denominator, and as a column of everybody else's
-                as_row = (logits - lse[side][rows, None]).exp_().mul_(self.weight[rows, None])
-                as_column = (logits - gathered[keys]).exp_().mul_(self.all_weight)
-                by_scale += (as_row * cosine).sum()
-                grad[rows] += (as_row + as_column) @ self.all[keys]
-        positive = self.weight[:, None] * self.own[1 - side]
-        return self.scale * (grad - 2 * positive), by_scale - (positive * self.own[side]).sum()
+    def _tiles(self, side: int, keys: int) -> Iterator[tuple[slice, slice, Tensor]]:
+        """(own rows, columns, their logits); pairs that do not count have -inf."""
+        size = TILE[self.weight.device.type]
+        height = min(self.rows, max(1, math.isqrt(size) // 2))
+        width = max(1, size // height)
+        scaled = self.scale * self.own[side]
+        for top in range(0, self.rows, height):
+            rows = slice(top, min(self.rows, top + height))
+            for left in range(0, len(self.valid), width):
+                columns = slice(left, min(len(self.valid), left + width))
+                logits = scaled[rows] @ self.everyone[keys][columns].T
+                yield rows, columns, self._mask(logits, rows, columns, side == keys)
+
+    def _mask(self, logits: Tensor, rows: slice, columns: slice, intra: bool) -> Tensor:
+        partners = logits.diagonal(self.first + rows.start - columns.start)
+        if self.group is not None:
+            kept = partners.clone()
+            logits.masked_fill_(self.group[0][rows, None] == self.group[1][columns], -torch.inf)
+            partners.copy_(kept)
+        if self.masked:
+            logits.masked_fill_(~self.valid[columns], -torch.inf)
+            logits.masked_fill_(~self.term.valid[rows, None], -torch.inf)
+        if intra:
+            partners.fill_(-torch.inf)
+        return logits
+
+    def add_gradient(self, by_feature: list[Tensor], grad: Tensor) -> Tensor:
+        """Add grad times the gradient by own rows to `by_feature`; returns grad times that by the scale."""
+        out = [torch.zeros_like(x) for x in self.own]
+        alone = distributed.world() == 1
+        self._add(out, 0, 1, both=alone)
+        by_scale = (out[0] * self.own[0]).sum()  # the sum of weight times cosine over all pairs of own rows of a
+        if not alone:
+            self._add(out, 1, 0)
+        if self.term.intra:
+            for side in (0, 1):
+                inner = [torch.zeros_like(x) for x in self.own]
+                self._add(inner, side, side)
+                by_scale += (inner[side] * self.own[side]).sum() / 2  # each pair is there as row and as column
+                out[side] += inner[side]
+        weight = 2 * self.mine(self.weight)[:, None]
+        for side, number in enumerate((self.term.a, self.term.b)):
+            by_feature[number] += grad * self.scale * (out[side] - weight * self.own[1 - side])
+        return grad * (by_scale - (weight * self.own[0] * self.own[1]).sum())
+
+    def _add(self, out: list[Tensor], side: int, keys: int, both: bool = False) -> None:
+        """Add to out[side] what own rows gain as rows of their own denominators and as columns of everybody else's.
+
+        both: the columns are own rows too, and gain the same from the transposed tiles.
+        """
+        for rows, columns, logits in self._tiles(side, keys):
+            pull = (logits - self.mine(self.shift[side])[rows, None]).exp_()
+            pull += logits.sub_(self.shift[keys][columns]).exp_()
+            out[side][rows].addmm_(pull, self.everyone[keys][columns])
+            if both:
+                out[keys][columns].addmm_(pull.T, self.own[side][rows])

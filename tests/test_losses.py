@@ -79,7 +79,7 @@ def close(got, want, tolerance):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_equals_brute_force_in_one_process(case, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(losses, "TILE", 40)  # three rows a tile
+    monkeypatch.setitem(losses.TILE, "cpu", 20)  # tiles of 2 x 10
     for got, want in zip(ours(case, dtype), expected(case), strict=True):
         close(got, want, tolerance)
 
@@ -97,13 +97,16 @@ def test_ranks_give_the_full_batch_gradient(world, tmp_path):
     """Averaged over ranks, as the engine does, value and gradients equal one process with all rows."""
     mp.spawn(_rank, (world, free_port(), str(tmp_path)), nprocs=world)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
-    for case in CASES:
-        want = expected(case)
-        got = [part[case] for part in parts]
-        close(sum(g[0] for g in got) / world, want[0], 1e-5)
-        for i in (1, 2):  # gradients by own rows; the average over ranks divides them by the world size
-            close(torch.cat([g[i] for g in got]) / world, want[i], 1e-5)
-        close(sum(g[3] for g in got) / world, want[3], 1e-5)
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
+        for case in CASES:
+            if dtype == torch.float32 and case == "one row":
+                continue  # its gradient is exactly 0, of which rounding has no relative size
+            want = expected(case)
+            got = [part[case, dtype] for part in parts]
+            close(sum(g[0] for g in got) / world, want[0], tolerance)
+            for i in (1, 2):  # gradients by own rows; the average over ranks divides them by the world size
+                close(torch.cat([g[i] for g in got]) / world, want[i], tolerance)
+            close(sum(g[3] for g in got) / world, want[3], tolerance)
 
 
 def _rank(rank, world, port, folder):
@@ -116,7 +119,8 @@ def _rank(rank, world, port, folder):
     }
     torch.set_num_threads(1)
     distributed.setup()
-    torch.save({case: ours(case, torch.float32, rank, world) for case in CASES}, f"{folder}/{rank}.pt")
+    cases = [(case, dtype) for case in CASES for dtype in (torch.float32, torch.float64)]
+    torch.save({(case, dtype): ours(case, dtype, rank, world) for case, dtype in cases}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -153,12 +157,8 @@ def test_memory_holds_tiles_not_the_matrix():
 
     n = 16384
     a, b = (torch.nn.functional.normalize(torch.randn(n, 64), dim=-1).requires_grad_() for _ in range(2))
-    old, losses.TILE = losses.TILE, 1 << 20
-    try:
-        info_nce(a[:256], b[:256], torch.tensor([20.0]), torch.ones(256).bool()).backward()
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        info_nce(a, b, torch.tensor([20.0]), torch.ones(n).bool()).backward()
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    finally:
-        losses.TILE = old
+    info_nce(a[:256], b[:256], torch.tensor([20.0]), torch.ones(256).bool()).backward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    info_nce(a, b, torch.tensor([20.0]), torch.ones(n).bool()).backward()
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown < n * n * 4 / 8, f"{grown / 1e6:.0f} MB"
