@@ -101,8 +101,8 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
                     tar.write({"__key__": key, ext: data})
         stream.flush()
         os.fsync(stream.fileno())
-    entry = _describe(partial, Path(path).name)
-    os.replace(partial, path)
+        entry = _describe(partial, Path(path).name)
+        os.replace(partial, path)  # while the lock holds
     return entry
 
 

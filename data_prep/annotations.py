@@ -39,7 +39,7 @@ def read(cfg: DataConfig) -> tuple[list[Row], list[Skipped]]:
         raise UserError(f"annotations={place}: no such file or folder; the config's header says what lies there")
     rows: list[Row] = []
     skipped: list[Skipped] = []
-    for item in _found(cfg, place, root):
+    for item in map(tables.as_text, _found(cfg, place, root)):
         (rows if isinstance(item, Row) else skipped).append(item)
     if not rows:
         counts = Counter(item.why for item in skipped)

@@ -60,11 +60,14 @@ def _read(path, start, end, frames, longest, skip) -> Clip:
             return _interval(file, start or 0.0, end, frames, longest, skip)
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"unreadable media: {getattr(error, 'strerror', None) or error}") from None
+    except (AttributeError, IndexError, TypeError) as error:  # what PyAV makes of headers that contradict themselves
+        raise ValueError(f"unreadable media: no codec or no timestamps where there must be some ({error})") from None
 
 
 def _interval(file, start, end, frames, longest, skip) -> Clip:
-    video = next((s for s in file.streams.video if not s.disposition & Disposition.attached_pic), None)
-    video, sound = video if frames else None, file.streams.best("audio")
+    shown = (s for s in file.streams.video if s.codec_context and not s.disposition & Disposition.attached_pic)
+    video = next(shown, None) if frames else None
+    sound = next((s for s in file.streams.audio if s.codec_context), None)
     if not video and not sound:
         raise ValueError("neither pictures nor sound in it" if frames else "no sound in it")
     length = _length(file, video or sound)

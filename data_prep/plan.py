@@ -92,7 +92,7 @@ def make_plan(out: Path, rows: Iterable[Row], skipped: list[Skipped], size: int)
     filled: list[tuple[Unit, list[str]]] = []
     for unit in before[1] if before and before[0] == size else []:
         lines = []
-        for line in unit.text().decode().splitlines():
+        for line in map(bytes.decode, unit.text().splitlines()):  # a text would be split at U+2028 too
             row = json.loads(line)
             kept = line if gone & {row["id"], row["item"]} else None
             text = new.pop((row["source"], row["split"], row["id"]), kept)

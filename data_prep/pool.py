@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,14 @@ from clip4vla.config import UserError
 
 FORK = multiprocessing.get_context("fork")
 NO_ITEM = -1
+STOPPED = 2.0  # s between two looks, which take half a second: we did not run meanwhile
+
+
+class _Culprit(NamedTuple):
+    """An item and what it did to its worker."""
+
+    item: int
+    why: str
 
 
 class At:
@@ -49,9 +57,14 @@ class At:
         """(items, seconds of media, failures) of the unit so far."""
         return tuple(self.numbers[2:5])
 
-    def overdue(self, limit: float) -> bool:
-        """Whether the item in work has taken more than `limit` seconds."""
-        return self.item != NO_ITEM and time.monotonic() - self.numbers[1] > limit
+    def overdue(self, limit: float) -> int | None:
+        """The item in work if it has taken more than `limit` seconds."""
+        item = self.item
+        return item if item != NO_ITEM and time.monotonic() - self.numbers[1] > limit else None
+
+    def postpone(self, seconds: float) -> None:
+        """Do not count these seconds, in which all processes were stopped."""
+        self.numbers[1] += seconds
 
 
 Do = Callable[[Any, dict[int, str], At], Any]
@@ -72,11 +85,15 @@ class _Worker:
         self.at.reset()
         self.pipe.send((unit, blamed))
 
-    def blame(self, why: str) -> tuple[Any, dict[int, str]]:
-        """The unit again, with the item in work marked as the culprit; the process is no more."""
+    def blame(self, item: int, why: str) -> tuple[Any, dict[int, str]]:
+        """The unit again, with an item marked as the culprit; the process is no more."""
+        self.end()
+        return self.unit, self.blamed | {item: why}
+
+    def end(self) -> None:
+        """Kill the process; one that waits for a dead disk dies later."""
         self.process.kill()
-        self.process.join()
-        return self.unit, self.blamed | {self.at.item: why}
+        self.process.join(10)
 
 
 def _serve(do: Do, pipe: Connection, at: At) -> None:
@@ -104,40 +121,46 @@ def work(units: Iterable[Any], do: Do, workers: int, limit: float, tick: Callabl
     """
     waiting = [(unit, {}) for unit in units][::-1]
     idle, busy = [_Worker(do) for _ in range(min(workers, len(waiting)))], []
+    seen = time.monotonic()
     try:
         while waiting or busy:
             while waiting and idle:
                 busy.append(idle.pop())
                 busy[-1].give(*waiting.pop())
             ready = wait([worker.pipe for worker in busy], timeout=0.5)
+            gap, seen = time.monotonic() - seen, time.monotonic()
+            if gap > STOPPED:  # Ctrl-Z, or SLURM suspended the job
+                for worker in busy:
+                    worker.at.postpone(gap)
             tick([worker.at for worker in busy])
             for worker in list(busy):
-                why = _fate(worker, worker.pipe in ready, limit)
-                if isinstance(why, str):
-                    busy.remove(worker)
-                    waiting.append(worker.blame(why))
+                if worker.pipe in ready:
+                    result = _answer(worker)
+                elif (item := worker.at.overdue(limit)) is not None:
+                    result = _Culprit(item, f"gave up after {limit:g} s")
+                else:
+                    continue
+                busy.remove(worker)
+                if isinstance(result, _Culprit):
+                    waiting.append(worker.blame(*result))
                     idle.append(_Worker(do))
-                elif worker.pipe in ready:
-                    busy.remove(worker)
+                else:
                     idle.append(worker)
-                    yield worker.unit, why[0]
+                    yield worker.unit, result
     finally:
         for worker in idle + busy:
-            worker.process.kill()
-            worker.process.join()
+            worker.end()
 
 
-def _fate(worker: _Worker, spoke: bool, limit: float) -> tuple[Any] | str | None:
-    """(result,) of a worker that is done, the reason to blame its item for, or None while it works."""
-    if spoke:
-        try:
-            result = worker.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            return _death(worker)
-        if isinstance(result, Exception):
-            raise result
-        return (result,)
-    return f"gave up after {limit:g} s" if worker.at.overdue(limit) else None
+def _answer(worker: _Worker) -> Any:
+    """What the worker sent, or the item at which it died; what `do` raised is raised."""
+    try:
+        result = worker.pipe.recv()
+    except (EOFError, ConnectionResetError):
+        return _Culprit(worker.at.item, _death(worker))
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
 def _death(worker: _Worker) -> str:

@@ -1,5 +1,6 @@
 """One line on how far data preparation is, and an estimate of how far it has to go."""
 
+import functools
 import random
 import sys
 import time
@@ -9,10 +10,11 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.manifest import Row
-from data_prep.pool import At
+from data_prep.pool import At, work
 
 EVERY = 30.0  # s between lines where there is no terminal
 TRIED = 32  # samples made for an estimate
+Make = Callable[[Row], tuple[dict[str, Any], dict[str, bytes]]]
 
 
 class Progress:
@@ -60,22 +62,30 @@ class Progress:
         return f"{items} of {self.total} clips, {rate:.1f}/s, {hours:.2f} h of media/min, {failed} failed, {left} left"
 
 
-def estimate(rows: list[Row], make: Callable[[Row], tuple[dict[str, Any], dict[str, bytes]]], per_shard: int) -> str:
-    """How big and how long, from some rows picked at random (seed 0) and made."""
+def estimate(rows: list[Row], make: Make, per_shard: int, limit: float) -> str:
+    """How big and how long, from some rows picked at random (seed 0) and made, in a worker that may hang or crash."""
     tried = random.Random(0).sample(rows, min(TRIED, len(rows)))
-    size = seconds = failed = 0.0
-    began = time.process_time()
-    for row in tried:
+    ((_, (size, seconds, failed, cpu)),) = work([tried], functools.partial(_try, make), 1, limit, lambda _: None)
+    share = len(rows) / len(tried)
+    return (
+        f"from {len(tried)} of {len(rows)} clips: {size * share / 1e9:.3g} GB in about {-(-len(rows) // per_shard)} shards, "
+        f"{seconds * share / 3600:.3g} h of media, {failed / len(tried):.0%} failing, {cpu * share / 3600:.2g} core hours"
+    )
+
+
+def _try(make: Make, tried: list[Row], blamed: dict[int, str], at: At) -> tuple[float, float, int, float]:
+    """(bytes in a tar, seconds of media, failures, seconds of CPU) of the rows."""
+    size, seconds, failed, began = 0, 0.0, 0, time.process_time()
+    for i, row in enumerate(tried):
+        at.start(i)
         try:
+            if i in blamed:
+                raise ValueError(blamed[i])
             meta, members = make(row)
         except ValueError:
             failed += 1
             continue
         parts = [len(str(meta)), *map(len, members.values())]
-        size += sum(512 + -(-part // 512) * 512 for part in parts)  # tar: a header, and padding
+        size += sum(512 + -(-part // 512) * 512 for part in parts)  # a header, and padding
         seconds += meta["duration"]
-    share, cpu = len(rows) / len(tried), time.process_time() - began
-    return (
-        f"from {len(tried)} of {len(rows)} clips: {size * share / 1e9:.3g} GB in about {-(-len(rows) // per_shard)} shards, "
-        f"{seconds * share / 3600:.3g} h of media, {failed / len(tried):.0%} failing, {cpu * share / 3600:.2g} core hours"
-    )
+    return size, seconds, failed, time.process_time() - began

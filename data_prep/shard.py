@@ -122,7 +122,7 @@ def lock(out: Path, name: str = ".lock", shared: bool = False, wait: bool = Fals
 def _plan(cfg: DataConfig) -> list[Unit]:
     """Read the annotations, look for the media, write manifest.jsonl and skipped.jsonl, say what was found."""
     rows, skipped = read(cfg)
-    lines = [json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in skipped]
+    lines = [json.dumps(asdict(item)) + "\n" for item in skipped]
     write_text(Path(cfg.out, "skipped.jsonl"), "".join(lines))
     _say_found(rows, skipped)
     malformed = [item for item in skipped if item.why == "malformed"]
@@ -148,7 +148,7 @@ def dry_run(cfg: DataConfig) -> None:
     """Say what is found and missing, and how big the result will be, by making some samples; writes nothing."""
     rows, skipped = read(cfg)
     _say_found(rows, skipped)
-    print(estimate(rows, lambda row: sample(cfg, row), cfg.samples_per_shard), flush=True)
+    print(estimate(rows, functools.partial(sample, cfg), cfg.samples_per_shard, cfg.time_limit), flush=True)
 
 
 def build(cfg: DataConfig, units: list[Unit]) -> None:
@@ -168,12 +168,15 @@ def build_unit(cfg: DataConfig, unit: Unit, blamed: dict[int, str], at: At) -> d
     rows = [Row(**json.loads(line)) for line in text.splitlines()]
     key = _key(cfg, unit, text)
     note = _finished(unit, key)
-    if note and all(
-        now in (then, []) for now, then in zip((_stat(cfg, row) for row in rows), note["media"], strict=True)
+    if (
+        note
+        and not _given_up(note, cfg.time_limit)
+        and all(now in (then, []) for now, then in zip((_stat(cfg, row) for row in rows), note["media"], strict=True))
     ):
         return note | {"kept": True}  # media that are gone by now do not count as changed
     if unit.tar.exists():
         (unit.folder / INDEX).unlink(missing_ok=True)  # it may describe the tar that is about to go
+    unit.note.unlink(missing_ok=True)
     counts = {"with_audio": 0, "with_frames": 0, "silent": 0, "seconds": 0.0}
     note = {"key": key, "media": [_stat(cfg, row) for row in rows], "quarantined": []} | counts
     note["shard"] = write_shard(unit.tar, _samples(cfg, unit, rows, note, blamed, at))
@@ -195,6 +198,12 @@ def _finished(unit: Unit, key: str) -> dict[str, Any] | None:
         return note if note["key"] == key and unit.tar.stat().st_size == note["shard"]["bytes"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _given_up(note: dict[str, Any], limit: float) -> bool:
+    """Whether an item was given up after less time than it has now."""
+    words = [item["reason"].split() for item in note["quarantined"]]
+    return any(w[:3] == ["gave", "up", "after"] and float(w[3]) < limit for w in words)
 
 
 def _stat(cfg: DataConfig, row: Row) -> list[int]:
@@ -283,7 +292,6 @@ def finish(cfg: DataConfig, units: list[Unit]) -> None:
     for place, members in folders.items():
         lines = [json.dumps(item, ensure_ascii=False) for i in members for item in notes[i]["quarantined"]]
         write_text(place / "quarantine.jsonl", "".join(line + "\n" for line in lines))
-        _remove_stale(place, {units[i].tar.stem for i in members})
     total = sum(unit.rows for unit in units)
     if len(bad) > cfg.max_damage * total:
         first = f"{bad[0]['path']}: {bad[0]['reason']}"
@@ -293,13 +301,20 @@ def finish(cfg: DataConfig, units: list[Unit]) -> None:
         )
     for place, members in folders.items():
         counts = _write_index(cfg, place, units[members[0]], [notes[i] for i in members])
+        _remove_stale(place, {units[i].tar.stem for i in members})
         print(place, counts, flush=True)
+    for index in sorted(Path(cfg.out).glob(f"*/*/{INDEX}")):
+        if index.parent not in folders:
+            print(
+                f"{index.parent}: the annotations have nothing of it any more: delete it if its clips moved", flush=True
+            )
 
 
 def _note(cfg: DataConfig, unit: Unit) -> dict[str, Any]:
     note = _finished(unit, _key(cfg, unit, unit.text()))
     if note is None:
         raise UserError(f"{unit.tar} is not finished, or made with other settings: run the parts again, then --merge")
+    del note["media"]  # large, and of no more use
     return note
 
 

