@@ -1,6 +1,5 @@
 """data_prep/shard.py from the command line, on the sample that ships with the repository."""
 
-import faulthandler
 import importlib.metadata
 import io
 import json
@@ -24,8 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip4vla.config import DataConfig, UserError, describe  # noqa: E402
 from clip4vla.shards import ShardFolder  # noqa: E402
 from data_prep.manifest import Row  # noqa: E402
-from data_prep.pictures import read_picture  # noqa: E402
-from data_prep.pool import work  # noqa: E402
 from data_prep.shard import lock, main, sample, shard  # noqa: E402
 from data_prep.stamps import split_of, stamps  # noqa: E402
 
@@ -287,53 +284,6 @@ def test_files_with_unknown_codecs_and_odd_names_and_texts_are_listed(run, tmp_p
     assert "not valid Unicode" in (out / "skipped.jsonl").read_text()
 
 
-def _slow(unit, blamed, at):
-    for item in unit:
-        at.start(item)
-        time.sleep(0.3)
-    return blamed
-
-
-def test_time_in_which_all_stood_still_is_nobodys_fault():
-    """Ctrl-Z, or a job that SLURM suspends: stopped for longer than the limit, nothing is given up."""
-    code = "import sys; sys.path[:0] = ['.', 'tests']\nfrom test_data_prep import _slow, work\n"
-    code += "print(dict(work([range(8)], _slow, 1, 2.5, lambda _: None)), flush=True)"
-    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                          start_new_session=True) as job:  # fmt: skip
-        while len(subprocess.run(["pgrep", "-g", str(job.pid)], capture_output=True).stdout.split()) < 2:
-            time.sleep(0.05)
-        time.sleep(0.5)
-        os.killpg(job.pid, signal.SIGSTOP)
-        time.sleep(3.5)
-        os.killpg(job.pid, signal.SIGCONT)
-        assert job.communicate(timeout=60)[0].strip() == "{range(0, 8): {}}"
-
-
-def _crash_on_sevens(unit, blamed, at):
-    faulthandler.disable()  # pytest's, which would print a page
-    for item in unit:
-        at.start(item)
-        if item % 10 == 7 and item not in blamed:
-            os.kill(os.getpid(), signal.SIGSEGV)
-    return blamed
-
-
-def test_a_file_that_crashes_the_decoder_is_blamed_and_the_rest_goes_on():
-    results = dict(work([range(10), range(10, 18), range(20, 26)], _crash_on_sevens, 2, 60, lambda _: None))
-    why = "crashed the decoder (SIGSEGV)"
-    assert results == {range(10): {7: why}, range(10, 18): {17: why}, range(20, 26): {}}
-
-
-def _killed(unit, blamed, at):
-    at.start(unit)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_worker_killed_from_outside_stops_the_run_with_one_line():
-    with pytest.raises(UserError, match="killed at item 5 of 5 .* fewer workers"):
-        list(work([5], _killed, 1, 60, lambda _: None))
-
-
 def test_dry_run_tells_and_writes_nothing(run, tmp_path):
     media, out = tmp_path / "media", tmp_path / "out"
     tones(media, *(f"t{i}" for i in range(9)))
@@ -455,33 +405,6 @@ def test_a_folder_with_captions(run, tmp_path):
     assert red["has_frames"] and not red["has_audio"] and red["n_segments"] == 0
     assert "digital silence" in (out / "media" / "train" / "quarantine.jsonl").read_text()
     assert (out / "skipped.jsonl").read_text().count("leaves the media root") == 2
-
-
-def test_pictures_are_composited_on_white_and_padded(tmp_path):
-    Image.new("RGBA", (40, 20), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (read_picture(tmp_path / "clear.png", 32) == 255).all()
-    Image.new("LA", (40, 20), (0, 255)).save(tmp_path / "wide.png")
-    wide = read_picture(tmp_path / "wide.png", 32)
-    assert (
-        wide.shape == (32, 32, 3) and (wide[9:23] == 0).all() and (wide[:7] == 255).all() and (wide[25:] == 255).all()
-    )
-    palette = Image.new("P", (8, 8), 1)
-    palette.putpalette([0, 0, 0, 0, 255, 0])
-    palette.save(tmp_path / "palette.png", transparency=0)
-    assert (read_picture(tmp_path / "palette.png", 4) == (0, 255, 0)).all()
-
-
-def test_drawings_render_but_fetch_nothing(tmp_path):
-    head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="10" height="20">'
-    (tmp_path / "a.svg").write_text(head + '<rect width="10" height="20" fill="blue"/></svg>')
-    pixels = read_picture(tmp_path / "a.svg", 64)
-    assert (pixels[32, 32] == (0, 0, 255)).all() and (pixels[32, 2] == 255).all()
-    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
-    (tmp_path / "b.svg").write_text(
-        head + f'<image width="9" height="9" xlink:href="file://{tmp_path}/secret.png"/></svg>'
-    )
-    with pytest.raises(ValueError, match="the drawing refers to file"):
-        read_picture(tmp_path / "b.svg", 64)
 
 
 def test_silence_stays_with_its_picture(tmp_path):

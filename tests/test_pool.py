@@ -1,0 +1,63 @@
+"""data_prep/pool.py: real processes that crash, are killed, and are stopped."""
+
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from clip4vla.config import UserError  # noqa: E402
+from data_prep.pool import work  # noqa: E402
+
+
+def _crash_on_sevens(unit, blamed, at):
+    faulthandler.disable()  # pytest's, which would print a page
+    for item in unit:
+        at.start(item)
+        if item % 10 == 7 and item not in blamed:
+            os.kill(os.getpid(), signal.SIGSEGV)
+    return blamed
+
+
+def test_a_file_that_crashes_the_decoder_is_blamed_and_the_rest_goes_on():
+    results = dict(work([range(10), range(10, 18), range(20, 26)], _crash_on_sevens, 2, 60, lambda _: None))
+    why = "crashed the decoder (SIGSEGV)"
+    assert results == {range(10): {7: why}, range(10, 18): {17: why}, range(20, 26): {}}
+
+
+def _killed(unit, blamed, at):
+    at.start(unit)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_killed_from_outside_stops_the_run_with_one_line():
+    with pytest.raises(UserError, match="killed at item 5 of 5 .* fewer workers"):
+        list(work([5], _killed, 1, 60, lambda _: None))
+
+
+def _slow(unit, blamed, at):
+    for item in unit:
+        at.start(item)
+        time.sleep(0.3)
+    return blamed
+
+
+def test_time_in_which_all_stood_still_is_nobodys_fault():
+    """Ctrl-Z, or a job that SLURM suspends: stopped for longer than the limit, nothing is given up."""
+    code = "import sys; sys.path[:0] = ['.', 'tests']\nfrom test_pool import _slow, work\n"
+    code += "print(dict(work([range(8)], _slow, 1, 2.5, lambda _: None)), flush=True)"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                          start_new_session=True) as job:  # fmt: skip
+        while len(subprocess.run(["pgrep", "-g", str(job.pid)], capture_output=True).stdout.split()) < 2:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.killpg(job.pid, signal.SIGSTOP)
+        time.sleep(3.5)
+        os.killpg(job.pid, signal.SIGCONT)
+        assert job.communicate(timeout=60)[0].strip() == "{range(0, 8): {}}"
