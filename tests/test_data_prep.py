@@ -319,6 +319,16 @@ def test_videos_give_frames_and_sound_of_the_same_interval(run, tmp_path):
     assert ShardFolder.open(out / "media/train").counts["silent"] == 1
 
 
+def test_a_split_that_is_gone_is_named(run, tmp_path):
+    """Its clips may have moved to another split, and would leak."""
+    media, out = tmp_path / "media", tmp_path / "out"
+    tones(media, "t1", "t2")
+    for split in ("val", "test"):
+        (media / "captions.csv").write_text(f"path,caption,split\nt1.wav,t1,train\nt2.wav,t2,{split}\n")
+        code, said = run(out, media=media, dataset="folder")
+        assert code == 0 and ("media/val: the annotations have nothing of it any more" in said) == (split == "test")
+
+
 def test_two_runs_into_one_folder_refuse(run, tmp_path):
     with lock(tmp_path):
         code, error = run(tmp_path)

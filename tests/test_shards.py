@@ -153,3 +153,16 @@ def test_pictures_in_a_shard_open_with_plain_tools(tmp_path):
     Image.fromarray(np.full((224, 224, 3), 7, np.uint8)).save(out, "PNG")
     folder = make(tmp_path, [("k", {"json": b"{}", "frames.png": out.getvalue()})])
     assert Image.open(io.BytesIO(folder.read([(0, 0)])[0]["frames"])).size == (224, 224)
+
+
+def test_two_writers_of_one_shard_refuse_each_other_until_it_has_its_name(tmp_path):
+    """The second one may come while the first is still writing; what comes out is the first one's, whole."""
+
+    def samples():
+        with pytest.raises(UserError, match="another run is writing it"):
+            write_shard(tmp_path / "a.tar", [("b", {"json": b"{}"})])
+        yield "a", {"json": b"[]"}
+
+    entry = write_shard(tmp_path / "a.tar", samples())
+    assert [key for key, _ in entry["entries"]] == ["a"] and (tmp_path / "a.tar").stat().st_size == entry["bytes"]
+    assert write_shard(tmp_path / "a.tar", [("b", {"json": b"{}"})])["entries"][0][0] == "b"
