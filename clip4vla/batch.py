@@ -3,9 +3,19 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Labels(NamedTuple):
+    """What the losses need to know of B clips; see Batch."""
+
+    group: Tensor
+    has_text: Tensor
+    has_frames: Tensor
+    has_audio: Tensor
 
 
 @dataclass
@@ -36,6 +46,10 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def labels(self) -> Labels:
+        """Which pairs are positive, negative or missing."""
+        return Labels(*(getattr(self, name) for name in Labels._fields))
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with its tensors on the device, copied without waiting."""

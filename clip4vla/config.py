@@ -157,6 +157,11 @@ class TrainConfig:
 
     max_steps: int = setting(1000, "optimizer steps", low=1)
     batch_size: int = setting(256, "clips in the global batch, over all ranks", low=1)
+    accumulate: int = setting(1, "micro-batches that a global batch is run in, to fit in memory", low=1)
+    negatives: Literal["global", "micro"] = setting(
+        "global",
+        "with accumulation: of the whole global batch (costs a second forward pass), or of a micro-batch alone",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: bf16 on a GPU that has it, else fp32")
     lr: float = setting(1e-4, "peak learning rate", low=0)
     betas: list[float] = setting([0.9, 0.98], "AdamW")

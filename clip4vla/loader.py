@@ -1,14 +1,15 @@
 """Sample order -> bytes -> DALI -> Batch.
 
 The loader has no state: which samples form global batch k, with which captions and masks, is a pure function of
-(seed, shards, k), and rank r of W takes rows r, r + W, ... of it. So resuming is an integer, and the order is the same on any
-number of ranks.
+(seed, shards, k), and rank r of W takes rows r, r + W, ... of it (of each of its pieces, with accumulation). So resuming is
+an integer, and the order is the same on any number of ranks.
 """
 
 import collections
 import concurrent.futures
 import functools
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,7 @@ class TrainOrder:
                     f"a batch of {batch_size}: lower train.batch_size or its share"
                 )
 
+    @functools.lru_cache(maxsize=4)  # noqa: B019  (its pieces are asked for one by one)
     def batch(self, k: int) -> list[Place]:
         """The samples of global batch k, sources interleaved at random."""
         places = []
@@ -114,27 +116,34 @@ class Loader:
 
     needs: which pictures to read, of "frames" and "fbank". order: TrainOrder or EvalOrder over the same folders.
     vectors: folders of frozen vectors (vectors.py), one for each folder: captions and frames come as these. whole: this rank
-    takes whole batches, not its part of them.
+    takes whole batches, not its part of them. pieces: micro-batches that a global batch is cut into, the same on any ranks.
     """
 
     def __init__(self, folders, order, cfg: DataSources, *, tokenize, mask: MaskConfig, seed: int, needs: Sequence[str],
                  device: torch.device, damage_log: Path, vectors: Sequence[ShardFolder] | None = None,
-                 whole: bool = False):  # fmt: skip
+                 whole: bool = False, pieces: int = 1):  # fmt: skip
         self.folders, self.order, self.cfg, self.tokenize, self.mask = folders, order, cfg, tokenize, mask
         self.seed, self.needs, self.device, self.damage_log = seed, needs, device, damage_log
-        self.vectors = vectors
+        self.vectors, self.pieces = vectors, pieces
         self.part = slice(None) if whole else slice(distributed.rank(), None, distributed.world())
         self.spectrogram = SpectrogramConfig(**folders[0].fingerprint["spectrogram"])
         self.reads = self.damaged = 0
         self.decoders: dict[str, _Decoder] = {}
 
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """For each of global batches start..stop-1 this rank's part of its pieces."""
+        batches = self.batches(start, stop)
+        while micros := list(itertools.islice(batches, self.pieces)):
+            yield micros
+
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """This rank's part of global batches start..stop-1, prepared ahead in a thread."""
+        """This rank's part of the pieces of global batches start..stop-1, prepared ahead in a thread."""
         pending: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
-        pool = concurrent.futures.ThreadPoolExecutor(1, "loader")
+        on_device = (torch.cuda.set_device, (self.device,)) if self.device.type == "cuda" else (None, ())
+        pool = concurrent.futures.ThreadPoolExecutor(1, "loader", *on_device)
         try:
-            for k in range(start, stop):
-                pending.append(pool.submit(self.batch, k))
+            for k, piece in itertools.product(range(start, stop), range(self.pieces)):
+                pending.append(pool.submit(self.batch, k, piece))
                 if len(pending) > self.cfg.prefetch:
                     yield pending.popleft().result()
             while pending:
@@ -142,9 +151,11 @@ class Loader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def batch(self, k: int) -> Batch:
-        """This rank's part of global batch k."""
-        places = self.order.batch(k)[self.part]
+    def batch(self, k: int, piece: int = 0) -> Batch:
+        """This rank's part of a piece of global batch k."""
+        places = self.order.batch(k)
+        size = len(places) // self.pieces
+        places = places[piece * size : (piece + 1) * size][self.part]
         samples = self._read(places)
         clips = [json.loads(s["json"]) if s else _NOTHING for s in samples]
         keys = [

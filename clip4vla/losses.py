@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from clip4vla import distributed
+from clip4vla.batch import Labels
 from clip4vla.config import LossConfig
 
 TILE = {
@@ -58,18 +59,18 @@ def info_nces(
     return _InfoNCE.apply(scale.to(dtype), terms, group, *(x.to(dtype) for x in features))
 
 
-def objective(features: dict[str, Tensor], batch: "Batch", cfg: LossConfig) -> dict[str, Tensor]:  # noqa: F821
+def objective(features: dict[str, Tensor], labels: Labels, cfg: LossConfig) -> dict[str, Tensor]:
     """The weighted terms of (5) by name, and their sum under `loss`. features: as CLIP4VLA.forward gives them."""
     pairs = {
-        "at": ("text", "audio", batch.has_text & batch.has_audio),
-        "av": ("vision", "audio", batch.has_frames & batch.has_audio),
-        "aa": ("audio", "masked", batch.has_audio),
-        "tv": ("text", "vision", batch.has_text & batch.has_frames),
+        "at": ("text", "audio", labels.has_text & labels.has_audio),
+        "av": ("vision", "audio", labels.has_frames & labels.has_audio),
+        "aa": ("audio", "masked", labels.has_audio),
+        "tv": ("text", "vision", labels.has_text & labels.has_frames),
     }
     weights = {name: getattr(cfg, name) for name in pairs if getattr(cfg, name)}
     used = [name for name in ("text", "vision", "audio", "masked") if any(name in pairs[term][:2] for term in weights)]
     terms = [Term(*map(used.index, pairs[name][:2]), pairs[name][2], intra=name == "aa") for name in weights]
-    group = batch.group if cfg.exclude_same_group else None
+    group = labels.group if cfg.exclude_same_group else None
     values = info_nces([features[name] for name in used], features["scale"], terms, group)
     losses = dict(zip(weights, values, strict=True))
     return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}

@@ -26,14 +26,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip4vla import distributed, engine  # noqa: E402
+from clip4vla import distributed  # noqa: E402
 from clip4vla.batch import Batch  # noqa: E402
+from clip4vla.build import build_model  # noqa: E402
+from clip4vla.checkpoints import newest_checkpoint  # noqa: E402
 from clip4vla.config import RunConfig, UserError, cli, command_line  # noqa: E402
 from clip4vla.loader import EvalOrder, Loader, open_folders  # noqa: E402
 from clip4vla.model import CLIP4VLA  # noqa: E402
 from clip4vla.shards import INDEX, Shard, ShardFolder, write_index, write_json, write_shard  # noqa: E402
 from clip4vla.towers import tokenizer  # noqa: E402
-from clip4vla.train import build_model  # noqa: E402
 from clip4vla.vectors import FOLDER, MEMBER, describe  # noqa: E402
 
 CLIPS = 64  # in a batch; fixed, and batches never mix shards, so that a shard's bytes depend on nothing else
@@ -98,7 +99,7 @@ def place(folder: ShardFolder) -> Path:
 
 def frozen_towers(cfg: RunConfig, folder: ShardFolder) -> CLIP4VLA:
     """The model that a run of this config starts with; UserError if its towers have no weights or will change."""
-    resume = distributed.gather_objects(engine.newest_checkpoint(cfg.run_dir))[0]
+    resume = distributed.gather_objects(newest_checkpoint(cfg.run_dir))[0]
     model, origin = build_model(cfg, folder.fingerprint, resume)
     if origin == "scratch":
         raise UserError(f"model.clip={cfg.model.clip}: towers without weights: name weights there or in init_from")

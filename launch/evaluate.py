@@ -10,13 +10,14 @@ from clip4vla.config import RunConfig, UserError, cli, command_line
 @cli
 def main() -> None:
     cfg, _ = command_line(RunConfig, "configs/pretrain/stamps.yaml", __doc__)
-    from clip4vla import distributed, engine  # after the settings are read: a typing error shows at once
+    from clip4vla import distributed  # after the settings are read: a typing error shows at once
+    from clip4vla.checkpoints import newest_checkpoint
     from clip4vla.evaluation import check_evaluation, evaluate, write_report
     from clip4vla.model import CLIP4VLA
 
     device = distributed.setup()
     check_evaluation(cfg)
-    checkpoint = engine.newest_checkpoint(cfg.run_dir)
+    checkpoint = newest_checkpoint(cfg.run_dir)
     if checkpoint is None:
         raise UserError(f"run_dir {cfg.run_dir}: no checkpoint there; train first, or name the run with run_dir=FOLDER")
     model = CLIP4VLA.from_checkpoint(checkpoint).to(device)

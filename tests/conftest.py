@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+from forks import ROOT, Job  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +21,23 @@ def sample_shards(tmp_path_factory) -> Path:
 
 
 def run(*words: object, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-    """A python script of the repository, from its root."""
+    """A python script of the repository, from its root, as one process."""
+    if str(words[0]).endswith(".py"):
+        return ranks(1, *words, env=env, timeout=timeout)
     return _call([sys.executable, *words], env, timeout)
+
+
+def ranks(count: int, *words: object, env: dict[str, str] | None = None, timeout: float = 300):
+    """The same on gloo ranks, without the seconds that a launcher and its imports take."""
+    with job(count, *words, env=env) as started:
+        return started.wait(timeout)
+
+
+def job(count: int, *words: object, env: dict[str, str] | None = None) -> Job:
+    """Started, not waited for; to be used in a `with` block. Its `ranks` are processes to kill and to signal."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    full = {"PATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
+    return Job(count, [str(word) for word in words], full, free_port())
 
 
 def deepspeed(ranks: int, *words: object, timeout: float = 300) -> subprocess.CompletedProcess:

@@ -10,12 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import conftest
 import numpy as np
 import open_clip
 import pytest
 import torch
 import webdataset
-from conftest import ROOT, deepspeed, run
+from conftest import ROOT, run
 from PIL import Image
 from safetensors.torch import save_file
 from test_model import TINY
@@ -44,7 +45,7 @@ def commands(folder: Path, *lines: list, ranks: int = 1) -> list[tuple[int, str,
     """(exit code, stdout, stderr) of commands run one after the other in one process, or in each of several ranks."""
     (folder / "driver.py").write_text(DRIVER)
     words = [folder / "driver.py", json.dumps([[str(word) for word in line] for line in lines])]
-    done = run(*words) if ranks == 1 else deepspeed(ranks, *words)
+    done = run(*words) if ranks == 1 else conftest.ranks(ranks, *words)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
     assert done.returncode == 0 and len(found) == ranks, done.stderr
     return max(found, key=lambda results: len(results[0][1]))  # rank 0 is the one that talks

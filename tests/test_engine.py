@@ -12,6 +12,7 @@ from conftest import ROOT, run
 from test_model import TINY
 
 from clip4vla import CLIP4VLA, engine
+from clip4vla.checkpoints import load_tensors, newest_checkpoint
 from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig, TrainConfig, UserError, load
 
 SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
@@ -109,7 +110,7 @@ def test_a_pickle_among_the_checkpoint_files_is_not_run(tmp_path):
 
     torch.save({"module": Evil()}, tmp_path / "mp_rank_00_model_states.pt")
     with pytest.raises(Exception, match="[Ww]eights.only|Unsupported"):
-        engine.load_tensors(str(tmp_path / "mp_rank_00_model_states.pt"))
+        load_tensors(str(tmp_path / "mp_rank_00_model_states.pt"))
     assert not (tmp_path / "pwned").exists()
 
 
@@ -130,6 +131,6 @@ def test_a_full_disk_while_saving_is_one_line_and_leaves_no_half_checkpoint(samp
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "checkpoint" in line and str(tmp_path / "r") in line
-    assert engine.newest_checkpoint(tmp_path / "r") is None
+    assert newest_checkpoint(tmp_path / "r") is None
     assert run("launch/pretrain.py", *words).returncode == 0
-    assert engine.newest_checkpoint(tmp_path / "r").name == "step-00000002"
+    assert newest_checkpoint(tmp_path / "r").name == "step-00000002"

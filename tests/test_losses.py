@@ -8,6 +8,7 @@ import torch.multiprocessing as mp
 from conftest import free_port
 
 from clip4vla import distributed, losses
+from clip4vla.batch import Labels
 from clip4vla.config import LossConfig
 from clip4vla.losses import info_nce, objective
 
@@ -129,14 +130,10 @@ def test_objective_is_the_weighted_sum_and_leaves_out_what_is_missing():
     has_audio = torch.arange(N) % 3 > 0
     has_frames = torch.arange(N) % 4 > 0
 
-    class Batch:
-        group = torch.arange(N)
-        has_text = torch.ones(N).bool()
-
-    Batch.has_audio, Batch.has_frames = has_audio, has_frames
+    labels = Labels(torch.arange(N), torch.ones(N).bool(), has_frames, has_audio)
     scale = torch.tensor([10.0], dtype=torch.float64)
     named = {"text": text, "vision": vision, "audio": audio, "masked": masked, "scale": scale}
-    got = objective(named, Batch, LossConfig(at=1, av=2, aa=0.5))
+    got = objective(named, labels, LossConfig(at=1, av=2, aa=0.5))
     assert set(got) == {"at", "av", "aa", "loss"}
     close(got["at"], brute_force(text, audio, 10, has_audio), 1e-9)
     close(got["av"], brute_force(vision, audio, 10, has_audio & has_frames), 1e-9)

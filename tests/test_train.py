@@ -7,13 +7,12 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, deepspeed, deepspeed_command, run
+from conftest import deepspeed, job, ranks, run
 from safetensors.torch import load_file
 from test_model import TINY
 
@@ -71,12 +70,12 @@ def test_kill_9_of_one_rank_at_a_random_step_then_resume_gives_the_same_losses_t
     step, victim = rng.randint(3, STEPS - 2), rng.randint(0, 1)  # 3: step 2 is saved; 7 leaves too little time
     said = f"seed {seed}: rank {victim} killed after step {step}"
     words = [*tiny, f"run_dir={tmp_path / 'r'}"]
-    with _started(words) as launcher:
-        _wait_for(tmp_path / "r/metrics.jsonl", step)
-        os.kill(_ranks(launcher)[victim], signal.SIGKILL)
-        assert launcher.wait(60) != 0, said
+    with job(2, "launch/pretrain.py", *words) as started:
+        wait_for(tmp_path / "r/metrics.jsonl", step)
+        started.ranks[victim].kill()
+        assert started.wait(60).returncode != 0, said
     assert max(trace(tmp_path / "r")) < STEPS, f"{said}: too late to mean anything"
-    done = deepspeed(2, "launch/pretrain.py", *words)
+    done = ranks(2, "launch/pretrain.py", *words)
     assert done.returncode == 0, done.stderr
     assert f"weights from {tmp_path / 'r/checkpoints/step-0000000'}" in done.stdout, said
     assert trace(tmp_path / "r") == trace(undisturbed[0]), said
@@ -88,24 +87,22 @@ def test_kill_9_of_one_rank_at_a_random_step_then_resume_gives_the_same_losses_t
 
 def test_usr1_to_one_rank_saves_and_exits_85_and_the_run_goes_on_from_there(undisturbed, tiny, tmp_path):
     words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.save_every=1000"]
-    with _started(words) as launcher:
-        _wait_for(tmp_path / "r/metrics.jsonl", 2)
-        os.kill(_ranks(launcher)[1], signal.SIGUSR1)
-        assert launcher.wait(60) == 85
+    with job(2, "launch/pretrain.py", *words) as started:
+        wait_for(tmp_path / "r/metrics.jsonl", 2)
+        os.kill(started.ranks[1].pid, signal.SIGUSR1)
+        assert started.wait(60).returncode == 85
     (saved,) = (tmp_path / "r/checkpoints").glob("step-*")
     assert max(trace(tmp_path / "r")) == int(saved.name[-8:]) < STEPS
-    assert deepspeed(2, "launch/pretrain.py", *words).returncode == 0
+    assert ranks(2, "launch/pretrain.py", *words).returncode == 0
     assert trace(tmp_path / "r") == trace(undisturbed[0])
 
 
 def test_term_saves_and_exits_85(tiny, tmp_path):
     words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.save_every=1000", "train.max_steps=500"]
-    with subprocess.Popen(
-        [sys.executable, "launch/pretrain.py", *map(str, words)], cwd=ROOT, stdout=subprocess.DEVNULL
-    ) as one:
-        _wait_for(tmp_path / "r/metrics.jsonl", 2)
-        one.send_signal(signal.SIGTERM)
-        assert one.wait(60) == 85
+    with job(1, "launch/pretrain.py", *words) as one:
+        wait_for(tmp_path / "r/metrics.jsonl", 2)
+        one.ranks[0].terminate()
+        assert one.wait(60).returncode == 85
     (saved,) = (tmp_path / "r/checkpoints").glob("step-*")
     assert max(trace(tmp_path / "r")) == int(saved.name[-8:])
 
@@ -115,7 +112,7 @@ def test_zero_stages_agree(undisturbed, tiny, tmp_path, stage):
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}  # nothing is too small to be partitioned
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
     words = [*tiny, f"run_dir={tmp_path / 'r'}", "--deepspeed_config", tmp_path / "ds.json", "eval.every=4"]
-    done = deepspeed(2, "launch/pretrain.py", *words)
+    done = ranks(2, "launch/pretrain.py", *words)
     assert done.returncode == 0, done.stderr
     ours, theirs = trace(tmp_path / "r"), trace(undisturbed[0])
     for step in (4, 8):  # evaluation in between changes nothing, and works on partitioned weights
@@ -128,7 +125,7 @@ def test_zero_stages_agree(undisturbed, tiny, tmp_path, stage):
     assert shapes[0] == shapes[1]
     if stage == 3:  # continued from an earlier checkpoint, it ends the same
         shutil.rmtree(tmp_path / "r/checkpoints/step-00000008")
-        done = deepspeed(2, "launch/pretrain.py", *words)
+        done = ranks(2, "launch/pretrain.py", *words)
         assert done.returncode == 0 and "6 done of 8" in done.stdout, done.stderr
         assert trace(tmp_path / "r") == ours
 
@@ -156,7 +153,7 @@ def test_a_half_written_checkpoint_is_never_taken(undisturbed, tiny, tmp_path):
     folder = tmp_path / "r/checkpoints"
     (folder / "step-00000008").rename(folder / "partial-00000008")
     (folder / "partial-00000008/model.safetensors").write_bytes(b"half")
-    done = deepspeed(2, "launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}")
+    done = ranks(2, "launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}")
     assert done.returncode == 0 and "6 done of 8" in done.stdout
     assert trace(tmp_path / "r") == trace(undisturbed[0])
 
@@ -265,35 +262,13 @@ def _refused(done: subprocess.CompletedProcess, expected: str) -> None:
     assert "Traceback" not in done.stderr
 
 
-def _started(words: list) -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = deepspeed_command(2, "launch/pretrain.py", *words)
-    return subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-
-def _wait_for(file: Path, step: int) -> None:
+def wait_for(file: Path, step: int) -> None:
     """Until that step stands in metrics.jsonl."""
     for _ in range(1200):
         if file.exists() and re.search(rf'"step": {step},', file.read_text()):
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} never came")
-
-
-def _ranks(launcher: subprocess.Popen) -> list[int]:
-    """Process numbers of the ranks, by rank."""
-    found = {}
-    for proc in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = proc.read_bytes().split(b"\0")
-            environ = (proc.parent / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        mine = f"MASTER_PORT={launcher.args[launcher.args.index('--master_port') + 1]}".encode() in environ
-        if mine and b"launch/pretrain.py" in words and any(w.startswith(b"--local_rank") for w in words):
-            rank = next(v for v in environ if v.startswith(b"RANK="))
-            found[int(rank[5:])] = int(proc.parent.name)
-    return [found[rank] for rank in sorted(found)]
 
 
 def test_the_official_preset_from_media_to_a_trained_step(tiny, tmp_path):

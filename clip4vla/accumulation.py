@@ -1,0 +1,68 @@
+"""One optimizer step from several micro-batches, whose negatives are those of the whole global batch.
+
+All micro-batches are embedded without gradient; the loss over all of them gives the gradient by each feature; then each
+micro-batch runs again, with gradient, and its features' gradients go into the towers: the gradient of the one whole batch,
+with the activations of one micro-batch in memory (GradCache, Gao et al. 2021). Masks are part of a Batch, so both passes
+see the same. Costs a forward pass more; `train.negatives=micro` saves it and takes the negatives of a micro-batch alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip4vla.batch import Batch, Labels
+from clip4vla.config import RunConfig
+from clip4vla.losses import objective
+
+
+def step(run: Any, micros: list[Batch], cfg: RunConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One step of the DeepSpeed engine: (losses by name, features (b, D) of this rank's clips by name), detached."""
+    if len(micros) == 1 or cfg.train.negatives == "micro":
+        return _each_alone(run, micros, cfg)
+    with torch.no_grad():
+        features = _joined([_embed(run, micro, cfg) for micro in micros])
+    losses, pulls = _pulls(features, micros, cfg)
+    for micro, pull in zip(micros, pulls, strict=True):
+        again = _embed(run, micro, cfg)
+        inner = [(again[name] * pull[name]).sum() for name in again if again[name].requires_grad]
+        run.backward(sum(inner) * len(micros))  # the engine takes the mean over micro-batches
+        run.step()
+    return losses, features
+
+
+def _each_alone(run: Any, micros: list[Batch], cfg: RunConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Each micro-batch with its own negatives; the losses are their mean."""
+    parts, losses = [], []
+    for micro in micros:
+        features = _embed(run, micro, cfg)
+        losses.append(objective(features, _labels([micro], run.device), cfg.loss))
+        run.backward(losses[-1]["loss"])
+        run.step()
+        parts.append({name: value.detach() for name, value in features.items()})
+    return {name: torch.stack([x[name].detach() for x in losses]).mean(0) for name in losses[0]}, _joined(parts)
+
+
+def _embed(run: Any, micro: Batch, cfg: RunConfig) -> dict[str, Tensor]:
+    return run(micro.to(run.device), cfg.loss, cfg.mask)
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Features of all micro-batches, one behind the other; `scale` is the same in all."""
+    return {name: value if name == "scale" else torch.cat([p[name] for p in parts]) for name, value in parts[0].items()}
+
+
+def _labels(micros: list[Batch], device: torch.device) -> Labels:
+    parts = zip(*(micro.labels() for micro in micros), strict=True)
+    return Labels(*(torch.cat(part).to(device, non_blocking=True) for part in parts))
+
+
+def _pulls(features: dict[str, Tensor], micros: list[Batch], cfg: RunConfig) -> tuple[dict, list[dict[str, Tensor]]]:
+    """(losses, for each micro-batch the gradient of the loss by its features, of which the shared `scale` gets a part)."""
+    leaves = {name: value.detach().requires_grad_() for name, value in features.items()}
+    losses = objective(leaves, _labels(micros, features["scale"].device), cfg.loss)
+    grads = dict(zip(leaves, torch.autograd.grad(losses["loss"], list(leaves.values())), strict=True))
+    shares = {name: g.chunk(len(micros)) for name, g in grads.items() if name != "scale"}
+    shares["scale"] = [grads["scale"] / len(micros)] * len(micros)
+    pulls = [{name: share[i] for name, share in shares.items()} for i in range(len(micros))]
+    return {name: value.detach() for name, value in losses.items()}, pulls
