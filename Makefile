@@ -1,6 +1,6 @@
 # make demo   everything on real data, from nothing: environment, data, training, evaluation, a page to look at
 # make test   environment, lint, all tests; as root it installs TOOLS, else they must be there (without SLURM its tests are skipped)
-# Both need Python 3.10-3.12 with venv, and git. PYTHON and VENV can be set.
+# Both need Python 3.11-3.12 with venv, and git. PYTHON and VENV can be set.
 PYTHON ?= python3
 VENV ?= .venv
 SET ?= stamps

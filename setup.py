@@ -3,13 +3,14 @@
 from setuptools import find_packages, setup
 
 BENCH = ["librosa>=0.11", "opencv-python-headless>=4.10", "scikit-video"]  # what launch/bench.py compares with
+SERVER = ["s3fs", "moto[s3]>=5", "flask", "flask-cors"]  # an S3 server on loopback; moto[server] would bring 25 more
 
 setup(
     name="clip4vla",
     version="0.1.0",
     description="Give a CLIP model ears: pre-train an audio tower onto CLIP, fine-tune for retrieval, captioning, classification",
     packages=find_packages(include=["clip4vla", "clip4vla.*"]),
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.8,<2.12",
         "torchvision>=0.23,<0.27",
@@ -32,7 +33,18 @@ setup(
         "cairosvg>=2.7",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-timeout", "hypothesis", "ruff", "scikit-learn", "scikit-video", "scipy", *BENCH],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "scikit-learn",
+            "scikit-video",
+            "scipy",
+            *BENCH,
+            *SERVER,
+        ],
         "bench": BENCH,
+        "s3": ["s3fs"],  # shards and checkpoints at s3:// URLs; gs:// needs gcsfs, abfs:// adlfs
     },
 )

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SEGMENTS = ("segments", "segment_rows", "hidden_rows", "hidden_channels")
+
 
 class Labels(NamedTuple):
     """What the losses need to know of B clips; see Batch."""
@@ -47,6 +49,27 @@ class Batch:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def segment_type(self) -> Tensor:
+        """Audio type (S,) of each segment's clip; any type in the padding."""
+        return self.audio_type[self.segment_clip.clamp(max=len(self) - 1)]
+
+    def padded(self, tokens: int) -> "Batch":
+        """The same batch with F and S rounded up to one of eight sizes an octave and L to `tokens`, so that compiled code
+        meets few shapes. What is added belongs to clip number B, which `model.pool` drops, and has no valid rows."""
+        out = {}
+        for clip, names in (
+            ("segment_clip", SEGMENTS),
+            ("frame_clip", ("frames",) if self.frame_vectors is None else ("frame_vectors",)),
+        ):
+            size = _round_up(len(getattr(self, clip)))
+            for name in (clip, *names):
+                x = getattr(self, name)
+                out[name] = torch.cat([x, x.new_full((size - len(x), *x.shape[1:]), len(self) if name == clip else 0)])
+        if self.text_vectors is None:
+            out["tokens"] = torch.nn.functional.pad(self.tokens, (0, tokens - self.tokens.shape[1]))
+        return dataclasses.replace(self, **out)
+
     def labels(self) -> Labels:
         """Which pairs are positive, negative or missing."""
         return Labels(*(getattr(self, name) for name in Labels._fields))
@@ -62,3 +85,9 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return Batch(**{name: change(v) if torch.is_tensor(v) else v for name, v in values.items()})
+
+
+def _round_up(n: int) -> int:
+    """The next multiple of an eighth of the power of two below n: at most an eighth is added."""
+    step = max(8, 1 << max(0, n.bit_length() - 4))
+    return -(-max(n, 1) // step) * step

@@ -1,19 +1,83 @@
-"""The model of a run, and where its weights come from."""
+"""What a run is made of: its data, its model and where the weights come from, DeepSpeed's settings."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from clip4vla.checkpoints import newest_checkpoint
+import torch
+
+from clip4vla import distributed, engine
+from clip4vla.checkpoints import checkpoint_to_resume, newest_checkpoint
 from clip4vla.config import RunConfig, SpectrogramConfig, UserError, to_dict
-from clip4vla.loader import check_fingerprint
+from clip4vla.evaluation import check_evaluation
+from clip4vla.loader import Loader, TrainOrder, check_fingerprint, open_folders
 from clip4vla.model import CLIP4VLA
-from clip4vla.towers import describe_clip
+from clip4vla.shards import ShardFolder
+from clip4vla.towers import describe_clip, tokenizer
+from clip4vla.vectors import open_vectors
+
+
+class Setup(NamedTuple):
+    """What training needs, checked; nothing is written yet."""
+
+    device: torch.device
+    folders: list[ShardFolder]
+    ds: dict[str, Any]  # DeepSpeed's settings, merged with the YAML's
+    resume: Path | None  # the checkpoint to go on from
+    model: CLIP4VLA
+    origin: str  # of its weights
+    vectors: list[ShardFolder] | None
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO."""
+        return self.ds.get("zero_optimization", {}).get("stage", 0)
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16 or fp16."""
+        return next((kind for kind in ("bf16", "fp16") if self.ds[kind]["enabled"]), "fp32")
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight and of a gradient."""
+        return 4 if self.precision == "fp32" else 2
+
+
+def prepare(cfg: RunConfig, ds_config: str | None) -> Setup:
+    """Join the other ranks, open the data, build the model; UserError for whatever would stop the run later."""
+    device = distributed.setup(cfg.train.timeout)
+    torch.manual_seed(cfg.seed)
+    folders = open_folders(cfg.data.train, "data.train", cfg.data)
+    ds = engine.merge(*engine.read_ds_config(ds_config), cfg)
+    check_evaluation(cfg)
+    if not any(to_dict(cfg.loss)[name] for name in ("at", "av", "aa", "tv")):
+        raise UserError("loss: every weight is 0: give at, av, aa or tv one")
+    resume = checkpoint_to_resume(cfg)
+    model, origin = build_model(cfg, folders[0].fingerprint, resume)
+    vectors = open_vectors(folders, cfg, model)  # before the engine rounds the weights that they are checked against
+    return Setup(device, folders, ds, resume, model, origin, vectors)
+
+
+def train_loader(cfg: RunConfig, folders: list, vectors: list | None, device: torch.device) -> Loader:
+    """The endless stream of training batches; spectrograms that no loss needs are not read, nor frames where vectors do."""
+    sizes = [[shard.samples for shard in folder.shards] for folder in folders]
+    order = TrainOrder(sizes, list(cfg.data.train.values()), cfg.train.batch_size, cfg.seed, cfg.data.window)
+    loss = cfg.loss
+    needs = ["fbank"] * bool(loss.at or loss.av or loss.aa)
+    needs += ["frames"] * bool((loss.av or loss.tv) and not vectors)
+    return Loader(
+        folders, order, cfg.data, tokenize=tokenizer(cfg.model.clip, cfg.model.max_tokens), mask=cfg.mask, seed=cfg.seed,
+        needs=needs, vectors=vectors, device=device, pieces=cfg.train.accumulate,
+        pad_tokens=(cfg.train.compile != "off") * cfg.model.max_tokens,  # 0: no padding
+        damage_log=Path(cfg.run_dir, f"damaged-{distributed.rank()}.jsonl"),
+    )  # fmt: skip
 
 
 def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None) -> tuple[CLIP4VLA, str]:
     """(model, where its weights come from), the first of:
 
-    1. the newest complete checkpoint of this run; 2. init_from; 3. the CLIP weights that model.clip names; 4. scratch.
+    1. the newest complete checkpoint of this run, here or at train.mirror; 2. init_from;
+    3. the CLIP weights that model.clip names; 4. scratch.
     """
     if (cfg.model.fusion, cfg.model.modalities) != ("global_global", "av"):
         raise UserError(

@@ -1,9 +1,14 @@
-"""Checkpoints that are complete or do not exist, and how a run goes on from one."""
+"""Checkpoints that are complete or do not exist: when they are written, how, and how a run goes on from one."""
 
 import hashlib
+import io
 import json
-import os
+import logging
+import pickle
 import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clip4vla import distributed
-from clip4vla.config import RunConfig, UserError
+from clip4vla import distributed, storage, universal
+from clip4vla.config import RunConfig, TrainConfig, UserError
 from clip4vla.shards import write_text
+from clip4vla.universal import fsync
+
+# torch and safetensors have their own for a full disk, DeepSpeed has many for what it cannot read
+_FAILURES = (OSError, RuntimeError, ValueError, LookupError, AssertionError, pickle.UnpicklingError, SafetensorError)
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
@@ -23,92 +32,251 @@ def newest_checkpoint(run_dir: str | Path) -> Path | None:
     return found[-1] if found else None
 
 
+def checkpoint_to_resume(cfg: RunConfig) -> Path | None:
+    """The newest complete checkpoint of this run, the same on all ranks; from train.mirror if the newest is only there.
+
+    Raises UserError if the mirror cannot be asked or does not give what it has.
+    """
+    found, failed = None, ""
+    if distributed.rank() == 0:  # one rank's view of the disk
+        try:
+            found = _newest_anywhere(cfg)
+        except (OSError, ValueError, ImportError) as error:
+            failed = f"train.mirror={cfg.train.mirror}: {_line(error)}"
+    found, failed = distributed.gather_objects((found, failed))[0]
+    if failed:
+        raise UserError(failed)
+    return found
+
+
+def _newest_anywhere(cfg: RunConfig) -> Path | None:
+    local = newest_checkpoint(cfg.run_dir)
+    remote = storage.newest_upload(cfg.train.mirror, cfg.data) if cfg.train.mirror else None
+    name = remote.rsplit("/", 1)[1] if remote else ""
+    if name > (local.name if local else ""):
+        local = Path(cfg.run_dir, "checkpoints", name)
+        storage.download(remote, local, cfg.data)
+    return local
+
+
 class Checkpoints:
-    """Writes and reads the checkpoints of one run: DeepSpeed's state, model.safetensors in fp32 and config.json."""
+    """Writes and reads the checkpoints of one run: DeepSpeed's state, model.safetensors in fp32 and config.json.
+
+    Written in the background (train.save_async), a checkpoint is first copied into each rank's memory, as large as the
+    rank's files; it counts as complete, gets its name and displaces older ones at the step where all ranks have
+    written theirs. One is written at a time: the next save, and the end of the run, wait for the one before.
+    """
 
     def __init__(self, engine: Any, cfg: RunConfig, frozen: dict[str, Tensor], samples: list[list[int]]):
-        self.engine, self.frozen = engine, frozen
-        engine.checkpoint_engine.load = load_tensors
-        self.folder, self.keep = Path(cfg.run_dir, "checkpoints"), cfg.train.keep
-        self.layout = {"ranks": distributed.world(), "zero_stage": engine.zero_optimization_stage()}
+        _check_writer(engine.checkpoint_engine, cfg.train)
+        self.engine, self.frozen, self.cfg = engine, frozen, cfg.train
+        self.write = engine.checkpoint_engine.save
+        engine.checkpoint_engine.save = self._take
+        engine.checkpoint_engine.load = universal.load_tensors
+        engine._copy_recovery_script = lambda _: None  # could fail on rank 0 alone; and model.safetensors is there
+        self.folder = Path(cfg.run_dir, "checkpoints")
+        self.layout = {"ranks": distributed.world(), "zero_stage": int(engine.zero_optimization_stage())}
         order = [samples, list(cfg.data.train.values()), cfg.train.batch_size, cfg.seed, cfg.data.window]
         self.layout["sample order"] = hashlib.sha256(json.dumps(order).encode()).hexdigest()[:12]
+        self.saved, self.since = 0, time.monotonic()
+        self.late = distributed.AnyRank() if cfg.train.save_minutes else None
+        self.busy = distributed.AnyRank() if cfg.train.save_async else None
+        self.parts: dict[Path, Callable[[Path], Any]] = {}  # this rank's files, and what writes them
+        self.failure: Exception | None = None
+        self.pool, self.mirror = ThreadPoolExecutor(1), Mirror(cfg, self._prune)
+        self.writing: Future | None = None  # on all ranks or on none
+
+    def due(self, step: int) -> bool:
+        """Whether to save after this step, the same on all ranks. To be called at every step: it completes what is written."""
+        if self.busy and self.writing and not self.busy(not self.writing.done()):
+            self.finish()
+        by_clock = False
+        if self.late:  # agreed on one step late: an answer just after a save is about the time before it
+            overdue = distributed.rank() == 0 and time.monotonic() - self.since > 60 * self.cfg.save_minutes
+            by_clock = self.late(overdue) and step > self.saved + 1
+        return by_clock or step % self.cfg.save_every == 0 or step == self.cfg.max_steps
 
     def save(self, step: int) -> None:
-        """Write aside, fsync, rename, then `latest`: a checkpoint is complete or it does not exist."""
-        try:
-            self._save(step)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors have their own for a full disk
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{self.folder}: the checkpoint of step {step} could not be written ({reason}); those already there are whole"
-            ) from None
+        """Write this step, unless that has just been done; UserError on every rank if any of them could not."""
+        if step == self.saved:
+            return
+        self.finish()
+        self.saved, self.since = step, time.monotonic()
+        self._on_all_ranks(self._clear)
+        self._collect()
+        self.writing = self.pool.submit(self._flush)
+        if self.busy:
+            self.busy(True)  # what was agreed on before is not about this one
+        else:
+            self.finish()
 
-    def _save(self, step: int) -> None:
-        aside, final = self.folder / f"partial-{step:08d}", self.folder / f"step-{step:08d}"
+    def finish(self) -> None:
+        """Wait until every rank has written what it is writing, then give it its name."""
+        if self.writing:
+            self._on_all_ranks(self.writing.result)
+            self.writing = None
+            self._on_all_ranks(self._publish)
+
+    def close(self) -> None:
+        """Finish, and wait for the copies on the mirror."""
+        self.finish()
+        self.mirror.pool.shutdown()
+
+    def load(self, checkpoint: Path) -> int:
+        """Continue from a checkpoint of this run; returns the steps done.
+
+        On the same ranks and ZeRO stage to the last bit, on others to rounding, by way of DeepSpeed's universal checkpoint.
+        Raises UserError if the samples would come in another order, for what cannot be read, and from or to ZeRO-0.
+        """
+        meta = json.loads((checkpoint / "config.json").read_text())
+        self.must_fit(meta, checkpoint)
+        rates = [{k: v for k, v in group.items() if k != "params"} for group in self.engine.optimizer.param_groups]
+        elastic = self.layout["zero_stage"] and any(meta[key] != self.layout[key] for key in ("ranks", "zero_stage"))
+        if elastic:
+            self._on_all_ranks(
+                lambda: distributed.rank() or universal.convert(checkpoint),
+                f"{checkpoint}: cannot be made fit for {self.layout['ranks']} ranks, ZeRO-{self.layout['zero_stage']}",
+            )
+        try:
+            if elastic:
+                universal.load(self.engine, checkpoint)
+            else:
+                self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
+        except Exception as error:  # torch, pickle and DeepSpeed raise many kinds for damaged files
+            raise UserError(
+                f"{checkpoint}: cannot be continued from ({_line(error)}); remove it to go on from the one before"
+            ) from None
+        for group, mine in zip(self.engine.optimizer.param_groups, rates, strict=True):
+            group.update(mine)  # the YAML's; and DeepSpeed gives all groups the first one's weight decay
+        self.saved = meta["step"]
+        return meta["step"]
+
+    def must_fit(self, meta: dict[str, Any], checkpoint: Path) -> None:
+        """UserError if this run cannot go on from the checkpoint with this config.json."""
+        for key in ("sample order", "zero_stage"):
+            theirs, ours = meta.get(key), self.layout[key]
+            if theirs != ours and (key == "sample order" or 0 in (theirs, ours)):
+                what = "train.batch_size, seed, data.train or data.window" if key == "sample order" else key
+                raise UserError(
+                    f"{checkpoint}: {what} differs: {key} {theirs} there and {ours} here; resume with the same, "
+                    "or start a new run_dir with init_from"
+                )
+
+    def _on_all_ranks(self, part: Callable[[], Any], what: str = "") -> None:
+        """Do this rank's part; UserError on every rank if it failed on any, so that none waits for one that has gone."""
+        failed = ""
+        try:
+            part()
+        except _FAILURES as error:
+            failed = _line(error)
+        reasons = [reason for reason in distributed.gather_objects(failed) if reason]
+        if reasons:
+            what = what or f"{self.folder}: the checkpoint of step {self.saved} could not be written"
+            raise UserError(f"{what} ({reasons[0]}); those already there are whole")
+
+    def _aside(self) -> Path:
+        return self.folder / f"partial-{self.saved:08d}"
+
+    def _clear(self) -> None:
         if distributed.rank() == 0:
             for half_written in self.folder.glob("partial-*"):
                 shutil.rmtree(half_written, ignore_errors=True)
-        distributed.barrier()
+            self._aside().mkdir(parents=True)
+
+    def _collect(self) -> None:
+        """Have this rank's files: on the disk, not yet synced, or in memory if they are to be written in the background."""
+        self.parts, self.failure, aside = {}, None, self._aside()
         self.engine.save_checkpoint(str(self.folder), tag=aside.name, save_latest=False, exclude_frozen_parameters=True)
         weights = self._weights()
         if distributed.rank() == 0:
-            save_file(weights, aside / "model.safetensors")
-            meta = self.engine.module.config() | {"step": step, **self.layout}
-            (aside / "config.json").write_text(json.dumps(meta, indent=1))
-        distributed.barrier()
-        if distributed.rank() == 0:
-            self._publish(aside, final)
-        distributed.barrier()
+            meta = self.engine.module.config() | {"step": self.saved, **self.layout}
+            self.parts[aside / "model.safetensors"] = lambda path: save_file(weights, path)
+            self.parts[aside / "config.json"] = lambda path: path.write_text(json.dumps(meta, indent=1))
 
-    def load(self, folder: Path) -> int:
-        """Continue from a checkpoint of this run; returns the steps done."""
-        meta = json.loads((folder / "config.json").read_text())
-        theirs = {key: meta.get(key) for key in self.layout}
-        for key, ours in self.layout.items():
-            if theirs[key] != ours:
-                what = "train.batch_size, seed, data.train or data.window" if key == "sample order" else key
-                raise UserError(
-                    f"{folder}: {what} differs: {key} {theirs[key]} there and {ours} here; resume with the same, "
-                    "or start a new run_dir with init_from"
-                )
+    def _take(self, state_dict: Any, path: str) -> None:
+        """DeepSpeed's save. Nothing is raised here, where the other ranks would wait for this one."""
+        memory = io.BytesIO() if self.busy else None
         try:
-            self.engine.load_checkpoint(str(folder.parent), tag=folder.name, load_module_strict=False)
-        except Exception as error:  # torch, pickle and DeepSpeed raise many kinds for damaged files
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{folder}: cannot be continued from ({reason}); remove it to go on from the one before"
-            ) from None
-        return meta["step"]
+            self.write(state_dict, memory or path)
+        except (OSError, RuntimeError) as error:
+            self.failure = error
+        self.parts[Path(path)] = lambda path: memory and path.write_bytes(memory.getbuffer())
+
+    def _flush(self) -> None:
+        if self.failure:
+            raise self.failure
+        for path, write in self.parts.items():
+            write(path)
+            fsync(path)
+        self.parts = {}
+
+    def _publish(self) -> None:
+        """Rename, then `latest`, then remove older ones."""
+        if distributed.rank() == 0:
+            final = self.folder / f"step-{self.saved:08d}"
+            fsync(self._aside())
+            self._aside().rename(final)
+            fsync(self.folder)
+            write_text(self.folder / "latest", final.name)  # for people and for DeepSpeed's own tools
+            self._prune()
+            self.mirror.update()
+
+    def _prune(self) -> None:
+        """Remove what is neither among the newest nor kept for ever; not what is being copied, which then comes here again."""
+        for old in sorted(self.folder.glob("step-*"))[: -self.cfg.keep]:
+            wanted = self.cfg.keep_every and int(old.name[5:]) % self.cfg.keep_every == 0
+            if not wanted and old.name != self.mirror.reading:
+                shutil.rmtree(old, ignore_errors=True)
+                self.mirror.outdated.append(old.name)
 
     def _weights(self) -> dict[str, Tensor]:
         """All weights in fp32 on rank 0's CPU: master copies of what is trained, untouched originals of what is frozen."""
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
-        weights = dict(self.frozen)
+        weights, masters = dict(self.frozen), _masters_without_zero(self.engine.optimizer)
         for name, parameter in self.engine.module.named_parameters():
             if parameter.requires_grad:
                 master = safe_get_full_fp32_param(parameter)  # a collective: every rank takes part
                 with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                    full = (parameter if master is None else master).detach().float().cpu()
+                    full = masters.get(parameter, parameter) if master is None else master
+                    full = full.detach().float().cpu()
                 if distributed.rank() == 0:
                     weights[name] = full.reshape(getattr(parameter, "ds_shape", parameter.shape)).clone()
         return weights
 
-    def _publish(self, aside: Path, final: Path) -> None:
-        for file in [*aside.iterdir(), aside]:
-            _fsync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        _fsync(self.folder)
-        write_text(self.folder / "latest", final.name)  # for people and for DeepSpeed's own tools
-        for old in sorted(self.folder.glob("step-*"))[: -self.keep]:
-            shutil.rmtree(old)
+
+class Mirror:
+    """Copies of the run's checkpoints at train.mirror, made by rank 0 in the background, one at a time.
+
+    The mirror lags behind: what is superseded while another copy is made is left out, and what the run removes is removed
+    there once a newer one is complete. A copy that fails is a warning, since the next checkpoint makes up for it.
+    """
+
+    def __init__(self, cfg: RunConfig, prune: Callable[[], None]):
+        self.url, self.data, self.run_dir, self.prune = cfg.train.mirror, cfg.data, cfg.run_dir, prune
+        self.copied, self.reading = "", ""
+        self.outdated: list[str] = []
+        self.pool = ThreadPoolExecutor(1)
+
+    def update(self) -> None:
+        """Copy the newest checkpoint, in a while, and remove what is outdated."""
+        if self.url:
+            self.pool.submit(self._update)
+
+    def _update(self) -> None:
+        newest = newest_checkpoint(self.run_dir)
+        try:
+            if newest.name != self.copied:
+                self.reading = newest.name
+                storage.upload(newest, self.url, self.data)
+                self.copied, self.reading = newest.name, ""
+                self.prune()
+            while self.outdated:
+                storage.remove(f"{self.url}/{self.outdated.pop()}", self.data)
+        except (OSError, ValueError) as error:
+            logging.warning(f"train.mirror={self.url}: {newest.name} is not there yet ({_line(error)})")
+        self.reading = ""
 
 
 def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -119,19 +287,25 @@ def frozen_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items() if name not in trained}
 
 
-def load_tensors(path: str, map_location: Any = None) -> Any:
-    """DeepSpeed's files without unpickling code: only tensors, containers and the classes named here."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+def _masters_without_zero(optimizer: Any) -> dict[Tensor, Tensor]:
+    """{parameter: its fp32 master copy} of ZeRO-0 in bf16 or fp16, where DeepSpeed does not link the two; else empty."""
+    flat = getattr(optimizer, "fp32_groups_flat", None)  # of the fused optimizer; the other has them one by one
+    groups = getattr(optimizer, "fp16_groups", [])
+    if flat:
+        masters = [torch.split(f, [p.numel() for p in group]) for f, group in zip(flat, groups, strict=True)]
+    else:
+        masters = getattr(optimizer, "fp32_groups", [])
+    return {p: m for group, of in zip(groups, masters, strict=False) for p, m in zip(group, of, strict=True)}
 
-    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-        return torch.load(path, map_location=map_location, weights_only=True)
+
+def _check_writer(writer: Any, cfg: TrainConfig) -> None:
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    if writer.is_decoupled() or (cfg.save_async and not isinstance(writer, TorchCheckpointEngine)):
+        raise UserError(
+            f"ds.json: checkpoint.writer ({writer.name}) contradicts train.save_async; leave checkpoint.writer out"
+        )
 
 
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

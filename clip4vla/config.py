@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 import time
+import traceback
 import types
 import typing
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
+
+from clip4vla.watchdog import watch
 
 
 class UserError(ValueError):
@@ -124,6 +127,10 @@ class DataSources:
     decode_threads: int = setting(2, "DALI threads of a rank", low=1)
     prefetch: int = setting(2, "batches prepared ahead", low=0)
     max_damage: float = setting(0.01, "share of samples read that may be damaged before the run stops", low=0)
+    timeout: float = setting(60.0, "seconds for one answer of a remote storage (s3://, gs://, https://)", low=0.1)
+    retries: int = setting(5, "further attempts at what a remote storage did not give", low=0)
+    cache: str = setting("", "folder on a local disk of the node that keeps what was read remotely; empty: none")
+    cache_gb: float = setting(100.0, "GB that the cache may take, for all ranks of the node", low=0)
     vectors: Literal["auto", "use", "off"] = setting(
         "auto", "frozen text and vision from data_prep/embed.py's vectors: where every folder has them, always, never"
     )
@@ -162,6 +169,12 @@ class TrainConfig:
         "global",
         "with accumulation: of the whole global batch (costs a second forward pass), or of a micro-batch alone",
     )
+    recompute: bool = setting(
+        False, "activation checkpointing: a forward pass more, activations of one block in memory"
+    )
+    compile: Literal["off", "inductor", "aot_eager"] = setting(
+        "off", "torch.compile and its backend; batches are padded to few sizes, so that it compiles a few times only"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: bf16 on a GPU that has it, else fp32")
     lr: float = setting(1e-4, "peak learning rate", low=0)
     betas: list[float] = setting([0.9, 0.98], "AdamW")
@@ -171,7 +184,14 @@ class TrainConfig:
     clip: float = setting(1.0, "gradient norm; 0: off", low=0)
     log_every: int = setting(10, "steps between log lines; the only steps that wait for the device", low=1)
     save_every: int = setting(500, "steps between checkpoints", low=1)
-    keep: int = setting(2, "checkpoints kept", low=1)
+    timeout: float = setting(
+        30.0, "minutes on one step, save or evaluation batch: the job hangs, and is ended", low=0.01
+    )
+    save_minutes: float = setting(0.0, "minutes between checkpoints, beside save_every; 0: off", low=0)
+    save_async: bool = setting(False, "write checkpoints in the background, from a copy in memory")
+    keep: int = setting(2, "newest checkpoints kept", low=1)
+    keep_every: int = setting(0, "checkpoints of steps divisible by this are kept too; 0: none", low=0)
+    mirror: str = setting("", "URL (s3://, gs://, ...) where checkpoints are copied to and resumed from; empty: none")
 
 
 @dataclass
@@ -179,6 +199,7 @@ class EvalConfig:
     """Zero-shot retrieval."""
 
     every: int = setting(0, "steps between evaluations on data.val; 0: never", low=0)
+    clips: int = setting(0, "the first so many clips of each folder of data.val; 0: all", low=0)
     batch_size: int = setting(128, "clips in a batch, over all ranks", low=1)
     captions: Literal["first", "all"] = setting("all", "captions of an item used as queries")
     types: list[str] = setting(
@@ -270,7 +291,9 @@ def help_text(cls: type) -> str:
     )
 
 
-def command_line(cls: type[Config], default: str | None, about: str) -> tuple[Config, argparse.Namespace]:
+def command_line(
+    cls: type[Config], default: str | None, about: str, dry_run: bool = False
+) -> tuple[Config, argparse.Namespace]:
     """Parse `[CONFIG.yaml] [KEY=VALUE ...]` and what the launchers add; --help lists every setting."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, epilog=help_text(cls), formatter_class=raw)
@@ -279,6 +302,8 @@ def command_line(cls: type[Config], default: str | None, about: str) -> tuple[Co
         "--deepspeed_config", help="DeepSpeed's JSON; default: ./ds.json, else configs/deepspeed/ds.json"
     )
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="check everything with one real step; write nothing")
     args = parser.parse_intermixed_args()
     files = [word for word in args.words if "=" not in word]
     if len(files) > 1:
@@ -289,27 +314,42 @@ def command_line(cls: type[Config], default: str | None, about: str) -> tuple[Co
     return load(cls, path, [word for word in args.words if "=" in word]), args
 
 
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+
+
 def cli(main: typing.Callable[[], None]) -> typing.Callable[[], None]:
-    """Entry scripts' decorator: a UserError, or a disk that cannot be written, is one line on stderr and exit code 2."""
+    """Entry scripts' decorator: a UserError, or a disk that cannot be written, is one line on stderr and exit code 2.
+
+    Of several ranks that fail, the first is heard (watchdog.py); before they have met, rank 0.
+    """
 
     @functools.wraps(main)
     def run() -> None:
+        watch.mine = True
         try:
             main()
-        except UserError as error:
-            said = str(error)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+        except Exception as error:
+            said = _explained(error)
+            watch.fail(2 if said else 1, said or traceback.format_exc())
+            if not said:
                 raise
-            said = f"{error.filename or 'writing'}: {error.strerror}: make room, or choose another folder"
-        else:
-            return
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # most mistakes are every rank's: rank 0 says it, and the launcher ends the others meanwhile
-        print(f"error: {said}", file=sys.stderr, flush=True)
-        sys.exit(2)
+            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+                time.sleep(5)  # most mistakes are every rank's: rank 0 says it, and the launcher ends the others
+            print(said, file=sys.stderr, flush=True)
+            sys.exit(2)
+        finally:
+            watch.stop()
 
     return run
+
+
+def _explained(error: Exception) -> str:
+    """One line on a mistake that the person at the keyboard can mend, else nothing."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return f"error: {error.filename or 'writing'}: {error.strerror}: make room, or choose another folder"
+    return ""
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

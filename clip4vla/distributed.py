@@ -1,5 +1,7 @@
-"""Ranks, as the deepspeed launcher, torchrun or SLURM give them, and the collectives used on them."""
+"""Ranks, as the deepspeed launcher, torchrun, SLURM or mpirun give them, and the collectives used on them."""
 
+import datetime
+import math
 import os
 
 import torch
@@ -7,37 +9,73 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clip4vla.config import UserError
+from clip4vla.watchdog import watch
+
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+LAUNCHERS = (
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),  # srun; the batch script itself has no step
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+)
 
 
-def setup() -> torch.device:
-    """Join the process group that the launcher announced (none: a single process) and return this rank's device."""
-    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
-        os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    alone = "WORLD_SIZE" not in os.environ
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
-        os.environ.setdefault(name, value)
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    else:  # share the cores; and at 50 tokens the CPU's flash attention is slower than plain products
-        ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-        torch.backends.cuda.enable_flash_sdp(False)
+def setup(minutes: float = math.inf) -> torch.device:
+    """Join the process group that the launcher announced (none: a single process) and return this rank's device.
+
+    From here on a rank that dies, or passes no new place for so many minutes, ends the job (watchdog.py). Raises UserError
+    if the launcher left something out, or if not all ranks come within that time.
+    """
+    _take_names()
+    device = _device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        if alone:  # no port to agree on, so that any number of single runs fit on a machine
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        elif "MASTER_ADDR" not in os.environ:
-            raise UserError(
-                "MASTER_ADDR and MASTER_PORT are not set: rank 0's host name and a free port, the same for all tasks"
-            )
-        else:
-            dist.init_process_group(backend)
+        _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", minutes if math.isfinite(minutes) else 30.0)
+    if watch.mine and watch.link is None:
+        word = gather_objects(watch.call_judge(world()) if rank() == 0 else "")[0]
+        watch.join(word, os.environ["MASTER_ADDR"] if world() > 1 else "127.0.0.1", rank(), world(), minutes)
     return device
+
+
+def _take_names() -> None:
+    """Rank, local rank and world size into the environment, under torch's names, where others stand there or none."""
+    if not os.environ.keys() & {"RANK", "WORLD_SIZE"}:
+        names = next((names for names in LAUNCHERS if int(os.environ.get(names[2], "1")) > 1), None)
+        values = [os.environ[name] for name in names] if names else ["0", "0", "1"]
+        os.environ.update(zip(NAMES, values, strict=True))
+    missing = [name for name in (*NAMES, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and os.environ.get("WORLD_SIZE") != "1":
+        raise UserError(
+            f"{', '.join(missing)} not set: start the ranks with deepspeed, torchrun or launch/slurm/pretrain.sbatch; by hand, "
+            "MASTER_ADDR and MASTER_PORT are rank 0's host and a free port there, the same for all ranks"
+        )
+
+
+def _device(local: int) -> torch.device:
+    """The GPU with the rank's number on this machine, or the only one that it is shown; without a GPU its share of cores."""
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        if local >= count > 1:
+            raise UserError(
+                f"local rank {local} has no GPU of its own, there are {count} here: start one rank for each GPU"
+            )
+        os.environ["LOCAL_RANK"] = str(local % count)  # DeepSpeed takes its device from it
+        torch.cuda.set_device(local % count)
+        return torch.device("cuda", local % count)
+    ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    torch.backends.cuda.enable_flash_sdp(False)  # at 50 tokens the CPU's flash attention is slower than plain products
+    return torch.device("cpu")
+
+
+def _join(backend: str, minutes: float) -> None:
+    if os.environ["WORLD_SIZE"] == "1":  # no port to agree on, so that any number of single runs fit on a machine
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    patience = datetime.timedelta(minutes=minutes + 1)  # a little more than the watchdog's, which has more to say
+    try:
+        dist.init_process_group(backend, timeout=patience)
+    except dist.DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(f"the ranks did not meet at {where}: {str(error).splitlines()[0]}") from None
 
 
 def rank() -> int:

@@ -57,12 +57,16 @@ def merge(ds: dict[str, Any], where: str, cfg: RunConfig) -> dict[str, Any]:
         raise UserError(
             f"{where}: scheduler contradicts train.lr and train.warmup of the YAML, which decide the learning rate"
         )
-    ds.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
+    ds.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True, "fused": True}})
     for name in ("lr", "betas", "eps", "weight_decay"):
         decided[f"optimizer.params.{name}"] = (f"train.{name}", getattr(train, name))
     for key, (source, value) in decided.items():
         _decide(ds, key, value, where, source)
     ds.setdefault("steps_per_print", 10**12)  # clip4vla logs
+    if train.compile != "off" and ds.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError(
+            f"{where}: zero_optimization.stage=3 contradicts train.compile={train.compile}: take stage 1 or 2"
+        )
     left = [key for key, value in _leaves(ds) if value == AUTO]
     if left:
         raise UserError(f'{where}: {left[0]} cannot be "auto", the YAML does not decide it: give a value')
@@ -89,19 +93,26 @@ def choose_precision(ds: dict[str, Any], where: str, train: TrainConfig) -> str:
     return wanted
 
 
-def start(model: nn.Module, ds: dict[str, Any]) -> Any:
-    """The DeepSpeed engine around the model."""
+def start(model: nn.Module, ds: dict[str, Any], train: TrainConfig) -> Any:
+    """The DeepSpeed engine around the model, which recomputes activations and is compiled where `train` says so."""
     import deepspeed
 
     # it would be compiled for a minute at first use, and serves inference only
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logging.logger.setLevel("WARNING")
+    # fp32 products of the losses: features that were rounded to bf16 or fp16 have no more bits than TF32 keeps
+    torch.backends.cuda.matmul.allow_tf32 = ds["bf16"]["enabled"] or ds["fp16"]["enabled"]
+    for tower in (model.text, model.vision, model.audio.trunk):
+        tower.transformer.grad_checkpointing = train.recompute
     try:
         engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=ds)
     except (deepspeed.DeepSpeedConfigError, AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"DeepSpeed refuses its settings: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from None
+    if train.compile != "off":
+        torch._dynamo.config.recompile_limit = 64  # sizes of padded batches, with and without gradient
+        engine.compile(backend=train.compile, compile_kwargs={"dynamic": False})
     return engine
 
 
@@ -126,18 +137,6 @@ def set_learning_rate(engine: Any, lr: float) -> None:
     """For the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-
-
-def expected_memory(model: nn.Module, ds: dict[str, Any]) -> float:
-    """GiB on a rank for weights, gradients and Adam's state (activations come on top), by ZeRO stage."""
-    stage, world = ds.get("zero_optimization", {}).get("stage", 0), distributed.world()
-    width = 2 if ds["bf16"]["enabled"] or ds["fp16"]["enabled"] else 4
-    everything = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    weights = everything * width / (world if stage == 3 else 1)
-    gradients = trained * width / (world if stage >= 2 else 1)
-    state = trained * (8 + (4 if width == 2 or stage else 0)) / (world if stage else 1)
-    return (weights + gradients + state) / GIB
 
 
 @contextlib.contextmanager

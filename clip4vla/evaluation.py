@@ -1,5 +1,6 @@
 """Zero-shot retrieval over shard folders: embed every clip once, rank in every direction, by type token and subset."""
 
+import concurrent.futures
 import io
 import json
 import mimetypes
@@ -20,6 +21,7 @@ from clip4vla.loader import EvalOrder, Loader, check_fingerprint, number, open_f
 from clip4vla.model import CLIP4VLA
 from clip4vla.towers import tokenizer
 from clip4vla.tracking import read_rows
+from clip4vla.watchdog import watch
 
 Say = Callable[[str], None]
 PLAYED = 4 << 20  # bytes of the largest file that goes into a page to be played
@@ -54,26 +56,61 @@ def evaluate(
 
     All ranks embed; rank 0 ranks, and returns the main token's metrics, with_examples also queries for the report page.
     """
-    folders = open_folders(sources, "data.test" if with_examples else "data.val")
+    loader, found = embedded(model, cfg, sources, "data.test" if with_examples else "data.val")
+    return None if distributed.rank() else ranked(loader, found, cfg, name, say, with_examples)
+
+
+class HeldOut:
+    """Evaluations on data.val while training goes on: all ranks embed, and rank 0 ranks in a thread."""
+
+    def __init__(self, cfg: RunConfig, say: Say):
+        self.cfg, self.say = cfg, say
+        self.pool = concurrent.futures.ThreadPoolExecutor(1, "evaluation")
+        self.ranking: concurrent.futures.Future | None = None
+
+    def start(self, model: CLIP4VLA, name: str) -> None:
+        """Embed, then rank in the background, eval.clips of each folder at most."""
+        self.finish()
+        loader, found = embedded(model, self.cfg, self.cfg.data.val, "data.val", self.cfg.eval.clips)
+        if distributed.rank() == 0:
+            self.ranking = self.pool.submit(ranked, loader, found, self.cfg, name, self.say)
+
+    def finish(self) -> None:
+        """Wait for the last one; raises what it raised."""
+        if self.ranking:
+            self.ranking.result()
+            self.ranking = None
+
+
+def embedded(
+    model: CLIP4VLA, cfg: RunConfig, sources: dict[str, float], key: str, most: int = 0
+) -> tuple[Loader, tuple[dict[int, dict], dict[str, dict]]]:
+    """(loader, what embed() gives) of the clips of these folders, the first `most` of each unless that is 0."""
+    folders = open_folders(sources, key, cfg.data)
     check_fingerprint(model.config(), folders[0].fingerprint, "the model", folders[0].url)
-    loader = eval_loader(cfg, folders, next(model.parameters()).device)
+    loader = eval_loader(cfg, folders, next(model.parameters()).device, most)
     training = model.training
     with torch.no_grad():
-        clips, vectors = embed(model.eval(), loader, cfg)
+        found = embed(model.eval(), loader, cfg)
     model.train(training)
-    if distributed.rank():
-        return None
+    return loader, found
+
+
+def ranked(
+    loader: Loader, found: tuple[dict, dict], cfg: RunConfig, name: str, say: Say, with_examples: bool = False
+) -> tuple[dict[str, dict], list[report.Query]]:
+    """See evaluate; found: what embed() gave."""
     folder = Path(cfg.run_dir, "eval", name)
     folder.mkdir(parents=True, exist_ok=True)
     results, shown = {}, []
     for audio_type in _types(cfg):
-        pairs = list(directions(clips, vectors, audio_type))
+        pairs = list(directions(*found, audio_type))
         results[audio_type] = {title: rank(query, gallery, cfg) for title, query, gallery in pairs}
         suffix = "" if audio_type == _types(cfg)[0] else f"-{audio_type}"
         (folder / f"metrics{suffix}.json").write_text(json.dumps(results[audio_type], indent=1))
         if not suffix:
             say(f"{name}, type token {audio_type}:\n{table(results[audio_type])}")
-            shown = examples(pairs, clips, loader, cfg) if with_examples else []
+            shown = examples(pairs, found[0], loader, cfg) if with_examples else []
     return results[_types(cfg)[0]], shown
 
 
@@ -89,12 +126,12 @@ def check_evaluation(cfg: RunConfig) -> None:
     if cfg.eval.batch_size % distributed.world():
         raise UserError(f"eval.batch_size={cfg.eval.batch_size} does not divide by {distributed.world()} ranks")
     if cfg.eval.every:
-        open_folders(cfg.data.val, "data.val")
+        open_folders(cfg.data.val, "data.val", cfg.data)
 
 
-def eval_loader(cfg: RunConfig, folders: list, device: torch.device) -> Loader:
-    """Every clip of the folders once, in order."""
-    order = EvalOrder([[shard.samples for shard in folder.shards] for folder in folders], cfg.eval.batch_size)
+def eval_loader(cfg: RunConfig, folders: list, device: torch.device, most: int = 0) -> Loader:
+    """Every clip of the folders once, in order; the first `most` of each folder, unless that is 0."""
+    order = EvalOrder([[shard.samples for shard in folder.shards] for folder in folders], cfg.eval.batch_size, most)
     return Loader(
         folders, order, cfg.data, tokenize=tokenizer(cfg.model.clip, cfg.model.max_tokens), mask=cfg.mask, seed=cfg.seed,
         needs=("frames", "fbank"), device=device, damage_log=Path(cfg.run_dir, f"damaged-{distributed.rank()}.jsonl"),
@@ -106,6 +143,7 @@ def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> tuple[dict[int, di
     `audio/TYPE` map clip numbers to vectors (D,), `text` maps (clip number, caption number) to them."""
     mine: dict[str, dict] = {name: {} for name in ("clips", "video", "text", *(f"audio/{t}" for t in _types(cfg)))}
     for k, batch in enumerate(loader.batches(0, len(loader.order))):
+        watch.at(f"evaluation: batch {k}")
         batch = batch.to(loader.device)
         index = [k * loader.order.batch_size + distributed.rank() + i * distributed.world() for i in range(len(batch))]
         captions = [c["captions"][:1] if cfg.eval.captions == "first" else c["captions"] for c in batch.meta]

@@ -14,7 +14,7 @@ import json
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from clip4vla.batch import Batch
 from clip4vla.config import DataSources, MaskConfig, SpectrogramConfig, UserError
 from clip4vla.masking import draw
 from clip4vla.shards import Damaged, ShardFolder
+from clip4vla.storage import DEFAULT
 
 TYPES = {"vb": 0, "nb": 1, "both": 2}
 MIN_READS = 1000  # the share of damaged samples is judged over at least so many
@@ -94,11 +95,16 @@ class TrainOrder:
 
 
 class EvalOrder:
-    """Every sample once, in the order of the shards; the last batch is padded with None so that ranks stay in step."""
+    """Every sample once, in the order of the shards; the last batch is padded with None so that ranks stay in step.
 
-    def __init__(self, sizes: list[list[int]], batch_size: int):
+    most: samples of each source at most; 0: all.
+    """
+
+    def __init__(self, sizes: list[list[int]], batch_size: int, most: int = 0):
         self.places = [
-            Place(s, i, e, 0) for s, shards in enumerate(sizes) for i, n in enumerate(shards) for e in range(n)
+            place
+            for s, shards in enumerate(sizes)
+            for place in [Place(s, i, e, 0) for i, n in enumerate(shards) for e in range(n)][: most or None]
         ]
         self.batch_size = batch_size
 
@@ -117,14 +123,15 @@ class Loader:
     needs: which pictures to read, of "frames" and "fbank". order: TrainOrder or EvalOrder over the same folders.
     vectors: folders of frozen vectors (vectors.py), one for each folder: captions and frames come as these. whole: this rank
     takes whole batches, not its part of them. pieces: micro-batches that a global batch is cut into, the same on any ranks.
+    pad_tokens: if set, batches are Batch.padded to it.
     """
 
     def __init__(self, folders, order, cfg: DataSources, *, tokenize, mask: MaskConfig, seed: int, needs: Sequence[str],
                  device: torch.device, damage_log: Path, vectors: Sequence[ShardFolder] | None = None,
-                 whole: bool = False, pieces: int = 1):  # fmt: skip
+                 whole: bool = False, pieces: int = 1, pad_tokens: int = 0):  # fmt: skip
         self.folders, self.order, self.cfg, self.tokenize, self.mask = folders, order, cfg, tokenize, mask
         self.seed, self.needs, self.device, self.damage_log = seed, needs, device, damage_log
-        self.vectors, self.pieces = vectors, pieces
+        self.vectors, self.pieces, self.pad_tokens = vectors, pieces, pad_tokens
         self.part = slice(None) if whole else slice(distributed.rank(), None, distributed.world())
         self.spectrogram = SpectrogramConfig(**folders[0].fingerprint["spectrogram"])
         self.reads = self.damaged = 0
@@ -137,22 +144,29 @@ class Loader:
             yield micros
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """This rank's part of the pieces of global batches start..stop-1, prepared ahead in a thread."""
+        """This rank's part of the pieces of global batches start..stop-1, prepared ahead: a thread reads, a thread decodes."""
         pending: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
         on_device = (torch.cuda.set_device, (self.device,)) if self.device.type == "cuda" else (None, ())
-        pool = concurrent.futures.ThreadPoolExecutor(1, "loader", *on_device)
+        reader = concurrent.futures.ThreadPoolExecutor(1, "read")
+        decoder = concurrent.futures.ThreadPoolExecutor(1, "decode", *on_device)
         try:
-            for k, piece in itertools.product(range(start, stop), range(self.pieces)):
-                pending.append(pool.submit(self.batch, k, piece))
+            for k, piece in ((k, piece) for k in range(start, stop) for piece in range(self.pieces)):
+                ready = reader.submit(self._without_pictures, k, piece)
+                pending.append(decoder.submit(lambda ready=ready: self._with_pictures(*ready.result())))
                 if len(pending) > self.cfg.prefetch:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            reader.shutdown(wait=True, cancel_futures=True)  # the decoder may be waiting for one of its results
+            decoder.shutdown(wait=True, cancel_futures=True)
 
     def batch(self, k: int, piece: int = 0) -> Batch:
         """This rank's part of a piece of global batch k."""
+        return self._with_pictures(*self._without_pictures(k, piece))
+
+    def _without_pictures(self, k: int, piece: int) -> tuple[dict[str, Any], list]:
+        """(all of a Batch but its pictures, the samples as they were read)."""
         places = self.order.batch(k)
         size = len(places) // self.pieces
         places = places[piece * size : (piece + 1) * size][self.part]
@@ -163,31 +177,33 @@ class Loader:
         ]
         drawn = [_drawn(c, key) for c, key in zip(clips, keys, strict=True)]
         captions = [c["captions"][j] if c["captions"] else "" for c, j in zip(clips, drawn, strict=True)]
-        frames, frame_clip = self._pictures("frames", samples, 3)
-        frozen = {"frames": frames, "frame_clip": frame_clip}
+        frozen: dict[str, Tensor] = {"frame_clip": _owners(samples, clips, "frames")}
         frozen |= self._vectors(samples, clips, drawn) if self.vectors else {"tokens": self.tokenize(captions)}
-        pictures, segment_clip = self._pictures("fbank", samples, 1 if self.spectrogram.channels == "mono" else 3)
-        return self._assemble(clips, keys, captions, frozen, pictures, segment_clip)
+        return self._described(clips, keys, _owners(samples, clips, "fbank")) | {"captions": captions} | frozen, samples
 
-    def _assemble(self, clips, keys, captions, frozen: dict[str, Tensor], segments, segment_clip) -> Batch:
+    def _described(self, clips: list[dict], keys, segment_clip: Tensor) -> dict[str, Any]:
+        """What a Batch takes from the json of each clip, masks included."""
         rows, hidden_rows, hidden_channels = self._masks(clips, keys, segment_clip)
-        has = lambda clip: torch.zeros(len(clips), dtype=torch.bool).index_fill_(0, clip, True)  # noqa: E731
-        batch = Batch(
-            ids=[c["id"] for c in clips],
-            captions=captions,
-            segments=segments,
-            segment_clip=segment_clip,
-            segment_rows=rows,
-            hidden_rows=hidden_rows,
-            hidden_channels=hidden_channels,
-            audio_type=torch.tensor([TYPES[c["audio_type"]] for c in clips]),
-            group=torch.tensor([number(c["group"]) for c in clips]),
-            has_text=torch.tensor([bool(c["captions"]) for c in clips]),
-            has_frames=has(frozen["frame_clip"]),
-            has_audio=has(segment_clip),
-            meta=clips,
-            **frozen,
-        )
+        return {
+            "ids": [c["id"] for c in clips],
+            "segment_clip": segment_clip,
+            "segment_rows": rows,
+            "hidden_rows": hidden_rows,
+            "hidden_channels": hidden_channels,
+            "audio_type": torch.tensor([TYPES[c["audio_type"]] for c in clips]),
+            "group": torch.tensor([number(c["group"]) for c in clips]),
+            "has_text": torch.tensor([bool(c["captions"]) for c in clips]),
+            "has_audio": _among(len(clips), segment_clip),
+            "meta": clips,
+        }
+
+    def _with_pictures(self, described: dict[str, Any], samples: list) -> Batch:
+        frames = self._pictures("frames", samples, 3)
+        segments = self._pictures("fbank", samples, 1 if self.spectrogram.channels == "mono" else 3)
+        has_frames = _among(len(samples), described["frame_clip"])
+        batch = Batch(frames=frames, segments=segments, has_frames=has_frames, **described)
+        assert len(segments) == len(batch.segment_clip) and (self.vectors or len(frames) == len(batch.frame_clip))
+        batch = batch.padded(self.pad_tokens) if self.pad_tokens else batch
         return batch.pin() if self.device.type == "cuda" else batch
 
     def _read(self, places: list[Place | None]) -> list[dict[str, bytes] | None]:
@@ -217,18 +233,16 @@ class Loader:
                 f"of at least {MIN_READS}; they are listed in {self.damage_log} (last: {sample.reason})"
             )
 
-    def _pictures(self, kind: str, samples, channels: int) -> tuple[Tensor, Tensor]:
-        """Tiles (n, channels, size, width) uint8 of the strips that are there, and the clip number of each, (n,)."""
-        there = [i for i, sample in enumerate(samples) if sample and kind in sample]
+    def _pictures(self, kind: str, samples: list, channels: int) -> Tensor:
+        """Tiles (n, channels, size, width) uint8 of the strips that are there."""
+        strips = [sample[kind] for sample in samples if sample and kind in sample]
         size = self.folders[0].fingerprint["frames"]["size"] if kind == "frames" else self.spectrogram.segment_rows
-        if not there:
-            return torch.zeros(0, channels, size, size, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+        if not strips:
+            return torch.zeros(0, channels, size, size, dtype=torch.uint8)
         if kind not in self.decoders:
             self.decoders[kind] = _Decoder(len(samples), channels, self.cfg.decode_threads, self.device)
-        strips = self.decoders[kind]([samples[i][kind] for i in there])
-        tiles = [strip.reshape(-1, size, *strip.shape[1:]) for strip in strips]
-        clip = torch.repeat_interleave(torch.tensor(there), torch.tensor([len(t) for t in tiles]))
-        return torch.cat(tiles).permute(0, 3, 1, 2), clip
+        rows = self.decoders[kind](strips)
+        return rows.view(-1, size, *rows.shape[1:]).permute(0, 3, 1, 2)
 
     def _vectors(self, samples, clips, drawn: list[int]) -> dict[str, Tensor]:
         """What the towers would give: text_vectors (B, D) of the drawn captions, frame_vectors (F, D), frame_clip (F,)."""
@@ -247,25 +261,21 @@ class Loader:
     def _masks(self, clips, keys, segment_clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(valid rows (S,), hidden rows (S, 224), hidden channels (S, 224)) of the packed segments."""
         height, width = self.spectrogram.segment_rows, self.spectrogram.n_mels
-        rows, hidden_rows, hidden_channels = [], [], []
-        for clip in segment_clip.unique().tolist():
-            segments, valid = int((segment_clip == clip).sum()), clips[clip]["n_rows"]
-            by_row, by_channel = draw(keys[clip], valid, width, self.mask)
-            by_row = np.pad(by_row, (0, segments * height - valid)).reshape(segments, height)
-            rows.append(np.clip(valid - height * np.arange(segments), 0, height))
-            hidden_rows.append(by_row)
-            hidden_channels.append(np.tile(by_channel, (segments, 1)))
-        if not rows:
-            return (
-                torch.zeros(0, dtype=torch.int64),
-                torch.zeros(0, height, dtype=torch.bool),
-                torch.zeros(0, width, dtype=torch.bool),
-            )
-        return tuple(torch.from_numpy(np.concatenate(part)) for part in (rows, hidden_rows, hidden_channels))
+        total, first = len(segment_clip), 0
+        rows, hidden_rows = np.zeros(total, int), np.zeros((total, height), bool)
+        hidden_channels = np.zeros((total, width), bool)
+        for clip, segments in enumerate(segment_clip.bincount(minlength=len(clips)).tolist()):
+            if segments:
+                part, valid = slice(first, first + segments), clips[clip]["n_rows"]
+                by_row, hidden_channels[part] = draw(keys[clip], valid, width, self.mask)
+                hidden_rows[part].reshape(-1)[:valid] = by_row
+                rows[part] = np.clip(valid - height * np.arange(segments), 0, height)
+                first += segments
+        return torch.from_numpy(rows), torch.from_numpy(hidden_rows), torch.from_numpy(hidden_channels)
 
 
 class _Decoder:
-    """JPEG and PNG bytes to uint8 tensors (height, width, channels), by one DALI graph; on a GPU decoding is `mixed`."""
+    """JPEG and PNG bytes to one uint8 tensor (rows of all, width, channels), by a DALI graph; on a GPU decoding is `mixed`."""
 
     def __init__(self, most: int, channels: int, threads: int, device: torch.device):
         try:
@@ -273,28 +283,32 @@ class _Decoder:
             from nvidia.dali.pipeline import Pipeline
         except ImportError:
             raise UserError("reading shards needs NVIDIA DALI: pip install nvidia-dali-cuda130") from None
-        cuda = device.type == "cuda"
-        self.pipe = Pipeline(most, threads, device.index if cuda else None, exec_async=False, exec_pipelined=False)
+        self.cuda = cuda = device.type == "cuda"
+        plain, fresh = {"exec_async": False, "exec_pipelined": False}, {"exec_dynamic": True, "prefetch_queue_depth": 1}
+        self.pipe = Pipeline(most, threads, device.index if cuda else None, **(plain if cuda else fresh))
         with self.pipe:
             kind = types.RGB if channels == 3 else types.GRAY
             source = fn.external_source(name="bytes")
             self.pipe.set_outputs(fn.decoders.image(source, device="mixed" if cuda else "cpu", output_type=kind))
         self.pipe.build()
 
-    def __call__(self, pictures: list[bytes]) -> list[Tensor]:
+    def __call__(self, pictures: list[bytes]) -> Tensor:
         self.pipe.feed_input("bytes", [np.frombuffer(picture, np.uint8) for picture in pictures])
         (out,) = self.pipe.run()
-        return [torch.from_dlpack(out[i]) for i in range(len(pictures))]
+        if self.cuda:  # the next run writes to the same memory
+            return torch.cat([torch.from_dlpack(out[i]) for i in range(len(pictures))])
+        shapes = out.shape()  # each run has memory of its own, where the pictures lie one behind the other
+        return torch.from_dlpack(out.as_reshaped_tensor([sum(shape[0] for shape in shapes), *shapes[0][1:]]))
 
 
 _NOTHING = {"id": "", "group": "", "captions": [], "audio_type": "both", "n_rows": 0}
 
 
-def open_folders(sources: dict[str, float], key: str) -> list[ShardFolder]:
+def open_folders(sources: dict[str, float], key: str, cfg: DataSources = DEFAULT) -> list[ShardFolder]:
     """The shard folders of a setting, which must all have been made with the same settings."""
     if not sources:
         raise UserError(f"{key} names no shard folder")
-    folders = [ShardFolder.open(url) for url in sources]
+    folders = [ShardFolder.open(url, cfg) for url in sources]
     for folder in folders[1:]:
         check_fingerprint(folders[0].fingerprint, folder.fingerprint, folders[0].url, folder.url)
     return folders
@@ -330,6 +344,18 @@ def _with_vectors(samples: list, vectors: ShardFolder, wanted: list[tuple[int, i
         key = vectors.shards[shard].entries[entry][0]
         out.append(sample | found if size == rows * width else Damaged(name, key, reason))
     return out
+
+
+def _owners(samples: list, clips: list[dict], kind: str) -> Tensor:
+    """The number of the clip that each tile of the strips belongs to, (n,)."""
+    name = {"frames": "n_frames", "fbank": "n_segments"}[kind]
+    counts = [clip[name] if sample and kind in sample else 0 for sample, clip in zip(samples, clips, strict=True)]
+    return torch.repeat_interleave(torch.tensor(counts))
+
+
+def _among(count: int, numbers: Tensor) -> Tensor:
+    """Which of 0..count-1 are among the numbers, bool."""
+    return torch.zeros(count, dtype=torch.bool).index_fill_(0, numbers, True)
 
 
 def _drawn(clip: dict, key: tuple[int, ...]) -> int:

@@ -7,7 +7,7 @@ other ranks' gradients: no N x N matrix, no N x D gradient traffic. In one proce
 forward, three backward), where the matrix kept in memory takes 6; on several ranks it takes 5.
 The engine averages gradients over ranks, so values are scaled by the world size: their mean over ranks is the loss.
 
-Bytes that a rank sends into collectives for F features of width D, T terms (I of them with intra), fp32:
+Bytes that a rank sends into collectives for F features of width D, T terms, fp32:
 4 b D F (features) + b T (valid) + 8 b T (log-sum-exps) + 8 N T (columns' maxima and sums) + 8 b (groups, if any).
 """
 
@@ -82,8 +82,7 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scale, terms, group, *own):
         with torch.autocast(own[0].device.type, enabled=False):
-            everyone = distributed.gather(torch.cat(own, 1)).split([x.shape[1] for x in own], 1)
-            everyone = own if distributed.world() == 1 else [x.contiguous() for x in everyone]
+            everyone = _gathered(own)
             valid = distributed.gather(torch.stack([term.valid for term in terms], 1))  # N T
             group = None if group is None else (group, distributed.gather(group))
             ctx.pairs = [_Pair(own, everyone, scale, group, t, v) for t, v in zip(terms, valid.T, strict=True)]
@@ -94,11 +93,25 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         scale, *own = ctx.saved_tensors
-        by_feature, by_scale = [torch.zeros_like(x) for x in own], torch.zeros_like(scale)
+        by_feature = [torch.zeros_like(x) for x in own]
         with torch.autocast(own[0].device.type, enabled=False):
             for pair, grad in zip(ctx.pairs, grads, strict=True):
-                by_scale += pair.add_gradient(by_feature, grad * distributed.world())
+                pair.add_gradient(by_feature, grad * distributed.world() * scale)
+            # every logit is scale times a product of two features: summed over ranks, each pair is counted from both sides
+            by_scale = sum(_dots(x, g).sum() for x, g in zip(own, by_feature, strict=True)) / (2 * scale)
         return by_scale, None, None, *by_feature
+
+
+def _gathered(own: tuple[Tensor, ...]) -> list[Tensor]:
+    """Each feature's rows of all ranks, in one collective."""
+    if distributed.world() == 1:
+        return list(own)
+    return [x.contiguous() for x in distributed.gather(torch.cat(own, 1)).split([x.shape[1] for x in own], 1)]
+
+
+def _dots(a: Tensor, b: Tensor) -> Tensor:
+    """Products of rows, (b,) of (b, D), without a copy of them."""
+    return (a[:, None] @ b[:, :, None]).flatten()
 
 
 class _Pair:
@@ -125,7 +138,7 @@ class _Pair:
             lse = [torch.logaddexp(lse[side], self._log_sum_exps(side, side)[0]) for side in (0, 1)]
         for side in distributed.gather(torch.stack(lse, 1)).T:
             self.shift.append((side - self.weight.log()).masked_fill(~self.valid, torch.inf))
-        rows = lse[0] + lse[1] - 2 * self.scale * (self.own[0] * self.own[1]).sum(1)
+        rows = lse[0] + lse[1] - 2 * self.scale * _dots(*self.own)
         return distributed.world() * (self.mine(self.weight) * rows.masked_fill(~self.term.valid, 0)).sum()
 
     def _log_sum_exps(self, side: int, keys: int) -> tuple[Tensor, Tensor]:
@@ -151,16 +164,16 @@ class _Pair:
         size = TILE[self.weight.device.type]
         height = min(self.rows, max(1, math.isqrt(size) // 2))
         width = max(1, size // height)
-        scaled = self.scale * self.own[side]
         for top in range(0, self.rows, height):
             rows = slice(top, min(self.rows, top + height))
+            scaled = self.scale * self.own[side][rows]
             for left in range(0, len(self.valid), width):
                 columns = slice(left, min(len(self.valid), left + width))
-                logits = scaled[rows] @ self.everyone[keys][columns].T
+                logits = scaled @ self.everyone[keys][columns].T
                 yield rows, columns, self._mask(logits, rows, columns, side == keys)
 
     def _mask(self, logits: Tensor, rows: slice, columns: slice, intra: bool) -> Tensor:
-        partners = logits.diagonal(self.first + rows.start - columns.start)
+        partners = self._partners(logits, rows, columns)
         if self.group is not None:
             kept = partners.clone()
             logits.masked_fill_(self.group[0][rows, None] == self.group[1][columns], -torch.inf)
@@ -172,26 +185,22 @@ class _Pair:
             partners.fill_(-torch.inf)
         return logits
 
-    def add_gradient(self, by_feature: list[Tensor], grad: Tensor) -> Tensor:
-        """Add grad times the gradient by own rows to `by_feature`; returns grad times that by the scale."""
-        out = [torch.zeros_like(x) for x in self.own]
-        alone = distributed.world() == 1
-        self._add(out, 0, 1, both=alone)
-        by_scale = (out[0] * self.own[0]).sum()  # the sum of weight times cosine over all pairs of own rows of a
-        if not alone:
-            self._add(out, 1, 0)
-        if self.term.intra:
-            for side in (0, 1):
-                inner = [torch.zeros_like(x) for x in self.own]
-                self._add(inner, side, side)
-                by_scale += (inner[side] * self.own[side]).sum() / 2  # each pair is there as row and as column
-                out[side] += inner[side]
-        weight = 2 * self.mine(self.weight)[:, None]
-        for side, number in enumerate((self.term.a, self.term.b)):
-            by_feature[number] += grad * self.scale * (out[side] - weight * self.own[1 - side])
-        return grad * (by_scale - (weight * self.own[0] * self.own[1]).sum())
+    def _partners(self, tile: Tensor, rows: slice, columns: slice) -> Tensor:
+        """The elements of a tile that pair a clip with itself, a view."""
+        return tile.diagonal(self.first + rows.start - columns.start)
 
-    def _add(self, out: list[Tensor], side: int, keys: int, both: bool = False) -> None:
+    def add_gradient(self, by_feature: list[Tensor], factor: Tensor) -> None:
+        """Add factor times the gradient of the value by scale * own rows to `by_feature`, in place."""
+        out = by_feature[self.term.a], by_feature[self.term.b]
+        alone = distributed.world() == 1
+        self._add(out, factor, 0, 1, both=alone)
+        if not alone:
+            self._add(out, factor, 1, 0)
+        if self.term.intra:
+            self._add(out, factor, 0, 0)
+            self._add(out, factor, 1, 1)
+
+    def _add(self, out: tuple[Tensor, Tensor], factor: Tensor, side: int, keys: int, both: bool = False) -> None:
         """Add to out[side] what own rows gain as rows of their own denominators and as columns of everybody else's.
 
         both: the columns are own rows too, and gain the same from the transposed tiles.
@@ -199,6 +208,11 @@ class _Pair:
         for rows, columns, logits in self._tiles(side, keys):
             pull = (logits - self.mine(self.shift[side])[rows, None]).exp_()
             pull += logits.sub_(self.shift[keys][columns]).exp_()
+            if side != keys:
+                positives = self._partners(pull, rows, columns)
+                start = max(columns.start, self.first + rows.start)
+                positives -= 2 * self.weight[start : start + len(positives)]
+            pull *= factor
             out[side][rows].addmm_(pull, self.everyone[keys][columns])
             if both:
                 out[keys][columns].addmm_(pull.T, self.own[side][rows])

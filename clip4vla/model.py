@@ -75,7 +75,7 @@ class CLIP4VLA(nn.Module):
     def encode_audio(self, batch: Batch, audio_type: str) -> Tensor:
         """z^g (B, D), unit length, of a batch's segments under a type token; zero where a clip has no audio."""
         segments = normalise(decode(batch.segments, self.spectrogram), batch.segment_rows, self.cfg.normalise)
-        mix = type_mix(audio_type, batch.audio_type[batch.segment_clip])
+        mix = type_mix(audio_type, batch.segment_type)
         return pool(self.encode_segments(segments, mix), batch.segment_clip, len(batch))
 
     def encode_captions(self, batch: Batch) -> Tensor:
@@ -109,7 +109,7 @@ class CLIP4VLA(nn.Module):
         if loss.aa:
             hidden = batch.hidden_rows[:, :, None] | batch.hidden_channels[:, None, :]
             views.append(masked_view(decibels, batch.segment_rows, hidden, mask, self.cfg.normalise))
-        mix = type_mix(self.cfg.pretrain_type, batch.audio_type[batch.segment_clip])
+        mix = type_mix(self.cfg.pretrain_type, batch.segment_type)
         mix = mix.expand(len(decibels), -1, -1).repeat(len(views), 1, 1)
         vectors = self.encode_segments(torch.cat(views), mix).chunk(len(views))
         pooled = [pool(v, batch.segment_clip, len(batch)) for v in vectors]
@@ -135,9 +135,12 @@ class CLIP4VLA(nn.Module):
 
 
 def pool(vectors: Tensor, clip: Tensor, clips: int) -> Tensor:
-    """Unit vectors (clips, D), fp32: each vector (n, D) to unit length, mean by clip number (n,), to unit length again."""
+    """Unit vectors (clips, D), fp32: each vector (n, D) to unit length, mean by clip number (n,), to unit length again.
+
+    Vectors of clip number `clips` are padding (Batch.padded).
+    """
     unit = F.normalize(vectors.float(), dim=-1)
-    total = unit.new_zeros(clips, unit.shape[1]).index_add(0, clip, unit)
+    total = unit.new_zeros(clips + 1, unit.shape[1]).index_add(0, clip, unit)[:clips]
     return F.normalize(total, dim=-1)
 
 

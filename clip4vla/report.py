@@ -1,4 +1,4 @@
-"""One HTML file about a run: loss curves, retrieval metrics, and what some queries found, with pictures and sound.
+"""One HTML file about a run: its curves, retrieval metrics, and what some queries found, with pictures and sound.
 
 Everything is inside the file (data: URIs) and its content security policy lets the browser request nothing else.
 """
@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 TERMS = {
@@ -23,7 +24,20 @@ TERMS = {
     "loss/aa": "audio–masked",
     "loss/tv": "text–vision",
 }
-COLOURS = dict(zip(TERMS, ("#1f2937", "#2563eb", "#059669", "#d97706", "#9333ea"), strict=True))
+PANELS = {  # of meter.py's rows
+    "learning rate": {"lr": ""},
+    "gradient norm": {"grad_norm": ""},
+    "audio space (Wang & Isola)": {"alignment": "alignment", "uniformity": "uniformity"},
+    "clips / s": {"clips_per_s": ""},
+    "waiting for data (%)": {"data_wait": ""},
+    "useful TFLOP/s of a rank": {"tflops": ""},
+    "peak memory (GiB)": {"memory_gib": ""},
+    "shares (%)": {"no_audio": "clips without sound", "hidden_rows": "rows masked"},
+    "MFU (%)": {"mfu": ""},
+}
+SHADES = ("#1f2937", "#2563eb", "#059669", "#d97706", "#9333ea")
+SMOOTH = ("lr", "memory_gib")  # as they are
+COLOURS = {key: shade for keys in (TERMS, *PANELS.values()) for key, shade in zip(keys, SHADES, strict=False)}
 ASKED = {"text": "captions", "audio": "sound", "vision": "picture", "video": "picture", "picture": "picture"}
 
 
@@ -68,32 +82,54 @@ def spectrogram_png(grey: np.ndarray) -> bytes:
     return encoded(lambda buffer: image.save(buffer, "PNG", optimize=True))
 
 
-def loss_plot(runs: dict[str, list[dict[str, Any]]]) -> bytes:
-    """PNG with one panel for each run: every loss term over steps, raw (thin) and smoothed, from metrics.jsonl rows.
+def run_plot(name: str, rows: list[dict[str, Any]]) -> bytes:
+    """PNG of a run from its metrics.jsonl rows: the loss terms over steps, and below what else the rows have.
 
-    Rows without "loss" are passed over; of rows with the same step, as after a resume, the last counts.
+    Of rows with the same step, as after a resume, the last counts.
     """
-    figure = Figure(figsize=(5.4, 3.5 * max(1, len(runs))), dpi=160, layout="constrained")
-    for axes, (name, rows) in zip(np.ravel(figure.subplots(max(1, len(runs)))), runs.items(), strict=True):
-        _loss_panel(axes, name, list({row["step"]: row for row in rows if "loss" in row}.values()))
+    rows = [row for _, row in sorted({row["step"]: row for row in rows if "loss" in row}.items())]
+    panels = [(title, keys) for title, keys in PANELS.items() if any(key in row for row in rows for key in keys)]
+    lines = -(-len(panels) // 3)
+    figure = Figure(figsize=(7.6, 3.3 + 1.4 * lines), dpi=150, layout="constrained")
+    grid = figure.add_gridspec(lines + 1, 3, height_ratios=[2.3] + [1] * lines)
+    top = figure.add_subplot(grid[0, :])
+    _panel(top, rows, TERMS)
+    top.set(title=name, ylabel="loss (nats)")
+    if not top.lines:
+        top.text(0.5, 0.5, "no loss logged", ha="center", transform=top.transAxes)
+    for place, (title, keys) in enumerate(panels):
+        axes = figure.add_subplot(grid[1 + place // 3, place % 3], sharex=top)
+        _panel(axes, rows, keys, 100 if "%" in title else 1)
+        axes.set_title(title, fontsize=8, loc="left", color="#5b6472")
+        if axes.dataLim.y0 >= 0:
+            axes.set_ylim(bottom=0)
+    figure.supxlabel("step", fontsize=9)
     return encoded(lambda buffer: figure.savefig(buffer, format="png"))
 
 
-def _loss_panel(axes: Axes, name: str, rows: list[dict[str, Any]]) -> None:
-    rows.sort(key=lambda row: row["step"])
-    for key, label in TERMS.items():
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+def write_plot(run_dir: str, rows: list[dict[str, Any]]) -> None:
+    """run_dir/curves.png of a run of more than a few steps."""
+    if len(rows) > 20:
+        Path(run_dir, "curves.png").write_bytes(run_plot(Path(run_dir).name, rows))
+
+
+def _panel(axes: Axes, rows: list[dict[str, Any]], keys: dict[str, str], times: float = 1) -> None:
+    """The values of each key, raw (thin) and smoothed; keys: what to call them where there are several."""
+    small = keys is not TERMS
+    for key, label in keys.items():
+        points = [(row["step"], row[key] * times) for row in rows if row.get(key) is not None]
         if points:
             steps, values = np.array(points, dtype=float).T
+            smooth = values if key in SMOOTH else _smooth(values)
             axes.plot(steps, values, color=COLOURS[key], lw=0.7, alpha=0.3)
-            axes.plot(steps, _smooth(values), color=COLOURS[key], lw=1.8, label=label)
-    axes.set(title=name, xlabel="step", ylabel="loss (nats)")
+            axes.plot(steps, smooth, color=COLOURS[key], lw=1.2 if small else 1.8, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.5g}")
+    axes.tick_params(labelsize=7 if small else 8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
-    if axes.lines:
-        axes.legend(frameon=False, fontsize=8)
-    else:
-        axes.text(0.5, 0.5, "no loss logged", ha="center", transform=axes.transAxes)
+    if axes.lines and len(keys) > 1:
+        axes.legend(frameon=False, fontsize=7 if small else 8)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -112,13 +148,13 @@ def write(
 ) -> None:
     """Write the page. settings may be nested; metrics maps direction to retrieval.summary(); five hits are shown."""
     curves = "".join(
-        f'<img alt="loss curves of {escape(name)}" src="{data_uri(loss_plot({name: rows}), "image/png")}">'
+        f'<img alt="curves of {escape(name)}" src="{data_uri(run_plot(name, rows), "image/png")}">'
         for name, rows in runs.items()
     )
     cards = "".join(_query(query, metrics.get(query.direction, {}).get("n_gallery")) for query in queries)
     parts = [
         f"<header><h1>{escape(title)}</h1><dl>{_settings(settings)}</dl></header>",
-        f'<section><h2>Loss</h2><div class="curves">{curves}</div></section>' if runs else "",
+        f'<section><h2>Training</h2><div class="curves">{curves}</div></section>' if runs else "",
         f"<section><h2>Retrieval</h2>{_table(metrics)}</section>" if metrics else "",
         f"<section><h2>Examples</h2>{_filters(queries)}{cards}</section>{SCRIPT}" if queries else "",
     ]

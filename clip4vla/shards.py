@@ -24,7 +24,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import fsspec
 
-from clip4vla.config import DataConfig, UserError
+from clip4vla import storage
+from clip4vla.config import DataConfig, DataSources, UserError
 
 INDEX = "index.json"
 FORMAT = 1
@@ -169,8 +170,11 @@ def write_index(
 class ShardFolder:
     """A folder of shards, local or at any fsspec URL; samples are addressed by (shard number, entry number)."""
 
-    def __init__(self, url: str, fs: fsspec.AbstractFileSystem, path: str, index: dict[str, Any]) -> None:
-        self.url, self.fs, self.path = url, fs, path
+    def __init__(
+        self, url: str, fs: fsspec.AbstractFileSystem, path: str, index: dict[str, Any], cfg: DataSources
+    ) -> None:
+        self.url, self.fs, self.path, self.cfg = url, fs, path, cfg
+        self.reader = storage.Reader(fs, cfg)
         self.shards = [Shard(**shard) for shard in index["shards"]]
         self.fingerprint: dict[str, Any] = index["fingerprint"]
         self.counts: dict[str, Any] = index["counts"]
@@ -184,12 +188,15 @@ class ShardFolder:
                 raise ValueError(f"{shard.name} lists {len(shard.entries)} of {shard.samples} samples")
 
     @classmethod
-    def open(cls, url: str) -> "ShardFolder":
-        """The folder at a path or URL; raises UserError if it has no readable index.json or no samples."""
+    def open(cls, url: str, cfg: DataSources = storage.DEFAULT) -> "ShardFolder":
+        """The folder at a path or URL; raises UserError if it has no readable index.json or no samples.
+
+        cfg: time-out, retries and cache of remote folders.
+        """
         url = str(url).rstrip("/")
         try:
-            fs, path = fsspec.core.url_to_fs(url)
-            text = fs.cat_file(f"{path}/{INDEX}")
+            fs, path = storage.open_folder(url)
+            text = storage.read_file(fs, f"{path}/{INDEX}", cfg)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"no shards found in {url}: no {INDEX} there; run data_prep/shard.py to make it") from None
         except (OSError, ValueError, ImportError) as error:
@@ -198,7 +205,7 @@ class ShardFolder:
             index = json.loads(text)
             if index["format"] != FORMAT:
                 raise ValueError(f"format {index['format']}, this version reads {FORMAT}")
-            folder = cls(url, fs, path, index)
+            folder = cls(url, fs, path, index, cfg)
         except UserError:
             raise
         except (ValueError, KeyError, TypeError) as error:
@@ -217,17 +224,13 @@ class ShardFolder:
     ) -> list[dict[str, bytes] | Damaged]:
         """Bytes by kind ("json", "fbank", "frames") of each wanted (shard, entry), less those that a sample lacks or are empty.
 
-        Adjacent members are one range, all ranges one `cat_ranges` (concurrent on remote file systems). Size and CRC-32
-        are checked; a damaged sample, missing tar or failing read gives a Damaged in its place, never an exception.
+        Adjacent members are one range, all ranges are read at once (storage.py). Size and CRC-32 are checked; a damaged
+        sample, missing tar or failing read gives a Damaged in its place, never an exception.
         """
         plans = [self._plan(shard, entry, tuple(exts)) for shard, entry in wanted]
-        flat = [(self.shards[s].name, part) for (s, _), plan in zip(wanted, plans, strict=True) for part in plan]
-        paths = [f"{self.path}/{name}" for name, _ in flat]
-        try:
-            starts, ends = [part.start for _, part in flat], [part.end for _, part in flat]
-            blobs = iter(self.fs.cat_ranges(paths, starts, ends, on_error="return") if flat else [])
-        except Exception as error:  # a file system may raise anything; the caller counts the damage
-            blobs = iter([error] * len(flat))
+        parts = [(self.shards[s], part) for (s, _), plan in zip(wanted, plans, strict=True) for part in plan]
+        ranges = [storage.Range(f"{self.path}/{s.name}", s.sha256, part.start, part.end) for s, part in parts]
+        blobs = iter(self.reader.read(ranges, lambda i, blob: not _members(parts[i][1], blob)[1]))
         return [self._check(s, e, plan, blobs) for (s, e), plan in zip(wanted, plans, strict=True)]
 
     def _plan(self, shard: int, entry: int, exts: tuple[str, ...]) -> list[_Range]:
@@ -252,11 +255,20 @@ class ShardFolder:
             if isinstance(blob, BaseException):
                 reason = reason or f"{type(blob).__name__}: {blob}"
                 continue
-            for kind, member in part.members:
-                at = member.offset - part.start
-                sample[kind] = bytes(blob[at : at + member.size])
-                if len(sample[kind]) != member.size:
-                    reason = reason or f"{kind}: {len(sample[kind])} of {member.size} bytes"
-                elif zlib.crc32(sample[kind]) != member.crc32:
-                    reason = reason or f"{kind}: CRC-32 differs from {INDEX}"
+            members, fault = _members(part, blob)
+            sample |= members
+            reason = reason or fault
         return Damaged(name, key, reason) if reason else sample
+
+
+def _members(part: _Range, blob: bytes) -> tuple[dict[str, bytes], str]:
+    """(bytes by kind, what is wrong with them or "") of one range."""
+    found: dict[str, bytes] = {}
+    for kind, member in part.members:
+        at = member.offset - part.start
+        found[kind] = bytes(blob[at : at + member.size])
+        if len(found[kind]) != member.size:
+            return found, f"{kind}: {len(found[kind])} of {member.size} bytes"
+        if zlib.crc32(found[kind]) != member.crc32:
+            return found, f"{kind}: CRC-32 differs from {INDEX}"
+    return found, ""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from clip4vla import storage
 from clip4vla.config import RunConfig, UserError
 from clip4vla.model import CLIP4VLA
 from clip4vla.shards import INDEX, ShardFolder
@@ -43,30 +44,34 @@ def open_vectors(folders: list[ShardFolder], cfg: RunConfig, model: CLIP4VLA) ->
 
     The model's weights must not be rounded yet. Raises UserError for vectors of other towers or of other shards.
     """
-    if cfg.data.vectors == "off":
+    reason = obstacle(folders, cfg, model)
+    if reason and cfg.data.vectors == "use":
+        raise UserError(f"data.vectors=use: {reason}, or take auto")
+    if reason:
         return None
-    obstacle = _obstacle(folders, cfg, model)
-    if obstacle and cfg.data.vectors == "use":
-        raise UserError(f"data.vectors=use: {obstacle}")
-    if obstacle:
-        return None
-    found = [ShardFolder.open(f"{folder.url}/{FOLDER}") for folder in folders]
+    found = [ShardFolder.open(f"{folder.url}/{FOLDER}", folder.cfg) for folder in folders]
     ours = identity(model)
     for folder, vectors in zip(folders, found, strict=True):
         _must_fit(folder, vectors, ours)
     return found
 
 
-def _obstacle(folders: list[ShardFolder], cfg: RunConfig, model: CLIP4VLA) -> str:
+def obstacle(folders: list[ShardFolder], cfg: RunConfig, model: CLIP4VLA) -> str:
     """Why this run cannot use vectors; empty if it can."""
+    if cfg.data.vectors == "off":
+        return "data.vectors=off"
     for tower in ("text", "vision"):
         if tower in model.cfg.train_towers.split("+"):
-            return f"the {tower} tower trains (model.train_towers={model.cfg.train_towers}), so its vectors change: take auto"
+            return f"the {tower} tower trains (model.train_towers={model.cfg.train_towers}), so its vectors change"
     if not (cfg.loss.at or cfg.loss.av or cfg.loss.tv):
-        return "no loss needs text or vision: take auto"
+        return "no loss needs text or vision"
     for folder in folders:
-        if not folder.fs.exists(f"{folder.path}/{FOLDER}/{INDEX}"):
-            return f"{folder.url} has none: run data_prep/embed.py, or take auto"
+        try:
+            there = storage.exists(folder.fs, f"{folder.path}/{FOLDER}/{INDEX}", folder.cfg)
+        except OSError as error:
+            raise UserError(f"cannot read {folder.url}/{FOLDER}/{INDEX}: {error}; or set data.vectors=off") from None
+        if not there:
+            return f"{folder.url} has none: run data_prep/embed.py"
     return ""
 
 

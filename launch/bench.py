@@ -1,17 +1,23 @@
 """Benchmarks and planning: each prints one JSON object with every figure it used, the versions and the machine.
 
-    python launch/bench.py prep [--rounds 5] [--clips N] > docs/bench_prep.json
-    python launch/bench.py plan [--rounds 5] > docs/plan.json
-    python launch/bench.py plan --markdown docs/plan.json        # the same figures as tables
-prep  the same videos to frames and log-mel, CPU time: ours against OpenCV and librosa (pip install -e '.[bench]')
-plan  clips/s of a core, bytes of a clip by codec, and what they make for all of HowTo100M and AudioSet
+    python launch/bench.py NAME --help
+    python launch/bench.py loss > docs/bench_loss.json
+    python launch/bench.py loss --world 2 > docs/bench_loss_world2.json
+    python launch/bench.py loader > docs/bench_loader.json
+    python launch/bench.py prep > docs/bench_prep.json
+    python launch/bench.py plan > docs/plan.json
+
+NAME is a module beside this one, launch/bench_NAME.py: add_arguments(parser) says what it takes, main(args) returns its
+figures. What a benchmark compares with is installed by: pip install -c constraints.txt -e '.[bench]'
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
 import platform
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,35 +26,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip4vla.config import cli  # noqa: E402
 
-PACKAGES = "clip4vla torch torchaudio numpy av pillow soundfile librosa opencv-python-headless"
+BENCHES = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
+PACKAGES = (
+    "clip4vla torch torchaudio deepspeed open_clip_torch webdataset nvidia-dali-cuda130 numpy av pillow soundfile librosa "
+    "opencv-python-headless"
+)
 
 
 @cli
 def main() -> None:
     """Run the benchmark that the command line names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bench", choices=BENCHES)
-    parser.add_argument("--rounds", type=_count, default=5, metavar="N", help="medians are over N rounds")
-    parser.add_argument("--clips", type=_count, metavar="N", help="prep: only the first N videos")
-    parser.add_argument("--markdown", metavar="FILE.json", help="plan: print the tables of one that was saved")
-    args = parser.parse_args()
-    figures = BENCHES[args.bench](args)
+    names = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names.add_argument("bench", choices=BENCHES)
+    name = names.parse_args(sys.argv[1:2]).bench
+    bench = importlib.import_module(f"launch.bench_{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"bench.py {name}", description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    bench.add_arguments(parser)
+    figures = bench.main(parser.parse_args(sys.argv[2:]))
     if isinstance(figures, dict):
-        tree = {"bench": args.bench, **figures, "versions": versions(), "machine": machine()}
+        tree = {"bench": name, **figures, "versions": versions(), "machine": machine()}
         figures = json.dumps(json.loads(json.dumps(tree), parse_float=_rounded), indent=1)
     print(figures)
 
 
-def _prep(args: argparse.Namespace) -> dict[str, Any]:
-    from launch.bench_prep import prep
+def count(text: str) -> int:
+    """The type of an argument that counts something: a whole number from 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
+    return int(text)
 
-    return prep(args.rounds, args.clips)
 
-
-def _plan(args: argparse.Namespace) -> dict[str, Any] | str:
-    from launch.bench_plan import markdown, plan
-
-    return markdown(args.markdown) if args.markdown else plan(args.rounds)
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def versions() -> dict[str, str]:
@@ -67,14 +81,6 @@ def machine() -> dict[str, Any]:
 def _rounded(text: str) -> float:
     return float(f"{float(text):.5g}")
 
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
-    return int(text)
-
-
-BENCHES = {"prep": _prep, "plan": _plan}
 
 if __name__ == "__main__":
     main()

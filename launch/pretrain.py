@@ -2,6 +2,7 @@
 
 laptop    deepspeed --num_accelerators 2 launch/pretrain.py --deepspeed_config ds.json
 GPUs      deepspeed launch/pretrain.py configs/pretrain/howto_audioset.yaml
+first     the same with --dry-run: checks all of it with one step at full size, and says what to expect
 """
 
 from clip4vla.config import RunConfig, cli, command_line
@@ -9,10 +10,10 @@ from clip4vla.config import RunConfig, cli, command_line
 
 @cli
 def main() -> None:
-    cfg, args = command_line(RunConfig, "configs/pretrain/stamps.yaml", __doc__)
-    from clip4vla.train import train  # after the settings are read: a typing error shows at once
+    cfg, args = command_line(RunConfig, "configs/pretrain/stamps.yaml", __doc__, dry_run=True)
+    from clip4vla import preflight, train  # after the settings are read: a typing error shows at once
 
-    train(cfg, args.deepspeed_config)
+    (preflight.check if args.dry_run else train.train)(cfg, args.deepspeed_config)
 
 
 if __name__ == "__main__":

@@ -119,3 +119,76 @@ def test_tables_of_no_plan_are_refused_in_one_line(tmp_path):
     for name in ("other.json", "absent.json"):
         with pytest.raises(UserError, match=f"{name}: not a plan .* make it with"):
             markdown(str(tmp_path / name))
+
+
+@pytest.fixture(scope="module")
+def loss():
+    done = run("launch/bench.py", "loss", "--n", 2048, "--dim", 64, "--rounds", 2)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_both_sides_of_loss_compute_the_same(loss):
+    assert loss["value"]["ours"] == pytest.approx(loss["value"]["peer"], rel=1e-5)
+    assert max(loss["gradient_difference"].values()) < 1e-4
+    assert min(loss["gradient_difference"].values()) > 0  # two programs, not one twice
+
+
+def test_the_time_ratio_of_loss_follows_from_its_rounds(loss):
+    ours, peer = (loss["rounds_s"][side] for side in ("ours", "peer"))
+    assert len(ours) == len(peer) == 2
+    assert loss["time_ratio"] == pytest.approx(statistics.median(ours) / statistics.median(peer), rel=1e-3)
+
+
+def test_the_peak_of_the_matrix_shows_and_ours_has_none(loss):
+    matrix = 4 * loss["n"] ** 2
+    assert 3 * matrix < loss["peak_bytes"]["peer"] < 7 * matrix
+    assert 2 * 4 * loss["n"] * loss["dim"] < loss["peak_bytes"]["ours"] < 2 * matrix
+    assert loss["memory_ratio"] == pytest.approx(loss["peak_bytes"]["ours"] / loss["peak_bytes"]["peer"], rel=1e-3)
+
+
+def test_bytes_of_loss_are_those_of_both_sides_formulas():
+    done = run("launch/bench.py", "loss", "--world", 2, "--n", 128, "--dim", 32)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    b, n, dim = 64, 128, 32
+    assert figures["bytes_formula_error"] == 0
+    assert figures["bytes"]["ours"]["put_in"] == 4 * b * dim * 4 + 3 * (b + 8 * b + 8 * n)
+    for name, trained in (
+        ("frozen_clip", 4),
+        ("all_towers", 6),
+    ):  # of 3 losses x 2 sides; b rows out, gradients of N back
+        assert figures["bytes"][name]["put_in"] == 4 * dim * (6 * b + trained * n)
+    assert figures["bytes_ratio"] == pytest.approx(figures["ratios"]["frozen_clip"]["put_in"])
+
+
+@pytest.fixture(scope="module")
+def loader():
+    done = run("launch/bench.py", "loader", "--clips", 70, "--batch", 10, "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_clips_of_loader_are_of_the_stated_size(loader):
+    assert loader["n_frames_per_clip"] == pytest.approx(6.5, abs=0.1)
+    assert loader["n_segments_per_clip"] == pytest.approx(3.3, abs=0.2)
+
+
+def test_both_sides_of_loader_make_the_same(loader):
+    apart = loader["agreement"]
+    assert apart["clips"] == 10
+    assert apart["frames"]["bytes"] % (3 * 224 * 224) == apart["segments"]["bytes"] % (224 * 224) == 0
+    assert apart["frames"]["bytes"] > 30 * 3 * 224 * 224 and apart["segments"]["bytes"] > 10 * 224 * 224
+    assert max(apart[kind]["largest"] for kind in ("frames", "segments")) <= 4  # decoders may round differently
+
+
+def test_the_ratios_of_loader_follow_from_its_rounds(loader):
+    rates = {side: rounds[0] for side, rounds in loader["rounds_clips_per_s"].items()}
+    assert loader["throughput_ratio"] == pytest.approx(rates["ours"] / rates["peer"], rel=1e-3)
+    assert loader["frozen_ratio"] == pytest.approx(rates["ours_frozen"] / rates["peer"], rel=1e-3)
+    assert min(loader["cpu_s_per_clip"].values()) > 0
+
+
+def test_fewer_clips_than_a_batch_are_refused_in_one_line():
+    done = run("launch/bench.py", "loader", "--clips", 8, "--batch", 16)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "fewer than a batch" in done.stderr

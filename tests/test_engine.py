@@ -12,8 +12,9 @@ from conftest import ROOT, run
 from test_model import TINY
 
 from clip4vla import CLIP4VLA, engine
-from clip4vla.checkpoints import load_tensors, newest_checkpoint
+from clip4vla.checkpoints import newest_checkpoint
 from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig, TrainConfig, UserError, load
+from clip4vla.universal import load_tensors
 
 SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
 
@@ -44,8 +45,13 @@ def test_users_keys_pass_through_and_their_file_stays_as_it_is():
         ({"train_batch_size": 8}, ["train.batch_size=16"], ["my.json", "train_batch_size=8", "train.batch_size=16"]),
         ({"gradient_clipping": 0.5}, [], ["gradient_clipping=0.5", "train.clip=1.0"]),
         ({"bf16": {"enabled": True}}, ["train.precision=fp32"], ["bf16.enabled=True", "train.precision"]),
-        ({"gradient_accumulation_steps": 2}, [], ["gradient_accumulation_steps=2", "whole batch"]),
+        ({"gradient_accumulation_steps": 2}, [], ["gradient_accumulation_steps=2", "train.accumulate=1"]),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, [], ["optimizer.params.lr=1.0", "train.lr"]),
+        (
+            {"zero_optimization": {"stage": 3}},
+            ["train.compile=inductor"],
+            ["zero_optimization.stage=3", "train.compile"],
+        ),
         ({"zero_optimization": {"stage": "auto"}}, [], ["zero_optimization.stage", "does not decide"]),
     ],
 )

@@ -1,6 +1,7 @@
 """loader.py: the stateless order, what a batch holds, and damage."""
 
 import collections
+import gc
 import json
 import shutil
 import subprocess
@@ -150,6 +151,18 @@ def test_prefetching_changes_nothing_and_a_consumer_may_leave(sample_shards):
     stream = ours.batches(0, count)
     next(stream)
     stream.close()
+
+
+def test_the_pictures_of_a_batch_outlive_later_batches_and_the_loader(sample_shards):
+    ours = loader(sample_shards)
+    stream = ours.batches(0, 3)
+    kept = [(batch, batch.frames.clone(), batch.segments.clone()) for batch in stream]
+    alone = [ours.batch(k) for k in range(3)]
+    del ours, stream
+    gc.collect()
+    for (batch, frames, segments), again in zip(kept, alone, strict=True):
+        assert torch.equal(batch.frames, frames) and torch.equal(again.frames, frames)
+        assert torch.equal(batch.segments, segments) and torch.equal(again.segments, segments)
 
 
 def damage(shards, share: float):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clip4vla.report import Exhibit, Hit, Query, loss_plot, spectrogram_png, write
+from clip4vla.report import Exhibit, Hit, Query, run_plot, spectrogram_png, write
 
 EVIL = "<script>alert(1)</script> \"quoted\" & 'single' <img src=x onerror=alert(2)>"
 FLAGS = (
@@ -178,9 +178,13 @@ def test_spectrograms_run_to_the_right_with_low_frequencies_below():
     assert np.unravel_index(pixels.argmax(), pixels.shape) == (223 - 10, 290)
 
 
-def test_loss_plot_has_a_panel_for_each_run():
-    with (
-        Image.open(io.BytesIO(loss_plot({"a": rows()}))) as one,
-        Image.open(io.BytesIO(loss_plot({"a": rows(), "b": rows(1)}))) as two,
-    ):
-        assert two.height == 2 * one.height and two.width == one.width
+def test_a_plot_has_a_panel_for_what_the_rows_have():
+    """Three to a line, below the losses: here lr and grad_norm; then five more; then, without rows, none."""
+    more = ("clips_per_s", "data_wait", "alignment", "tflops", "memory_gib")
+    plots = [run_plot("a", some) for some in ([], rows(), [row | dict.fromkeys(more, 1.0) for row in rows()])]
+    heights = []
+    for plot in plots:
+        with Image.open(io.BytesIO(plot)) as image:
+            heights.append(image.height)
+            assert image.width == 1140
+    assert heights[2] - heights[1] == 2 * (heights[1] - heights[0]) > 0

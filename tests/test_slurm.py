@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import slurm
-from conftest import ROOT
+from conftest import ROOT, ranks
+from test_train import tiny, trace, wait_for  # noqa: F401  (a fixture)
 
 sys.path.insert(0, str(ROOT))
 
@@ -89,3 +90,24 @@ def test_an_array_with_gaps_is_refused_and_its_merge_never_runs(cluster, tmp_pat
     assert states == {f"{job}_0": "FAILED", f"{job}_2": "FAILED", merge: "CANCELLED"}
     message = "error: --array: the numbers have gaps; give a range like 0-1: finished shards are kept"
     assert log.read_text().splitlines() == [message] * 2 and not (tmp_path / "out").exists()
+
+
+def test_a_preempted_job_of_two_nodes_is_requeued_and_ends_with_the_losses_of_an_undisturbed_run(
+    cluster,
+    tiny,  # noqa: F811
+    tmp_path,
+):
+    log, words = tmp_path / "log", [*tiny, "train.max_steps=20", "train.save_every=1000"]
+    assert ranks(2, "launch/pretrain.py", *words, f"run_dir={tmp_path / 'undisturbed'}").returncode == 0
+
+    options = ["--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
+    job = cluster.sbatch(*options, "launch/slurm/pretrain.sbatch", *words, f"run_dir={tmp_path / 'r'}")
+    wait_for(tmp_path / "r/metrics.jsonl", 2)
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    assert cluster.wait(job) == {job: "COMPLETED"}, log.read_text()
+
+    assert "Restarts=1" in cluster.run("scontrol", "show", "job", job)
+    first, second = sorted((tmp_path / "r/checkpoints").glob("step-*"))
+    assert f"weights from {first}" in log.read_text() and "2 ranks" in log.read_text().partition("step 1 ")[0]
+    assert int(first.name[-8:]) < int(second.name[-8:]) == 20
+    assert trace(tmp_path / "r") == trace(tmp_path / "undisturbed")

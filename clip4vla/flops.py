@@ -1,0 +1,141 @@
+"""What one step costs a rank: its useful FLOPs, and the bytes that it sends into collectives.
+
+A product of (m, k) by (k, n) is 2 m k n FLOPs. Useful is what the gradient of the batch takes once, of what is packed:
+
+    a transformer, t tokens   2 t * (elements of its weight matrices) + 4 * layers * t^2 * width  (QK^T and AV)
+    a frame, a segment        convolution of its P patches, transformer over P + [CLS] + type tokens, projection
+    a caption                 transformer over its tokens up to [EOS], projection
+    a tower                   once if it is frozen, three times if it trains (its convolution twice: pixels get no gradient),
+                              not at all where frozen vectors stand for it; segments again for their masked view
+    a similarity matrix       3 * 2 b N D; one for each term, two more for NCE_aa
+
+Left out: norms, activations and softmax. Not useful: padding, activations and tiles computed again, the second forward pass
+of accumulation. MFU = useful FLOPs / (seconds * FLOP/s of a large bf16 matrix product, measured when the run starts).
+"""
+
+import math
+
+import torch
+from open_clip.transformer import Transformer, VisionTransformer
+from torch import Tensor, nn
+
+from clip4vla import distributed
+from clip4vla.audio_encoder import type_mix
+from clip4vla.batch import Batch
+from clip4vla.config import LossConfig, RunConfig
+from clip4vla.model import CLIP4VLA
+
+
+def shape(parameter: nn.Parameter) -> torch.Size:
+    """Of the whole parameter, also where ZeRO-3 has split it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def elements(module: nn.Module, trained: bool = False) -> int:
+    """Of all parameters, or of those that train."""
+    return sum(math.prod(shape(p)) for p in module.parameters() if p.requires_grad or not trained)
+
+
+def towers_run(loss: LossConfig, vectors: bool) -> list[str]:
+    """The towers that a step runs; vectors: those of embed.py stand for text and vision."""
+    needs = {"text": loss.at or loss.tv, "vision": loss.av or loss.tv, "audio": loss.at or loss.av or loss.aa}
+    return [name for name, needed in needs.items() if needed and not (vectors and name != "audio")]
+
+
+class Work:
+    """Counts the useful FLOPs of a run's steps."""
+
+    def __init__(self, model: CLIP4VLA, cfg: RunConfig):
+        self.loss, self.dim = cfg.loss, model.clip_config["embed_dim"]
+        self.parts = cfg.train.accumulate if cfg.train.negatives == "micro" else 1
+        channels = 1 if model.spectrogram.channels == "mono" else 3
+        types = type_mix(cfg.model.pretrain_type, torch.zeros(1, dtype=torch.int64)).shape[1]
+        self.segment = _picture(model.audio.trunk, channels, types) * (2 if cfg.loss.aa else 1)
+        self.frame = _picture(model.vision, 3, 0)
+        passes = 3 if elements(model.text, trained=True) else 1
+        self.per_token, self.per_pair = (passes * x for x in _transformer(model.text.transformer))
+        self.per_caption = passes * 2 * model.text.transformer.width * self.dim
+
+    def flops(self, micros: list[Batch]) -> float:
+        """Of this rank's micro-batches of one step."""
+        run = towers_run(self.loss, micros[0].text_vectors is not None)
+        total = self._nce(sum(map(len, micros)))
+        for micro in micros:
+            total += self.segment * int((micro.segment_clip < len(micro)).sum()) * ("audio" in run)
+            total += self.frame * int((micro.frame_clip < len(micro)).sum()) * ("vision" in run)
+            total += self._captions(micro.tokens) * ("text" in run)
+        return total
+
+    def _captions(self, tokens: Tensor) -> float:
+        """tokens (B, L), 0 where there is none."""
+        length = (tokens != 0).sum(1)
+        blocks = self.per_token * int(length.sum()) + self.per_pair * int(length.square().sum())
+        return blocks + self.per_caption * len(tokens)
+
+    def _nce(self, rows: int) -> float:
+        loss = self.loss
+        matrices = bool(loss.at) + bool(loss.av) + 3 * bool(loss.aa) + bool(loss.tv)
+        return matrices * 6 * rows * (rows * distributed.world() / self.parts) * self.dim
+
+
+def _transformer(blocks: Transformer) -> tuple[float, float]:
+    """Forward FLOPs (for each token, for each pair of tokens) of a sequence."""
+    matrices = sum(math.prod(shape(p)) for p in blocks.parameters() if len(shape(p)) == 2)
+    return 2 * matrices, 4 * blocks.layers * blocks.width
+
+
+def _picture(tower: VisionTransformer, channels: int, extra: int) -> float:
+    """FLOPs of one picture of so many channels, with `extra` tokens behind the patches, gradients included if it trains."""
+    patches = math.prod(tower.grid_size)
+    width, _, *patch = shape(tower.conv1.weight)
+    first = 2 * patches * width * channels * math.prod(patch)
+    per_token, per_pair = _transformer(tower.transformer)
+    tokens = patches + 1 + extra
+    rest = (
+        per_token * tokens + per_pair * tokens**2 + 2 * (math.prod(shape(tower.proj)) if tower.proj is not None else 0)
+    )
+    return 2 * first + 3 * rest if elements(tower, trained=True) else first + rest
+
+
+def bytes_sent(model: CLIP4VLA, cfg: RunConfig, stage: int, width: int, vectors: bool) -> int:
+    """Bytes that a rank passes into collectives in one step (all-gathers and reductions count their own input); 0 on one rank.
+
+    The losses' are those of losses.py. T trained parameters of `width` bytes give T w of gradients, under ZeRO-2 and 3 for
+    each micro-batch; ZeRO-1 and 2 gather T w / W of new weights; ZeRO-3 gathers A w / W of the A parameters of the towers
+    that run: once a micro-batch as long as A fits into stage3_max_live_parameters and stage3_max_reuse_distance; where all
+    micro-batches are embedded first, twice, and what trains a third time (to 3%: DeepSpeed also fetches ahead in vain).
+    The few bytes of norms, overflows and agreements are left out.
+    """
+    world, micros = distributed.world(), cfg.train.accumulate
+    if world == 1:
+        return 0
+    gradients = elements(model, trained=True) * width
+    total = _loss_bytes(model, cfg) + gradients * (micros if stage >= 2 else 1)
+    if stage < 3:
+        return total + (gradients // world if stage else 0)
+    weights = sum(elements(getattr(model, name)) for name in towers_run(cfg.loss, vectors)) * width
+    twice = micros > 1 and cfg.train.negatives == "global"
+    return total + micros * (2 * weights + gradients if twice else weights) // world
+
+
+def _loss_bytes(model: CLIP4VLA, cfg: RunConfig) -> int:
+    """The formula of losses.py; the same in parts, each with its own negatives."""
+    loss, rows = cfg.loss, cfg.train.batch_size // distributed.world()
+    terms = sum(bool(weight) for weight in (loss.at, loss.av, loss.aa, loss.tv))
+    features = len(towers_run(loss, vectors=False)) + bool(loss.aa)
+    each = 4 * model.clip_config["embed_dim"] * features + 9 * terms + 8 * loss.exclude_same_group
+    return rows * each + 8 * cfg.train.batch_size * terms
+
+
+def matrix_rate(device: torch.device, side: int = 8192, repeats: int = 20) -> float:
+    """FLOP/s of bf16 products of (side, side) matrices on a GPU, as measured in about a tenth of a second."""
+    x = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(3):
+        x @ x
+    start.record()
+    for _ in range(repeats):
+        x @ x
+    end.record()
+    end.synchronize()
+    return repeats * 2 * side**3 / (start.elapsed_time(end) / 1000)

@@ -1,0 +1,224 @@
+"""What a run is about to do, in one page, and `--dry-run`: whether it can, by a real step that leaves nothing behind."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from open_clip.transformer import QuickGELU, Transformer, VisionTransformer
+from torch import Tensor
+
+from clip4vla import accumulation, distributed, engine, flops
+from clip4vla.batch import Batch
+from clip4vla.build import Setup, prepare, train_loader
+from clip4vla.checkpoints import Checkpoints
+from clip4vla.config import RunConfig, UserError
+from clip4vla.engine import GIB
+from clip4vla.loader import Loader
+from clip4vla.meter import peak_memory
+from clip4vla.vectors import obstacle
+
+LOOKED_AT = 4  # batches of which a dry run steps with the largest
+
+
+def check(cfg: RunConfig, ds_config: str | None) -> None:
+    """Do what training would, up to one whole step, and print what it found; UserError if the run could not go on.
+
+    Writes nothing (but a newer checkpoint of train.mirror into run_dir), and loads no optimizer state. The step is timed
+    after one before it, on the batch with the most segments and frames of the first ones.
+    """
+    setup = prepare(cfg, ds_config)
+    meta = json.loads((setup.resume / "config.json").read_text()) if setup.resume else {"step": 0}
+    step = meta["step"]
+    loader = train_loader(cfg, setup.folders, setup.vectors, setup.device)
+    loader.damage_log = Path(os.devnull)
+    _say(describe(cfg, setup, loader, step))
+    _say([disk(cfg, setup)])
+    with enough_memory(cfg):
+        run = engine.start(setup.model, setup.ds, cfg.train)
+        if setup.resume:
+            sizes = [[shard.samples for shard in folder.shards] for folder in setup.folders]
+            Checkpoints(run, cfg, {}, sizes).must_fit(meta, setup.resume)
+        trial = _try(cfg, run, loader, step)
+    _say(_findings(cfg, setup, trial, max(0, cfg.train.max_steps - step)))
+    distributed.barrier()
+
+
+def describe(cfg: RunConfig, setup: Setup, loader: Loader, step: int) -> list[str]:
+    """One page on what is about to run, from `step` on."""
+    model, train = setup.model, cfg.train
+    towers = ", ".join(f"{name} {_millions(getattr(model, name))}" for name in ("text", "vision", "audio"))
+    losses = ", ".join(
+        f"{name} {getattr(cfg.loss, name):g}" for name in ("at", "av", "aa", "tv") if getattr(cfg.loss, name)
+    )
+    pieces = f" in {train.accumulate} micro-batches, negatives {train.negatives}" if train.accumulate > 1 else ""
+    used = "of text and frames from embed.py" if setup.vectors else f"not used: {obstacle(setup.folders, cfg, model)}"
+    rows = [
+        ("data", _source(folder, part, cfg)) for folder, part in zip(setup.folders, loader.order.parts, strict=True)
+    ]
+    rows += [
+        ("vectors", used),
+        ("model", f"{cfg.model.clip}, weights from {setup.origin}; parameters: {towers}"),
+        ("training", f"{model.cfg.train_towers}: {_millions(model, trained=True)} parameters; losses {losses}"),
+        (
+            "engine",
+            f"{distributed.world()} ranks, ZeRO-{setup.stage}, {setup.precision}, global batch {train.batch_size}{pieces}",
+        ),
+        ("memory", f"{resident(setup) / GIB:.2f} GiB a rank for weights, gradients and optimizer"),
+        (
+            "steps",
+            f"{step} done of {train.max_steps}, {train.max_steps * train.batch_size:,} samples; run folder {cfg.run_dir}",
+        ),
+    ]
+    return [f"{name:<10} {text}" for name, text in rows]
+
+
+def _source(folder, part: int, cfg: RunConfig) -> str:
+    epochs = part * cfg.train.max_steps / len(folder)
+    return (
+        f"{folder.url}: {len(folder)} samples in {len(folder.shards)} shards, "
+        f"{part} of a batch's {cfg.train.batch_size}, {epochs:.3g} epochs in all"
+    )
+
+
+def _millions(module: torch.nn.Module, trained: bool = False) -> str:
+    return f"{flops.elements(module, trained) / 1e6:.1f}M"
+
+
+def resident(setup: Setup) -> int:
+    """Bytes on a rank's device for weights, gradients and Adam's state (activations come on top), by ZeRO stage."""
+    world, stage, width = distributed.world(), setup.stage, setup.width
+    everything, trained = flops.elements(setup.model), flops.elements(setup.model, trained=True)
+    offloaded = {name for name in ("param", "optimizer") if f"offload_{name}" in setup.ds.get("zero_optimization", {})}
+    weights = everything * width // (world if stage == 3 else 1)
+    gradients = trained * width // (world if stage >= 2 else 1)
+    state = trained * (12 if width == 2 or stage else 8) // (world if stage else 1)  # two moments, fp32 copies
+    return weights * ("param" not in offloaded) + gradients + state * ("optimizer" not in offloaded)
+
+
+def activations(cfg: RunConfig, setup: Setup, micro: Batch) -> int:
+    """Bytes kept for the backward pass of a micro-batch, about: with flash attention; frozen towers keep nothing."""
+    model, views = setup.model, 2 if cfg.loss.aa else 1
+    sequences = {
+        "audio": (*_patched(model.audio.trunk, micro.segments), len(micro.segments) * views),
+        "vision": (*_patched(model.vision, micro.frames), len(micro.frames)),
+        "text": (model.text.transformer, micro.tokens.shape[1], 0, len(micro)),
+    }
+    total = 0
+    for name in flops.towers_run(cfg.loss, bool(setup.vectors)):
+        if flops.elements(getattr(model, name), trained=True):
+            blocks, tokens, pixels, count = sequences[name]
+            total += count * (tokens * _kept(blocks, cfg.train.recompute) + pixels)
+    return total * setup.width
+
+
+def _patched(tower: VisionTransformer, pictures: Tensor) -> tuple[Transformer, int, int]:
+    """(blocks, tokens, numbers) of a picture (n, C, 224, 224)."""
+    return tower.transformer, math.prod(tower.grid_size) + 1, math.prod(pictures.shape[1:])
+
+
+def _kept(blocks: Transformer, recompute: bool) -> int:
+    """Numbers kept for a token: 4 widths before the blocks; in each inputs and outputs of norms and attention (9), and of
+    the activation (8, with QuickGELU 12); or a block's input and, of one block at a time, all."""
+    block = 21 if any(isinstance(m, QuickGELU) for m in blocks.modules()) else 17
+    return blocks.width * (4 + (blocks.layers + block if recompute else blocks.layers * block))
+
+
+def disk(cfg: RunConfig, setup: Setup) -> str:
+    """The line on the disk that the checkpoints need; UserError if it is not there. One more than are kept is written."""
+    train, weights, trained = cfg.train, flops.elements(setup.model), flops.elements(setup.model, trained=True)
+    one = 4 * weights + trained * (setup.width + (12 if setup.width == 2 or setup.stage else 8))
+    count = train.keep + 1 + (train.max_steps // train.keep_every if train.keep_every else 0)
+    place = next(p for p in [Path(cfg.run_dir).absolute(), *Path(cfg.run_dir).absolute().parents] if p.is_dir())
+    there = sum(f.stat().st_size for f in Path(cfg.run_dir, "checkpoints").rglob("*") if f.is_file())
+    free = there + shutil.disk_usage(place).free if os.access(place, os.W_OK) else 0
+    free = distributed.gather_objects(free)[0]  # rank 0's disk decides for all
+    needs = f"{count} checkpoints of {one / GIB:.2f} GiB need {count * one / GIB:.2f} GiB"
+    if free < count * one:
+        raise UserError(
+            f"run_dir {cfg.run_dir}: {needs}, and {place} has {free / GIB:.2f}: lower train.keep or take another disk"
+        )
+    return f"{'disk':<10} {needs}; {place} has {free / GIB:.2f}"
+
+
+class Trial(NamedTuple):
+    """One step at full size."""
+
+    batch: list[Batch]
+    loss: float
+    step: float  # seconds, of the slowest rank
+    read: float  # seconds to read a batch
+    peak: float  # GiB, of the fullest rank
+
+
+def _try(cfg: RunConfig, run: Any, loader: Loader, step: int) -> Trial:
+    batches, read = [], 0.0
+    for k in range(step, step + LOOKED_AT):
+        start = time.perf_counter()
+        batches.append([loader.batch(k, piece) for piece in range(cfg.train.accumulate)])
+        read = time.perf_counter() - start  # the last one's: the first builds the decoder
+    largest = max(batches, key=lambda micros: sum(len(m.segments) + len(m.frames) for m in micros))
+    for _ in range(2):
+        start = time.perf_counter()
+        losses, _ = accumulation.step(run, largest, cfg)
+        loss = float(distributed.mean(losses["loss"]))  # waits for the device
+    took = torch.tensor([time.perf_counter() - start, read, peak_memory(loader.device)], device=loader.device)
+    return Trial(largest, loss, *distributed.all_max(took).tolist())
+
+
+def _findings(cfg: RunConfig, setup: Setup, trial: Trial, left: int) -> list[str]:
+    if not math.isfinite(trial.loss):
+        raise UserError(f"the loss of the first step is {trial.loss}: take bf16 or fp32 in train.precision")
+    estimate = max(activations(cfg, setup, micro) for micro in trial.batch) / GIB
+    size = ", ".join(
+        f"{sum(len(getattr(m, kind)) for m in trial.batch)} {kind}" for kind in ("ids", "segments", "frames")
+    )
+    slower = max(trial.step, trial.read)
+    clips = cfg.train.batch_size / slower
+    return [
+        f"{'batch':<10} the largest of {LOOKED_AT}: {size.replace('ids', 'clips')} on a rank; loss {trial.loss:.4g}",
+        f"{'estimate':<10} {resident(setup) / GIB + estimate:.2f} GiB a rank, {estimate:.2f} of it activations",
+        f"{'measured':<10} {trial.peak:.2f} of {_memory(setup.device):.1f} GiB at the peak of a step",
+        f"{'speed':<10} {clips:.3g} clips/s: {trial.step:.3g} s a step, {trial.read:.3g} s to read a batch",
+        f"{'time':<10} {_duration(left * slower)} for {left} steps, without evaluations and checkpoints",
+        "dry run: everything is in place; nothing was written",
+    ]
+
+
+def _memory(device: torch.device) -> float:
+    """GiB of the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory / GIB
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.1f} min" if minutes >= 1 else f"{seconds:.0f} s"
+
+
+def _say(lines: list[str]) -> None:
+    if distributed.rank() == 0:
+        print(*lines, sep="\n", flush=True)
+
+
+@contextlib.contextmanager
+def enough_memory(cfg: RunConfig) -> Iterator[None]:
+    """Inside, a step that does not fit into memory is a UserError that names the cure."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        train, parts = cfg.train, cfg.train.accumulate
+        clips = train.batch_size // distributed.world() // parts
+        raise UserError(
+            f"{clips} clips at a time do not fit into memory: raise train.accumulate (now {parts}), set train.recompute=true, "
+            f"or lower train.batch_size ({train.batch_size})"
+        ) from None

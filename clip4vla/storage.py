@@ -1,0 +1,395 @@
+"""Reading shards from any fsspec URL, and copies of checkpoints there: time-outs that hold, retries, concurrent ranges.
+
+Endpoints, credentials and connection pools are fsspec's own settings (AWS_ENDPOINT_URL, AWS_PROFILE, FSSPEC_S3_KEY, ...,
+~/.config/fsspec); here are only data.timeout, data.retries and the cache (cache.py). A call gives up after
+(retries + 1) * timeout seconds in which nothing arrived, however many ranges are waiting.
+"""
+
+import asyncio
+import errno
+import hashlib
+import itertools
+import json
+import os
+import posixpath
+import random
+import re
+import shutil
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import fsspec
+import fsspec.asyn
+from fsspec.implementations.local import LocalFileSystem
+
+from clip4vla.cache import node_cache
+from clip4vla.config import DataSources, UserError
+
+CONCURRENT = 32  # requests in flight of one call
+GAP = 64 << 10  # bytes between two ranges that are read along: 1 ms at 64 MB/s, less than a request takes
+PIECE = 8 << 20  # bytes of the largest request
+SLOWEST = 1e6  # bytes/s that an upload must reach not to be called hung
+PAUSE, LONGEST = 0.25, 30.0  # s before the first retry, doubled for each further one; times 0.5 to 1.5
+MANIFEST = "complete.json"
+DEFAULT = DataSources()
+_random = random.SystemRandom()  # the global generator belongs to the run
+_FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, ImportError)
+Answer = TypeVar("Answer")
+
+
+class Range(NamedTuple):
+    """Bytes start..end of a file whose content has the sha256 `version`."""
+
+    path: str
+    version: str
+    start: int
+    end: int
+
+
+def open_folder(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """(file system, path in it) of a URL or local path; raises ValueError or ImportError for a protocol that is not there."""
+    return fsspec.core.url_to_fs(url)
+
+
+class Reader:
+    """Reads byte ranges of shards, through data.cache if they are remote."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, cfg: DataSources):
+        self.fs, self.cfg = fs, cfg
+        self.cache = node_cache(cfg.cache, cfg.cache_gb) if cfg.cache and not _is_local(fs) else None
+
+    def read(self, ranges: Sequence[Range], intact: Callable[[int, bytes], bool]) -> list[bytes | BaseException]:
+        """Bytes of each range, or why they could not be had.
+
+        intact(i, bytes) says whether range i came as it should: only such bytes are cached, and what the cache gives
+        otherwise is dropped there and read from its source.
+        """
+        if self.cache is None:
+            return self._fetch(ranges)
+        names = [f"{r.version} {r.start} {r.end}" for r in ranges]
+        found: list[Any] = [self.cache.get(name) for name in names]
+        missing = [i for i, blob in enumerate(found) if blob is None or not intact(i, blob)]
+        for i, blob in zip(missing, self._fetch([ranges[i] for i in missing]), strict=True):
+            if found[i] is not None:
+                self.cache.drop(names[i])
+            found[i] = blob
+        good = [i for i in missing if isinstance(found[i], bytes) and intact(i, found[i])]
+        self.cache.put({names[i]: found[i] for i in good})
+        return found
+
+    def _fetch(self, ranges: Sequence[Range]) -> list[bytes | BaseException]:
+        paths, starts, ends = ([getattr(r, field) for r in ranges] for field in ("path", "start", "end"))
+        return read_ranges(self.fs, paths, starts, ends, self.cfg)
+
+
+def read_ranges(
+    fs: fsspec.AbstractFileSystem, paths: list[str], starts: list[int], ends: list[int], cfg: DataSources = DEFAULT
+) -> list[bytes | BaseException]:
+    """Bytes starts[i]..ends[i] of paths[i], or an exception in their place.
+
+    On remote file systems neighbours are one request, requests are concurrent, an attempt takes cfg.timeout seconds at
+    most, and what may heal (no answer, 5xx, a cut connection, fewer bytes than asked) is tried cfg.retries times more.
+    """
+    if _is_local(fs):
+        return fs.cat_ranges(paths, starts, ends, on_error="return")
+    requests = _merged(paths, starts, ends)
+    out: list[Any] = [None] * len(paths)
+    try:
+        answers = _run(fs, _all(fs, requests, cfg))
+    except Exception as error:  # a file system that cannot even start
+        answers = [error] * len(requests)
+    for request, answer in zip(requests, answers, strict=True):
+        for i in request.wanted:
+            out[i] = _part(answer, starts[i] - request.start, ends[i] - starts[i])
+    return out
+
+
+def read_file(fs: fsspec.AbstractFileSystem, path: str, cfg: DataSources = DEFAULT) -> bytes:
+    """A whole file, in pieces so that the time-out fits any size; raises FileNotFoundError, else OSError with one line."""
+    if _is_local(fs):
+        return fs.cat_file(path)
+    pieces: list[bytes] = []
+    while not pieces or len(pieces[-1]) == PIECE:
+        start = len(pieces) * PIECE
+        try:
+            pieces.append(call(fs, "cat_file", path, start=start, end=start + PIECE, cfg=cfg))
+        except OSError as error:
+            if not _is_past_end(error.__cause__):
+                raise
+            break  # the file ended with the piece before
+    return b"".join(pieces)
+
+
+def exists(fs: fsspec.AbstractFileSystem, path: str, cfg: DataSources = DEFAULT) -> bool:
+    """Whether a file is there and not empty; unlike fsspec's, it does not take an unanswered question for a no."""
+    try:
+        return bool(call(fs, "cat_file", path, start=0, end=1, cfg=cfg))
+    except FileNotFoundError:
+        return False
+
+
+def call(
+    fs: fsspec.AbstractFileSystem, method: str, *args: Any, cfg: DataSources, seconds: float = 0, **words: Any
+) -> Any:
+    """fs.method(*args, **words), each attempt for at most `seconds` (cfg.timeout); raises FileNotFoundError or OSError."""
+    patience = _Patience(cfg, seconds or cfg.timeout)
+    try:
+        return _run(fs, _retried(lambda: _invoke(fs, method, *args, **words), patience))
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise OSError(_line(error)) from error
+
+
+def upload(folder: Path, url: str, cfg: DataSources = DEFAULT) -> None:
+    """Copy a checkpoint folder to URL/NAME; complete.json (names, sizes, sha256) comes last, so a part is never complete.
+
+    Raises OSError with one line when the retries are used up.
+    """
+    target = f"{url.rstrip('/')}/{folder.name}"
+    remove(target, cfg)
+    fs, root = open_folder(target)
+    manifest = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name, size = file.relative_to(folder).as_posix(), file.stat().st_size
+        manifest[name] = {"size": size, "sha256": _sha256(file)}
+        _make_parent(fs, f"{root}/{name}")
+        call(fs, "put_file", str(file), f"{root}/{name}", cfg=cfg, seconds=cfg.timeout + size / SLOWEST)
+    call(fs, "pipe_file", f"{root}/{MANIFEST}", json.dumps(manifest, indent=1).encode(), cfg=cfg)
+
+
+def newest_upload(url: str, cfg: DataSources = DEFAULT) -> str | None:
+    """URL of the newest complete step-NNNNNNNN below `url`; None if there is none. Raises OSError if it cannot be told."""
+    fs, root = open_folder(url)
+    fs.invalidate_cache()  # others write there
+    try:
+        found = call(fs, "ls", root, detail=False, cfg=cfg)
+    except FileNotFoundError:
+        return None
+    names = {posixpath.basename(path.rstrip("/")) for path in found}
+    steps = sorted((name for name in names if re.fullmatch(r"step-\d{8}", name)), reverse=True)
+    newest = next((step for step in steps if exists(fs, f"{root}/{step}/{MANIFEST}", cfg)), None)
+    return newest and f"{url.rstrip('/')}/{newest}"
+
+
+def download(url: str, folder: Path, cfg: DataSources = DEFAULT) -> None:
+    """Fetch an upload into `folder`, aside (partial-NAME), sizes and sha256 verified, then renamed.
+
+    Raises UserError for a manifest that is none, or whose names leave the folder; OSError if the bytes cannot be had.
+    """
+    fs, root = open_folder(url)
+    manifest = _manifest(read_file(fs, f"{root}/{MANIFEST}", cfg), url)
+    aside = folder.with_name(f"partial-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    for name, (size, sha256) in manifest.items():
+        file = aside / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _fetch_file(fs, f"{root}/{name}", file, size, cfg)
+        if _sha256(file) != sha256:
+            raise OSError(f"{url}/{name}: sha256 differs from {MANIFEST}'s")
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
+def remove(url: str, cfg: DataSources = DEFAULT) -> None:
+    """Remove an upload, whole or not: its manifest first. Raises OSError if that cannot be done."""
+    fs, root = open_folder(url)
+    fs.invalidate_cache()
+    for method, path, words in (("rm_file", f"{root}/{MANIFEST}", {}), ("rm", root, {"recursive": True})):
+        try:
+            call(fs, method, path, cfg=cfg, **words)
+        except FileNotFoundError:
+            pass
+
+
+class _Request(NamedTuple):
+    """One request: bytes start..end of a file, and the numbers of the ranges in it."""
+
+    path: str
+    start: int
+    end: int
+    wanted: list[int]
+
+
+def _merged(paths: list[str], starts: list[int], ends: list[int]) -> list[_Request]:
+    """Ranges of a file with at most GAP bytes between them as one request, up to PIECE bytes."""
+    requests: list[_Request] = []
+    for i in sorted(range(len(paths)), key=lambda i: (paths[i], starts[i])):
+        path, start, end, wanted = requests[-1] if requests else ("", 0, 0, [])
+        if path == paths[i] and starts[i] - end <= GAP and ends[i] - start <= PIECE:
+            requests[-1] = _Request(path, start, max(end, ends[i]), [*wanted, i])
+        else:
+            requests.append(_Request(paths[i], starts[i], ends[i], [i]))
+    return requests
+
+
+class _Patience:
+    """When to give up: an attempt after `seconds`, the call after (retries + 1) * seconds without an answer to any part."""
+
+    def __init__(self, cfg: DataSources, seconds: float):
+        self.seconds, self.retries = seconds, cfg.retries
+        self.renew()
+
+    def renew(self) -> None:
+        """Something arrived."""
+        self.end = time.monotonic() + (self.retries + 1) * self.seconds
+
+    def left(self) -> float:
+        """Seconds until the call is given up."""
+        return self.end - time.monotonic()
+
+
+async def _all(fs: Any, requests: list[_Request], cfg: DataSources) -> list[bytes | BaseException]:
+    """The bytes of every request, or its exception."""
+    patience, gate = _Patience(cfg, cfg.timeout), asyncio.Semaphore(CONCURRENT)
+
+    async def one(request: _Request) -> bytes:
+        async with gate:
+            return await _retried(lambda: _bytes(fs, request), patience)
+
+    return await asyncio.gather(*map(one, requests), return_exceptions=True)
+
+
+async def _bytes(fs: Any, request: _Request) -> bytes:
+    """One attempt; every byte or an exception."""
+    blob = await _invoke(fs, "cat_file", request.path, start=request.start, end=request.end)
+    asked = request.end - request.start
+    if len(blob) > asked:
+        raise ValueError(f"{len(blob)} bytes instead of {asked}: the server does not know byte ranges")
+    if len(blob) < asked:
+        raise _Short(blob)
+    return blob
+
+
+class _Short(OSError):
+    """Fewer bytes than asked for: these."""
+
+
+def _part(answer: bytes | BaseException, at: int, size: int) -> bytes | BaseException:
+    """One range of a request's answer; of a file that is too short, what is there is good."""
+    if isinstance(answer, BaseException) and not isinstance(answer, _Short):
+        return answer
+    part = (answer.args[0] if isinstance(answer, _Short) else answer)[at : at + size]
+    return part if len(part) == size else OSError(f"{len(part)} of {size} bytes")
+
+
+async def _retried(attempt: Callable[[], Awaitable[Answer]], patience: _Patience) -> Answer:
+    """The first answer; raises the last attempt's exception."""
+    for tries in itertools.count():
+        try:
+            answer = await _within(attempt(), patience)
+            patience.renew()
+            return answer
+        except Exception as error:
+            pause = min(LONGEST, PAUSE * 2**tries) * _random.uniform(0.5, 1.5)
+            if tries == patience.retries or pause > patience.left() or not _may_heal(error):
+                raise
+        await asyncio.sleep(pause)
+
+
+async def _within(work: Awaitable[Answer], patience: _Patience) -> Answer:
+    """Its result; TimeoutError when it takes too long, even if it does not let itself be cancelled (wait_for would wait)."""
+    task = asyncio.ensure_future(work)
+    done, _ = await asyncio.wait({task}, timeout=max(0, min(patience.seconds, patience.left())))
+    if done:
+        return task.result()
+    task.add_done_callback(lambda late: late.cancelled() or late.exception())  # nobody asks any more
+    task.cancel()
+    raise TimeoutError(f"no answer in {patience.seconds:g} s")
+
+
+async def _invoke(fs: Any, method: str, *args: Any, **words: Any) -> Any:
+    """A file system's method: its coroutine, or in a thread. A daemon one: a call that hangs must not hold up the exit."""
+    if fs.async_impl:
+        return await getattr(fs, f"_{method}")(*args, **words)
+    loop = asyncio.get_running_loop()
+    future = loop.create_future()
+
+    def work() -> None:
+        try:
+            outcome = getattr(fs, method)(*args, **words), None
+        except Exception as error:
+            outcome = None, error
+        loop.call_soon_threadsafe(_settle, future, *outcome)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await future
+
+
+def _settle(future: asyncio.Future, result: Any, error: Exception | None) -> None:
+    if not future.done():  # given up meanwhile
+        future.set_exception(error) if error else future.set_result(result)
+
+
+def _run(fs: Any, work: Awaitable[Answer]) -> Answer:
+    """In fsspec's own event loop, from any other thread."""
+    loop = fs.loop if fs.async_impl else fsspec.asyn.get_loop()
+    return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+
+def _may_heal(error: BaseException) -> bool:
+    """Whether another attempt makes sense: not for 4xx, nor for a mistake in the call."""
+    status = _status(error)
+    if status:
+        return status >= 500 or status in (408, 429)
+    refused = getattr(error, "errno", None) in (errno.EINVAL, errno.ENOSYS, errno.ENOSPC)  # s3fs: 400 and 416, 501
+    return not (refused or isinstance(error, _FINAL))
+
+
+def _status(error: BaseException | None) -> int:
+    """The HTTP status in an aiohttp or gcsfs error, else 0."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    return status if isinstance(status, int) else 0
+
+
+def _is_past_end(error: BaseException | None) -> bool:
+    """Whether a range began behind the end of the file: 416, which s3fs calls EINVAL."""
+    return _status(error) == 416 or getattr(error, "errno", None) == errno.EINVAL
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".removesuffix(": ")
+
+
+def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
+    return isinstance(fs, LocalFileSystem)
+
+
+def _make_parent(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    """Where folders are real. Object stores (async, all of them) have none, and s3fs would make a bucket."""
+    if not fs.async_impl:
+        fs.makedirs(posixpath.dirname(path), exist_ok=True)
+
+
+def _manifest(text: bytes, url: str) -> dict[str, tuple[int, str]]:
+    """(size, sha256) by name; UserError if it cannot be trusted."""
+    try:
+        manifest = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in json.loads(text).items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{url}/{MANIFEST} is not a readable manifest; remove that checkpoint") from None
+    for name in manifest:
+        if "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+            raise UserError(f"{url}/{MANIFEST}: name {name!r} leaves the folder; remove that checkpoint")
+    return manifest
+
+
+def _fetch_file(fs: Any, path: str, file: Path, size: int, cfg: DataSources) -> None:
+    """A remote file of known size to the disk, synced, a few pieces at a time."""
+    with file.open("wb") as stream:
+        for first in range(0, size, 8 * PIECE):
+            starts = list(range(first, min(size, first + 8 * PIECE), PIECE))
+            ends = [min(size, start + PIECE) for start in starts]
+            for blob in read_ranges(fs, [path] * len(starts), starts, ends, cfg):
+                if isinstance(blob, BaseException):
+                    raise OSError(f"{path}: {_line(blob)}") from blob
+                stream.write(blob)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

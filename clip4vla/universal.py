@@ -1,0 +1,115 @@
+"""DeepSpeed's universal checkpoints: the state of a run for any number of ranks, and for any of ZeRO-1, 2 and 3.
+
+They lie in the folder `universal` of the checkpoint that they were made from, and go where it goes. DeepSpeed converts
+between numbers of ranks; what it lacks to change between ZeRO-1 or 2 and ZeRO-3, and to be exact, is added here.
+"""
+
+import contextlib
+import io
+import os
+import shutil
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAME = "universal"
+
+
+def convert(checkpoint: Path) -> None:
+    """Write CHECKPOINT/universal, unless it is there: aside and renamed, so it is complete or absent. Takes no GPU."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    aside = checkpoint.parent / f"partial-{NAME}"
+    if (checkpoint / NAME).exists():
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    with tempfile.TemporaryDirectory() as plain:  # DeepSpeed takes paths for patterns: + and [ in a name would break it
+        Path(plain, "in").symlink_to(checkpoint.resolve())
+        Path(plain, "out").symlink_to(aside.resolve())
+        folders = {"input_folder": f"{plain}/in", "output_folder": f"{plain}/out/{NAME}"}
+        workers = {"num_extract_workers": 1, "num_merge_workers": 1}  # in this process, held to tensors_only
+        how = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
+        with tensors_only(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(Namespace(**folders, **workers, **how))
+            _fit_all_stages(aside / NAME)
+    for file in (aside / NAME).rglob("*"):
+        fsync(file)
+    (aside / NAME).rename(checkpoint / NAME)
+    fsync(checkpoint)
+    shutil.rmtree(aside)
+
+
+def load(engine: Any, checkpoint: Path) -> None:
+    """Continue from CHECKPOINT/universal, on every rank of an engine of ZeRO-1, 2 or 3."""
+    engine._config.load_universal_checkpoint = True
+    try:
+        with tensors_only():
+            engine.load_checkpoint(str(checkpoint), tag=NAME, load_module_strict=False)
+    finally:
+        engine._config.load_universal_checkpoint = False
+    inner = engine.optimizer.optimizer
+    on_device = any(group.get("fused") or group.get("capturable") for group in inner.param_groups)
+    for parameter, state in inner.state.items():
+        if torch.is_tensor(state.get("step")):  # ZeRO-3 gives all its groups one tensor, which each would count up
+            state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
+
+
+def load_tensors(path: str, map_location: Any = None) -> Any:
+    """DeepSpeed's files without unpickling code: only tensors, containers and the classes named in tensors_only."""
+    with tensors_only():
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+@contextlib.contextmanager
+def tensors_only() -> Iterator[None]:
+    """Inside, no torch.load runs code from a file, whatever weights_only its caller asks for."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+    force, before = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", dict(os.environ)
+    os.environ[force] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[force]
+        os.environ.update({force: before[force]} if force in before else {})
+
+
+def fsync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _fit_all_stages(folder: Path) -> None:
+    """What ZeRO-1 and 2 want of a conversion from ZeRO-3, and the other way round: names, layout, the number of steps."""
+    import deepspeed
+
+    common = torch.load(folder / "zero/optimizer_state.pt")
+    stage3 = common.get("optimizer_state_dict")
+    if stage3:
+        step, groups = stage3["state"][0]["step"], stage3["param_groups"]
+        for file in (folder / "zero").glob("*/*.pt"):
+            torch.save({"param": torch.load(file)}, file)
+        for parameter in {file.parent for file in (folder / "zero").glob("*/*.pt")}:
+            torch.save(step, parameter / "step.pt")
+    else:
+        step, groups = torch.load(next((folder / "zero").glob("*/step.pt"))), common["param_groups"]
+    kept = {key: common[key] for key in ("loss_scaler", "dynamic_loss_scale", "overflow") if key in common}
+    kept |= {"ds_version": deepspeed.__version__, "param_groups": groups}
+    kept["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": groups}
+    torch.save(kept, folder / "zero/optimizer_state.pt")
+    states = sorted(folder.glob("*_model_states.pt"))[0]
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        if not (folder / name).exists():
+            shutil.copy2(states, folder / name)

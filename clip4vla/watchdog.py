@@ -1,0 +1,120 @@
+"""A rank that fails, dies or hangs is named once, and all ranks end: each rank's side of it; judge.py is the other.
+
+A hang is a rank that passes no new place for `train.timeout`. Only the standard library: entry scripts import this first.
+"""
+
+import contextlib
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+BEAT = 1.0  # seconds between two words to the judge
+
+
+class Watch:
+    """This rank and its connection to the judge. Nothing is watched, and no process ended, outside the scripts' `cli`."""
+
+    def __init__(self) -> None:
+        self.mine = False  # whether the process is ours to end
+        self.link: socket.socket | None = None
+        self.judge: subprocess.Popen | None = None
+        self.sending = threading.Lock()
+        self.world, self.limit, self.passed = 1, 0.0, 0
+        self.at("start-up")
+
+    def at(self, place: str) -> None:
+        """Note where the program is, say "step 12: data". All ranks pass the same places in the same order."""
+        self.place, self.since = place, time.monotonic()
+        self.passed += 1
+
+    def call_judge(self, world: int) -> str:
+        """Start the judge of a job of so many ranks; the word to `join` it with."""
+        words = [sys.executable, "-I", Path(__file__).with_name("judge.py"), str(world)]
+        self.judge = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self.judge.stdout.readline().strip()
+
+    def join(self, word: str, address: str, rank: int, world: int, minutes: float) -> None:
+        """Connect to the judge on the host `address`; from here on a rank that moves nowhere for so many minutes ends all."""
+        port, token = word.split()
+        self.world, self.limit = world, minutes * 60
+        self.link = socket.create_connection((address, int(port)), timeout=60)
+        keep_alive(self.link)
+        self._send({"token": token, "rank": rank, "host": socket.gethostname(), "limit": self.limit})
+        threading.Thread(target=self._run, args=(self.link,), daemon=True, name="watchdog").start()
+
+    def fail(self, code: int, said: str) -> None:
+        """Report an error. Of several ranks, the judge ends this one; a single one returns, and its caller speaks."""
+        if self.link is None or self.world == 1:
+            return
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            self._send({"passed": self.passed, "place": self.place, "code": code, "error": said})
+            time.sleep(30)
+
+    def stop(self) -> None:
+        """The end of this rank's work, in good order."""
+        link, self.link, self.mine = self.link, None, False
+        if link is not None:
+            with contextlib.suppress(OSError), self.sending:
+                link.sendall(b'{"over": true}\n')
+                link.shutdown(socket.SHUT_RDWR)
+        if self.judge is not None:
+            self.judge.stdin.close()  # it leaves after the last rank
+            self.judge = None
+
+    def _send(self, message: dict[str, Any]) -> None:
+        with self.sending:
+            if self.link is not None:
+                self.link.sendall(json.dumps(message).encode() + b"\n")
+
+    def _run(self, link: socket.socket) -> None:
+        while self.link is link:
+            stuck = time.monotonic() - self.since > self.limit
+            with contextlib.suppress(OSError):  # the next lines see it too
+                self._send({"passed": self.passed, "place": self.place} | ({"stack": stacks()} if stuck else {}))
+            if select.select([link], [], [], BEAT)[0]:
+                self._told(link)
+
+    def _told(self, link: socket.socket) -> None:
+        """The judge's exit code ends this process; so does a judge that is gone, since then nothing ends a hang."""
+        try:
+            code = link.recv(16)
+        except OSError:
+            code = b""
+        if self.link is not link:  # stopped meanwhile
+            return
+        if not code and os.environ.get("LOCAL_RANK", "0") == "0":  # nobody is left to say it once: once a node
+            host = socket.gethostname()
+            print(
+                f"error: {host} at {self.place}: the connection to rank 0's machine is lost",
+                file=sys.stderr,
+                flush=True,
+            )
+        os._exit(int(code or 1))
+
+
+def keep_alive(link: socket.socket) -> None:
+    """A peer whose machine is lost breaks the connection within half a minute; a process that is stopped does not."""
+    link.settimeout(None)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000)):
+        if hasattr(socket, option):  # Linux
+            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def stacks() -> str:
+    """The 12 innermost calls of each of this process's threads."""
+    frames = sys._current_frames()
+    threads = [t for t in threading.enumerate() if t.ident in frames and t.name != "watchdog"]
+    return "\n".join(f"{t.name}:\n{''.join(traceback.format_stack(frames[t.ident], limit=12))}" for t in threads)
+
+
+watch = Watch()

@@ -1,0 +1,272 @@
+"""Checkpoints: on other numbers of ranks, in the background, by the clock, around signals and full disks, mirrored, exported."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import s3
+import torch
+from conftest import job, ranks, run
+from safetensors.torch import load_file
+from test_model import TINY
+from test_train import trace, wait_for
+
+from clip4vla import CLIP4VLA, storage
+from clip4vla.universal import load_tensors
+
+STEPS = 10
+LIMITED = """
+import os, resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+if os.environ.get("RANK", "0") == sys.argv[1]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+sys.argv = ["launch/pretrain.py", *sys.argv[3:]]
+sys.path.insert(0, "launch")
+runpy.run_path("launch/pretrain.py", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def words(sample_shards, tmp_path_factory):
+    """Words that make the sample's config tiny: a small CLIP, few steps, a checkpoint at every second."""
+    clip = tmp_path_factory.mktemp("clip") / "tiny.json"
+    clip.write_text(json.dumps(TINY))
+    speech, sounds = (sample_shards / s / "train" for s in ("speech_fr", "sounds"))
+    return [
+        "launch/pretrain.py", "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={clip}", "train.precision=fp32",
+        f"data.train={{{speech}: 0.5, {sounds}: 0.5}}", "train.batch_size=12", f"train.max_steps={STEPS}", "train.log_every=1",
+        "train.save_every=2", "train.keep=9", "data.decode_threads=1", "track.wandb=off", "eval.permutations=0",
+        f"data.val=[{sample_shards}/speech_fr/val, {sample_shards}/sounds/val]",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(words, tmp_path_factory):
+    """A run of two ranks from start to end."""
+    folder = tmp_path_factory.mktemp("run") / "undisturbed"
+    _go(2, *words, f"run_dir={folder}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory):
+    """Words that choose a ZeRO stage, nothing being too small to be partitioned."""
+    folder = tmp_path_factory.mktemp("ds")
+
+    def choose(stage: int) -> list[str]:
+        keys = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        (folder / f"{stage}.json").write_text(json.dumps({"zero_optimization": keys}))
+        return ["--deepspeed_config", str(folder / f"{stage}.json")]
+
+    return choose
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory):
+    """launch/pretrain.py whose files can have no more than so many bytes on one rank, as if its disk were full."""
+    script = tmp_path_factory.mktemp("script") / "limited.py"
+    script.write_text(LIMITED)
+    return script
+
+
+def steps(run_dir: Path) -> list[int]:
+    """The complete checkpoints."""
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*"))
+
+
+def back_to(run_dir: Path, step: int) -> Path:
+    """Remove the checkpoints after that step; returns its folder."""
+    for later in (s for s in steps(run_dir) if s > step):
+        shutil.rmtree(run_dir / f"checkpoints/step-{later:08d}")
+    return run_dir / f"checkpoints/step-{step:08d}"
+
+
+def test_a_run_goes_on_with_other_numbers_of_ranks_and_other_zero_stages(undisturbed, words, zero, tmp_path):
+    """Weights, Adam's state and step count, weight decay, sample order: the losses are those of the undisturbed run."""
+    folder = tmp_path / "with+signs"
+    shutil.copytree(undisturbed, folder)
+    (folder / "checkpoints/partial-universal/universal/zero").mkdir(
+        parents=True
+    )  # left by a conversion that was killed
+    for step, count, stage in ((2, 1, 1), (4, 2, 3), (6, 1, 2), (8, 2, 2)):  # from ZeRO-1, 1, 3, 2
+        checkpoint = back_to(folder, step)
+        done = _go(count, *words, f"run_dir={folder}", *zero(stage))
+        assert f"{step} done of {STEPS}" in done.stdout and (checkpoint / "universal").is_dir()
+        ours, theirs = trace(folder), trace(undisturbed)
+        assert list(ours) == list(theirs)
+        for at, losses in theirs.items():
+            assert ours[at] == pytest.approx(losses, rel=1e-5), (
+                f"step {at}, on {count} ranks, ZeRO-{stage}, since {step}"
+            )
+    assert not list((folder / "checkpoints").glob("partial-*"))
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_bf16_with_all_towers_goes_on_with_one_rank_instead_of_two(words, zero, tmp_path, stage):
+    """fp32 master weights are saved and restored: the two continuations stay far closer than a few steps move the weights."""
+    more = [
+        *zero(stage),
+        "train.precision=bf16",
+        "model.train_towers=text+vision+audio",
+        "train.save_every=3",
+        "loss.tv=1",
+    ]
+    _go(2, *words, *more, f"run_dir={tmp_path / 'r'}", "train.max_steps=6")
+    start, end = (load_file(tmp_path / f"r/checkpoints/step-0000000{n}/model.safetensors") for n in (3, 6))
+    assert all((value != value.bfloat16().float()).any() for name, value in end.items() if name.endswith("c_fc.weight"))
+    losses = trace(tmp_path / "r")
+    back_to(tmp_path / "r", 3)
+    _go(1, *words, *more, f"run_dir={tmp_path / 'r'}", "train.max_steps=6")
+    again = load_file(tmp_path / "r/checkpoints/step-00000006/model.safetensors")
+    moved, apart = (sum((a[k] - b[k]).square().sum() for k in end) for a, b in ((end, start), (again, end)))
+    assert apart < 0.01 * moved
+    for step, values in trace(tmp_path / "r").items():
+        assert values == pytest.approx(losses[step], rel=1e-2)
+
+
+def test_in_the_background_by_the_clock_and_pruned(undisturbed, words, tmp_path):
+    """The same state as written at once. The clock is always late here, and answers one step after it is asked."""
+    more = [
+        "train.save_async=true",
+        "train.save_every=1000",
+        "train.save_minutes=1e-6",
+        "train.keep=1",
+        "train.keep_every=4",
+    ]
+    _go(2, *words, *more, f"run_dir={tmp_path / 'r'}")
+    assert trace(tmp_path / "r") == trace(undisturbed)
+    assert steps(tmp_path / "r") == [4, 8, 10]
+    assert (tmp_path / "r/checkpoints/latest").read_text() == "step-00000010"
+    for step in steps(tmp_path / "r"):
+        ours, theirs = (folder / f"checkpoints/step-{step:08d}" for folder in (tmp_path / "r", undisturbed))
+        assert sorted(p.name for p in ours.iterdir()) == sorted(p.name for p in theirs.iterdir())
+        for name in ("model.safetensors", "config.json"):
+            assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+        for file in ours.glob("*.pt"):
+            _equal(*(load_tensors(str(folder / file.name)) for folder in (ours, theirs)))
+
+
+def test_a_writer_killed_in_the_background_leaves_the_older_checkpoint(undisturbed, words, tmp_path):
+    mine = [*words, f"run_dir={tmp_path / 'r'}", "train.save_async=true"]
+    with job(2, *mine) as started:
+        _wait(tmp_path / "r/checkpoints/partial-00000004")
+        started.ranks[0].kill()
+        assert started.wait(60).returncode != 0
+    done = _go(2, *mine)
+    assert "2 done of" in done.stdout
+    assert trace(tmp_path / "r") == trace(undisturbed)
+
+
+def test_a_disk_that_is_full_for_one_rank_stops_all_with_one_line(words, limited, tmp_path):
+    mine = [*words[1:], f"run_dir={tmp_path / 'r'}", "train.save_async=true"]
+    start = time.monotonic()
+    done = ranks(2, limited, 1, 100_000, *mine)
+    assert done.returncode == 2 and time.monotonic() - start < 60
+    (line,) = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+    assert "the checkpoint of step 2 could not be written" in line and "Traceback" not in done.stderr
+    assert steps(tmp_path / "r") == [] and max(trace(tmp_path / "r")) < STEPS
+
+
+def test_a_checkpoint_that_cannot_be_converted_is_one_line_and_runs_no_code(undisturbed, words, limited, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "r")
+    checkpoint, mine = back_to(tmp_path / "r", 2), [*words[1:], f"run_dir={tmp_path / 'r'}"]
+    _refused(ranks(1, limited, 0, 100_000, *mine), f"{checkpoint}: cannot be made fit for 1 ranks, ZeRO-1")
+    assert steps(tmp_path / "r") == [2] and not (checkpoint / "universal").exists()
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "pwned",)
+
+    with (checkpoint / "zero_pp_rank_1_mp_rank_00_optim_states.pt").open("wb") as file:
+        pickle.dump({"optimizer_state_dict": Evil()}, file)
+    _refused(ranks(1, *words, f"run_dir={tmp_path / 'r'}"), "cannot be made fit for 1 ranks, ZeRO-1")
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("moment", ["checkpoint", "evaluation"])
+def test_a_signal_during_a_checkpoint_or_an_evaluation_saves_that_step_once(undisturbed, words, tmp_path, moment):
+    folder = tmp_path / "r"
+    more = {"checkpoint": ["train.save_every=3"], "evaluation": ["train.save_every=99", "eval.every=3"]}[moment]
+    with job(2, *words, *more, f"run_dir={folder}") as started:
+        if moment == "checkpoint":
+            _wait(folder / "checkpoints/partial-00000003")
+        else:
+            wait_for(folder / "metrics.jsonl", 3)  # written just before it
+        os.kill(started.ranks[1].pid, signal.SIGTERM)
+        done = started.wait(60)
+    assert done.returncode == 85, done.stderr
+    assert steps(folder) == [3] and list(trace(folder)) == [1, 2, 3]
+    assert trace(folder).items() <= trace(undisturbed).items()
+
+
+def test_checkpoints_are_copied_to_object_storage_and_resumed_from_there(undisturbed, words, tmp_path):
+    """A real S3 server, with failed and cut answers while it is read."""
+    url = f"s3://{s3.BUCKET}/run"
+    mine = [*words, f"train.mirror={url}", "train.keep=1", "train.save_async=true"]
+    with s3.serve() as (proxy, env), pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        done = _go(2, *mine, f"run_dir={tmp_path / 'r'}")
+        assert "train.mirror" not in done.stderr  # no copy failed
+        fs, root = storage.open_folder(url)
+        assert [Path(path).name for path in fs.ls(root)] == ["step-00000010"]  # what was removed here is removed there
+        storage.remove(f"{url}/step-00000010")
+        storage.upload(undisturbed / "checkpoints/step-00000006", url)
+        with proxy.faults(fail=0.2, cut=0.2):
+            done = _go(2, *mine, f"run_dir={tmp_path / 'elsewhere'}")
+    assert proxy.done and f"6 done of {STEPS}" in done.stdout
+    assert trace(tmp_path / "elsewhere") == {step: row for step, row in trace(undisturbed).items() if step > 6}
+    _refused(ranks(1, *words, f"run_dir={tmp_path / 'r'}", "train.mirror=nope://x"), "train.mirror=nope://x: ")
+
+
+def test_export_gives_one_file_of_weights_in_any_precision(undisturbed, tmp_path):
+    newest = undisturbed / "checkpoints/step-00000010"
+    done = run("launch/export.py", undisturbed, tmp_path / "out/fp32")
+    assert done.returncode == 0 and "step 10 of " in done.stdout, done.stderr
+    assert (tmp_path / "out/fp32/model.safetensors").read_bytes() == (newest / "model.safetensors").read_bytes()
+    assert run("launch/export.py", undisturbed, tmp_path / "out/bf16", "--step", 4, "--dtype", "bf16").returncode == 0
+    weights = load_file(tmp_path / "out/bf16/model.safetensors")
+    full = load_file(undisturbed / "checkpoints/step-00000004/model.safetensors")
+    assert all(torch.equal(weights[name], full[name].bfloat16()) for name in full)
+    CLIP4VLA.from_checkpoint(tmp_path / "out/bf16")
+    _refused(run("launch/export.py", undisturbed, tmp_path / "out/bf16"), "out/bf16 is there already")
+    _refused(run("launch/export.py", undisturbed, tmp_path / "out/x", "--step", 5), "no complete checkpoint of step 5")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bf16", "fp32"]
+
+
+def _go(count: int, *words: object):
+    done = ranks(count, *words)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done
+
+
+def _refused(done, expected: str) -> None:
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and expected in line and "Traceback" not in done.stderr, done.stderr
+
+
+def _wait(path: Path) -> None:
+    for _ in range(60000):
+        if path.exists():
+            return
+        time.sleep(0.001)
+    raise AssertionError(f"{path} never came")
+
+
+def _equal(ours: object, theirs: object) -> None:
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, dict):
+        assert list(ours) == list(theirs)
+        for key in ours:
+            _equal(ours[key], theirs[key])
+    elif isinstance(ours, list | tuple):
+        assert len(ours) == len(theirs)
+        for a, b in zip(ours, theirs, strict=True):
+            _equal(a, b)

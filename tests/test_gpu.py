@@ -1,0 +1,141 @@
+"""What only a GPU can show: every precision under every shipped DeepSpeed config, torch.compile, NCCL, mixed decoding,
+embed.py, and the loss at N = 32768.
+
+python -m pytest -m gpu tests/test_gpu.py        # on a machine with one GPU; with two, NCCL too
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, ranks, run
+from test_model import TINY
+from test_train import tiny, trace  # noqa: F401  (a fixture)
+
+from clip4vla.config import DataSources, MaskConfig
+from clip4vla.loader import EvalOrder, Loader, open_folders
+from clip4vla.losses import info_nce
+from clip4vla.towers import tokenizer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
+EXACT = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}  # of the losses: TF32 and cuDNN's rounding in fp32
+
+
+def totals(losses: dict[int, tuple[float, ...]]) -> list[float]:
+    """The weighted sum of every step."""
+    return [row[0] for row in losses.values()]
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tiny, tmp_path_factory):  # noqa: F811
+    """Losses of a run on the CPU in fp32."""
+    folder = tmp_path_factory.mktemp("cpu") / "r"
+    done = run("launch/pretrain.py", *tiny, f"run_dir={folder}", env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    return trace(folder)
+
+
+@pytest.mark.parametrize("precision", EXACT)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_config_trains_in_every_precision_as_the_cpu_does(tiny, on_cpu, tmp_path, path, precision):  # noqa: F811
+    words = [*tiny, f"run_dir={tmp_path / 'r'}", f"train.precision={precision}", "--deepspeed_config", path]
+    done = run("launch/pretrain.py", *words)
+    assert done.returncode == 0, done.stderr
+    ours = trace(tmp_path / "r")
+    assert [losses[0] for losses in ours.values()] == pytest.approx(
+        [losses[0] for losses in on_cpu.values()], rel=EXACT[precision]
+    )
+    again = run("launch/pretrain.py", *words, "train.max_steps=10")  # and it goes on from its checkpoint
+    assert again.returncode == 0 and "8 done of 10" in again.stdout, again.stderr
+
+
+@pytest.mark.parametrize(
+    "extra", [["train.compile=inductor"], ["train.recompute=true"], ["train.accumulate=3"]], ids=str
+)
+def test_compiled_recomputed_and_accumulated_it_is_the_same(tiny, on_cpu, tmp_path, extra):  # noqa: F811
+    words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.precision=bf16", *extra]
+    done = run("launch/pretrain.py", *words, timeout=600)
+    assert done.returncode == 0, done.stderr
+    ours = trace(tmp_path / "r")
+    assert totals(ours) == pytest.approx(totals(on_cpu), rel=3e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_ranks_on_nccl_give_the_losses_of_one(tiny, on_cpu, tmp_path, path):  # noqa: F811
+    words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.precision=fp32", "--deepspeed_config", path]
+    done = ranks(2, "launch/pretrain.py", *words)
+    assert done.returncode == 0, done.stderr
+    ours = trace(tmp_path / "r")
+    assert totals(ours) == pytest.approx(totals(on_cpu), rel=1e-3)
+
+
+def test_mixed_decoding_gives_the_pictures_of_the_cpu(sample_shards, tmp_path):
+    """nvJPEG and libjpeg-turbo round differently: a few grey levels, and at the edges of colours more."""
+    folders = open_folders({str(sample_shards / name / "train"): 1.0 for name in ("pictures", "sounds")}, "data.train")
+    order = EvalOrder([[shard.samples for shard in folder.shards] for folder in folders], 8)
+    made = []
+    for device in (torch.device("cpu"), torch.device("cuda", 0)):
+        loader = Loader(
+            folders, order, DataSources(), tokenize=tokenizer("ViT-B-32", 32), mask=MaskConfig(), seed=0,
+            needs=("frames", "fbank"), device=device, damage_log=tmp_path / "damaged.jsonl",
+        )  # fmt: skip
+        made.append([batch.to(torch.device("cpu")) for batch in loader.batches(0, len(order))])
+    for cpu, gpu in zip(*made, strict=True):
+        assert cpu.ids == gpu.ids and torch.equal(cpu.segment_rows, gpu.segment_rows)
+        for ours, theirs in ((gpu.frames, cpu.frames), (gpu.segments, cpu.segments)):
+            apart = (ours.int() - theirs.int()).abs()
+            assert not apart.numel() or (apart.float().mean() < 1 and (apart > 8).float().mean() < 0.01)
+
+
+def test_vectors_of_the_gpu_are_those_of_the_cpu(tiny, sample_shards, tmp_path):  # noqa: F811
+    (tmp_path / "clip.json").write_text(json.dumps(TINY))
+    done = run("launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'clip'}", "model.train_towers=text+vision",
+               "loss={at: 0, av: 0, aa: 0, tv: 1}", f"data.train={sample_shards}/pictures/train", "train.max_steps=1",
+               "train.batch_size=4")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = []
+    for name, env in (("cpu", {"CUDA_VISIBLE_DEVICES": ""}), ("gpu", {})):
+        shards = tmp_path / name
+        copied = run("data_prep/shard.py", "configs/data/sample.yaml", f"out={shards}")
+        assert copied.returncode == 0, copied.stderr
+        data = [f"data.train={shards}/pictures/train", "data.val={}", f"init_from=[{tmp_path / 'clip'}]"]
+        done = run("data_prep/embed.py", *tiny, *data, f"run_dir={tmp_path / 'none'}", env=env)
+        assert done.returncode == 0, done.stderr
+        found.append(torch.cat([_vectors(tar) for tar in sorted(Path(shards, "pictures/train/clip").glob("*.tar"))]))
+    assert F.cosine_similarity(*found).min() > 0.999
+
+
+def _vectors(tar: Path) -> torch.Tensor:
+    import tarfile
+
+    with tarfile.open(tar) as members:
+        data = b"".join(members.extractfile(member).read() for member in members)
+    return torch.frombuffer(bytearray(data), dtype=torch.float16).view(-1, TINY["embed_dim"]).float()
+
+
+def test_the_loss_of_32768_clips_needs_no_matrix():
+    """The matrix alone would take 4.3 GB in fp32; the value is that of float64, computed row block by row block."""
+    n, scale = 32768, 50.0
+    a, b = (F.normalize(torch.randn(n, 512, device="cuda"), dim=-1) for _ in range(2))
+    leaves = a.clone().requires_grad_(), b.clone().requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    value = info_nce(*leaves, torch.tensor([scale], device="cuda"), torch.ones(n, dtype=torch.bool, device="cuda"))
+    value.backward()
+    grown = torch.cuda.max_memory_allocated() - before
+    assert grown < n * n * 4 / 4, f"{grown / 2**30:.2f} GiB"
+    rows = sum(_sum_log(x, y, scale) for x, y in ((a, b), (b, a)))
+    assert value.item() == pytest.approx(rows / (2 * n), rel=1e-4) and math.isfinite(leaves[0].grad.sum())
+
+
+def _sum_log(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
+    total = 0.0
+    for i in range(0, len(a), 1024):
+        logits = scale * a[i : i + 1024].double() @ b.double().T
+        total += float((logits.logsumexp(1) - logits.diagonal(i)).sum())
+    return total

@@ -1,0 +1,172 @@
+"""Ranks under the real launchers on two nodes and one, and ranks that fail, die or hang: who is named, once, and how soon."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, free_port, job, run
+from test_train import STEPS, tiny, trace  # noqa: F401  (a fixture)
+
+from clip4vla.tracking import read_rows
+
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def endless(tiny):  # noqa: F811
+    """A run that only a signal ends."""
+    return [*tiny, "train.max_steps=5000", "train.save_every=5000"]
+
+
+@pytest.fixture(scope="module")
+def stopped(endless, tmp_path_factory):
+    """(run folder, exit code, stderr) of the other one of two ranks, after one was stopped."""
+    folder = tmp_path_factory.mktemp("stopped")
+    with job(2, "launch/pretrain.py", *endless, f"run_dir={folder}", "train.timeout=0.2") as started:
+        reaches(folder, STEPS)
+        os.kill(started.ranks[1].pid, signal.SIGSTOP)
+        started.ranks[0].join(60)
+        return folder, started.ranks[0].exitcode, started.said("err")
+
+
+def reaches(run_dir: Path, step: int, patience: float = 240) -> None:
+    """Return when that step is logged; seconds of patience: launchers import torch in a process of their own, each."""
+    end = time.monotonic() + patience
+    while not (run_dir / "metrics.jsonl").exists() or len(read_rows(run_dir)) < step:
+        assert time.monotonic() < end, f"step {step} never came"
+        time.sleep(0.1)
+
+
+def first(run_dir: Path) -> list[tuple[float, ...]]:
+    """Losses of the first steps."""
+    return list(trace(run_dir).values())[:STEPS]
+
+
+@pytest.fixture
+def start():
+    """start(LAUNCHER, *WORDS): a launcher of .venv/bin as a process; it is gone after the test, with its ranks."""
+    started = []
+
+    def run(*words: object) -> psutil.Popen:
+        env = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        command, pipe = [str(BIN / str(words[0])), *map(str, words[1:])], subprocess.PIPE
+        started.append(psutil.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True))
+        return started[-1]
+
+    yield run
+    for launcher in started:
+        for process in [*launcher.children(recursive=True), launcher] if launcher.is_running() else []:
+            process.kill()
+        launcher.communicate()
+
+
+def errors(*stderr: str) -> list[str]:
+    """What is said to have gone wrong."""
+    return [line for text in stderr for line in text.splitlines() if line.startswith("error: ")]
+
+
+def test_a_stopped_rank_is_named_by_the_others(stopped):
+    _, code, said = stopped
+    (line,) = errors(said)
+    assert code == 1 and "nothing moved for 0.2 min (train.timeout): rank 1 (" in line and "no sign of life" in line
+
+
+def test_two_nodes_by_a_hostfile_give_the_losses_of_one_and_a_killed_rank_ends_both(start, stopped, endless, tmp_path):
+    (tmp_path / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    both = ["--hostfile", tmp_path / "hosts", "--no_ssh", "--master_addr", "127.0.0.1", "--master_port", free_port()]
+    words = ["launch/pretrain.py", *endless, f"run_dir={tmp_path / 'r'}"]
+    nodes = [start("deepspeed", *both, "--node_rank", node, *words) for node in range(2)]
+    reaches(tmp_path / "r", STEPS)
+    (rank,) = (p for p in nodes[1].children(recursive=True) if "--local_rank=0" in p.cmdline())
+    rank.kill()
+    killed = time.monotonic()
+    (line,) = errors(*(node.communicate(timeout=60)[1] for node in nodes))
+    assert time.monotonic() - killed < 60 and all(node.returncode for node in nodes)
+    assert "error: rank 1 (" in line and "died without a word, last seen at step" in line
+    assert first(tmp_path / "r") == first(stopped[0])
+
+
+def test_torchrun_gives_the_same_losses_and_saves_when_it_is_terminated(start, stopped, endless, tmp_path):
+    port = ["--master-port", free_port()]
+    run = start("torchrun", "--nproc-per-node=2", *port, "launch/pretrain.py", *endless, f"run_dir={tmp_path / 'r'}")
+    reaches(tmp_path / "r", STEPS)
+    run.terminate()
+    assert not errors(run.communicate(timeout=60)[1]) and run.returncode
+    assert first(tmp_path / "r") == first(stopped[0])
+    assert list((tmp_path / "r/checkpoints").glob("step-*"))
+
+
+def test_an_error_of_one_rank_is_printed_once_and_ends_the_others(tiny, tmp_path):  # noqa: F811
+    (tmp_path / "r/metrics.jsonl").mkdir(parents=True)  # only rank 0 writes there
+    with job(2, "launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}") as started:
+        for rank in started.ranks:
+            rank.join(60)
+        said = started.said("err")
+    assert [rank.exitcode for rank in started.ranks] == [1, 1]
+    assert said.count("Traceback") == 1 and "IsADirectoryError" in said
+    (line,) = errors(said)
+    assert "error: rank 0 (" in line and line.endswith("failed at start-up: checkpoint:")
+
+
+def test_data_that_never_comes_ends_the_run_with_what_it_waited_for(tiny, sample_shards, tmp_path):  # noqa: F811
+    shutil.copytree(sample_shards / "speech_fr/train", tmp_path / "s")
+    for tar in (tmp_path / "s").glob("*.tar"):
+        tar.unlink()
+        os.mkfifo(tar)  # opening it waits for a writer that never comes: a file server that is gone
+    words = [*tiny, f"data.train={tmp_path / 's'}", f"run_dir={tmp_path / 'r'}", "train.timeout=0.2"]
+    with job(1, "launch/pretrain.py", *words) as started:
+        started.ranks[0].join(90)
+        said, code = started.said("err"), started.ranks[0].exitcode
+    (line,) = errors(said)
+    assert code == 1 and line.endswith("at step 1: data")
+    assert "MainThread:" in said and "shards.py" in said, said  # the stacks tell who reads
+
+
+RANK = """
+import sys, time
+from pathlib import Path
+from clip4vla.watchdog import watch
+
+def read_a_shard():
+    time.sleep(60)
+
+rank, word = int(sys.argv[1]), Path(sys.argv[2])
+watch.mine = True
+if rank == 0:
+    word.with_suffix(".new").write_text(watch.call_judge(3))
+    word.with_suffix(".new").rename(word)
+while not word.exists():
+    time.sleep(0.01)
+watch.join(word.read_text(), "127.0.0.1", rank, 3, minutes=0.03)
+watch.at("step 1: data")
+if rank == 1:
+    read_a_shard()
+watch.at("step 1: forward and backward")
+time.sleep(60)
+"""
+
+
+def test_the_rank_that_the_others_wait_for_is_named_with_its_calls(tmp_path):
+    words, pipe = [sys.executable, "-c", RANK], subprocess.PIPE
+    trio = [subprocess.Popen([*words, str(r), tmp_path / "word"], stderr=pipe, text=True, cwd=ROOT) for r in range(3)]
+    said = [process.communicate(timeout=60)[1] for process in trio]
+    assert [process.returncode for process in trio] == [1, 1, 1] and said[1:] == ["", ""]
+    line = said[0].splitlines()[0]
+    assert "rank 1 (" in line and line.endswith("at step 1: data; the others (2) at step 1: forward and backward")
+    assert "in read_a_shard" in said[0]
+
+
+def test_what_the_launcher_left_out_is_one_line():
+    names = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+    done = run("launch/pretrain.py", env=names)
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: MASTER_ADDR, MASTER_PORT not set: start the ranks with"
+    )
+    assert len(errors(done.stderr)) == done.stderr.count("\n") == 1
+    assert "error: RANK, LOCAL_RANK, " in run("launch/pretrain.py", env={"WORLD_SIZE": "2"}).stderr

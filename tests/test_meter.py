@@ -1,0 +1,150 @@
+"""flops.py and meter.py: FLOPs against torch's own counter, bytes against the collectives of real runs, the audio space."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ranks
+from test_model import TINY
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from traffic import made_up
+
+from clip4vla import CLIP4VLA, flops
+from clip4vla.batch import Batch
+from clip4vla.build import Setup
+from clip4vla.config import RunConfig, SpectrogramConfig, load
+from clip4vla.meter import Meter, audio_space
+
+STEPS = 3
+
+
+def batch(clips=4, segments=7, frames=9, length=12, silent=0):
+    """Clips with random content, the last `silent` of them without sound."""
+    tokens = torch.randint(1, 400, (clips, length))
+    tokens[:, -1] = 49407
+    heard = clips - silent
+    return Batch(
+        ids=[str(i) for i in range(clips)], captions=[""] * clips, tokens=tokens,
+        frames=torch.randint(0, 256, (frames, 3, 224, 224), dtype=torch.uint8), frame_clip=torch.arange(frames) % clips,
+        segments=torch.randint(0, 256, (segments, 1, 224, 224), dtype=torch.uint8),
+        segment_clip=torch.arange(segments) % heard, segment_rows=torch.full((segments,), 200),
+        hidden_rows=torch.arange(224).expand(segments, 224) < 50, hidden_channels=torch.zeros(segments, 224, dtype=torch.bool),
+        audio_type=torch.zeros(clips, dtype=torch.int64), group=torch.arange(clips), has_text=torch.ones(clips, dtype=torch.bool),
+        has_frames=torch.ones(clips, dtype=torch.bool), has_audio=torch.arange(clips) < heard, meta=[{}] * clips,
+    )  # fmt: skip
+
+
+def matrices(features, cfg):
+    """The terms of the loss as plain autograd takes them: every similarity matrix whole."""
+    audio, masked = features["audio"], features.get("masked")
+    pairs = [(features["text"], audio)] * bool(cfg.at) + [(features["vision"], audio)] * bool(cfg.av)
+    pairs += [(audio, masked), (audio, audio), (masked, masked)] if cfg.aa else []
+    return sum((a @ b.T).exp().sum() for a, b in pairs)
+
+
+@pytest.mark.parametrize("towers, aa", [("audio", 1), ("audio+text+vision", 1), ("audio+text", 0)])
+def test_useful_flops_are_those_that_torch_counts(towers, aa):
+    """But for 3%: the text's projection counts at [EOS] alone. Padding adds nothing."""
+    cfg = load(RunConfig, None, [f"model.train_towers={towers}", f"loss.aa={aa}"])
+    model = CLIP4VLA(TINY, cfg.model, SpectrogramConfig()).train()
+    model.freeze()
+    whole = batch()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        matrices(model(whole, cfg.loss, cfg.mask), cfg.loss).backward()
+    work = flops.Work(model, cfg)
+    assert work.flops([whole]) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert work.flops([whole]) == work.flops([whole.padded(32)])
+
+
+@pytest.fixture(scope="module")
+def traffic(sample_shards, tmp_path_factory):
+    """For each case (ZeRO stage, micro-batches, words) bytes counted and the last row; then audio_space on two ranks."""
+    folder = tmp_path_factory.mktemp("traffic")
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    words = [
+        "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={folder}/tiny.json", "train.precision=fp32",
+        f"data.train=[{sample_shards}/speech_fr/train, {sample_shards}/sounds/train]", "train.batch_size=12",
+        f"train.max_steps={STEPS}", "train.log_every=1", "data.decode_threads=1", "track.wandb=off",
+    ]  # fmt: skip
+    runs = []
+    for i, (stage, micros, more) in enumerate(CASES):
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        (folder / f"{i}.json").write_text(json.dumps({"zero_optimization": zero}))
+        more = [word.format(folder=folder) for word in more]
+        run = [*words, f"run_dir={folder / str(i)}", f"train.accumulate={micros}", *more]
+        runs.append([run, str(folder / f"{i}.json")])
+    done = ranks(2, "tests/traffic.py", folder / "out.json", json.dumps(runs))
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "out.json").read_text())
+
+
+CASES = [
+    (0, 1, []),
+    (1, 1, ["train.precision=bf16"]),
+    (2, 2, ["loss.aa=0"]),
+    (3, 1, []),
+    (3, 3, ["init_from=[{folder}/0]"]),  # the audio tower alone trains
+]
+
+
+@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: f"ZeRO-{CASES[i][0]}, {CASES[i][1]} micro-batches")
+def test_comm_bytes_are_those_that_pass_through_the_collectives(traffic, case):
+    counted, row = traffic[0][case]
+    known = {"rel": 0.03} if CASES[case][:2] == (3, 3) else {"abs": 3000}  # norms, agreements, this row; padding
+    assert counted == pytest.approx(row["comm_bytes"], **known)
+
+
+def test_alignment_and_uniformity_of_two_ranks_against_pairs_one_by_one(traffic):
+    squares, kernels = [], []
+    for rank in range(2):
+        features, parts = made_up(rank)
+        _, text, _, heard = (torch.cat(part) for part in zip(*parts, strict=True))
+        audio, captions = (features[name].double() for name in ("audio", "text"))
+        squares += [float((audio[i] - captions[i]).square().sum()) for i in range(6) if heard[i] and text[i]]
+        pairs = itertools.combinations(audio[heard], 2)
+        kernels += [math.exp(-2 * float((a - b).square().sum())) for a, b in pairs]
+    assert 0 < len(squares) < 12 and 0 < len(kernels) < 30
+    assert traffic[1]["alignment"] == pytest.approx(sum(squares) / len(squares), rel=1e-5)
+    assert traffic[1]["uniformity"] == pytest.approx(math.log(sum(kernels) / len(kernels)), rel=1e-5)
+
+
+def test_without_pairs_there_is_no_alignment_and_no_uniformity():
+    features, labels = made_up(0)
+    silent = [part._replace(has_audio=torch.zeros(3, dtype=torch.bool)) for part in labels]
+    assert audio_space(features, silent) == {}
+
+
+class Engine:
+    """The part of DeepSpeed's engine that a row is made from."""
+
+    def get_global_grad_norm(self):
+        return 2.5
+
+
+def test_rows_of_an_interval():
+    """Shares are of each step, rates of the interval; the loss is the given one."""
+    cfg = load(RunConfig, None, ["train.batch_size=5"])
+    model = CLIP4VLA(TINY, cfg.model, SpectrogramConfig())
+    ds = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
+    meter = Meter(cfg, Setup(torch.device("cpu"), [], ds, None, model, "", None))
+    features = {name: F.normalize(torch.randn(5, 8), dim=-1) for name in ("audio", "text", "masked")}
+    for loss, silent in ((3.0, 0), (2.0, 2)):
+        losses = {"aa": torch.tensor(loss / 2), "loss": torch.tensor(loss)}
+        meter.add(losses, features, [batch(3, silent=silent), batch(2)])
+    first, last = meter.rows(12, Engine())
+    assert (first["step"], last["step"], last["samples"]) == (11, 12, 60)
+    assert (first["loss"], last["loss"], last["loss/aa"], last["grad_norm"]) == (3.0, 2.0, 1.0, 2.5)
+    assert (first["no_audio"], last["no_audio"]) == (0.0, pytest.approx(0.4))
+    assert last["hidden_rows"] == pytest.approx(50 / 200)
+    work = flops.Work(model, cfg).flops([batch(3), batch(2)])
+    assert last["tflops"] * 1e12 / last["clips_per_s"] == pytest.approx(work / 5, rel=1e-6)  # FLOPs of a clip
+    assert "clips_per_s" not in first and "mfu" not in last and meter.pending == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_measured_matrix_rate_of_a_gpu_is_plausible():
+    assert 5e12 < flops.matrix_rate(torch.device("cuda")) < 5e15
