@@ -14,7 +14,8 @@ demo: $(VENV)/installed
 test: $(VENV)/installed lint
 	@which chromium ffmpeg munged slurmctld slurmd sbatch >/dev/null || [ "$$(id -u)" != 0 ] || \
 		{ apt-get update -qq && apt-get install -y -qq $(TOOLS); } >/dev/null
-	@PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q -rs --durations=12 -p no:cacheprovider tests
+	@PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q -rs --durations=12 -p no:cacheprovider \
+		-n 2 --dist loadfile --no-loadscope-reorder tests
 
 lint: $(VENV)/installed
 	@$(VENV)/bin/ruff check --no-cache . && $(VENV)/bin/ruff format --no-cache --check .

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clip4vla import distributed, storage, universal
+from clip4vla import distributed, mirror, universal
 from clip4vla.config import RunConfig, TrainConfig, UserError
 from clip4vla.shards import write_text
 from clip4vla.universal import fsync
@@ -51,11 +51,11 @@ def checkpoint_to_resume(cfg: RunConfig) -> Path | None:
 
 def _newest_anywhere(cfg: RunConfig) -> Path | None:
     local = newest_checkpoint(cfg.run_dir)
-    remote = storage.newest_upload(cfg.train.mirror, cfg.data) if cfg.train.mirror else None
+    remote = mirror.newest_upload(cfg.train.mirror, cfg.data) if cfg.train.mirror else None
     name = remote.rsplit("/", 1)[1] if remote else ""
     if name > (local.name if local else ""):
         local = Path(cfg.run_dir, "checkpoints", name)
-        storage.download(remote, local, cfg.data)
+        mirror.download(remote, local, cfg.data)
     return local
 
 
@@ -269,11 +269,11 @@ class Mirror:
         try:
             if newest.name != self.copied:
                 self.reading = newest.name
-                storage.upload(newest, self.url, self.data)
+                mirror.upload(newest, self.url, self.data)
                 self.copied, self.reading = newest.name, ""
                 self.prune()
             while self.outdated:
-                storage.remove(f"{self.url}/{self.outdated.pop()}", self.data)
+                mirror.remove(f"{self.url}/{self.outdated.pop()}", self.data)
         except (OSError, ValueError) as error:
             logging.warning(f"train.mirror={self.url}: {newest.name} is not there yet ({_line(error)})")
         self.reading = ""

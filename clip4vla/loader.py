@@ -202,7 +202,10 @@ class Loader:
         segments = self._pictures("fbank", samples, 1 if self.spectrogram.channels == "mono" else 3)
         has_frames = _among(len(samples), described["frame_clip"])
         batch = Batch(frames=frames, segments=segments, has_frames=has_frames, **described)
-        assert len(segments) == len(batch.segment_clip) and (self.vectors or len(frames) == len(batch.frame_clip))
+        if len(segments) != len(batch.segment_clip) or not (self.vectors or len(frames) == len(batch.frame_clip)):
+            raise UserError(
+                f"{', '.join(batch.ids[:4])}, ..: pictures of other sizes than their json says: see data_prep/check.py"
+            )
         batch = batch.padded(self.pad_tokens) if self.pad_tokens else batch
         return batch.pin() if self.device.type == "cuda" else batch
 

@@ -131,22 +131,37 @@ class _Pair:
         return x[self.first : self.first + self.rows]
 
     def value(self) -> Tensor:
-        """The loss, times the world size; keeps the log-sum-exps."""
-        row, column = self._log_sum_exps(0, 1)
-        lse = [row, self.mine(column)]
-        if self.term.intra:
-            lse = [torch.logaddexp(lse[side], self._log_sum_exps(side, side)[0]) for side in (0, 1)]
-        for side in distributed.gather(torch.stack(lse, 1)).T:
-            self.shift.append((side - self.weight.log()).masked_fill(~self.valid, torch.inf))
-        rows = lse[0] + lse[1] - 2 * self.scale * _dots(*self.own)
-        return distributed.world() * (self.mine(self.weight) * rows.masked_fill(~self.term.valid, 0)).sum()
+        """The loss, times the world size; keeps the log-sum-exps.
 
-    def _log_sum_exps(self, side: int, keys: int) -> tuple[Tensor, Tensor]:
-        """Of own rows of `side` over all of `keys`, (b,); and of all of `keys` over the rows of all ranks, (N,)."""
+        Those of own rows are taken above the positive logit of each: as sums of large numbers they would lose their digits.
+        """
+        self.positive = torch.zeros_like(self.mine(self.weight))
+        row, column = self._sums(0, 1)
+        above = [self._above(*row), self._above(*map(self.mine, column))]
+        if self.term.intra:
+            above = [torch.logaddexp(above[side], self._above(*self._sums(side, side)[0])) for side in (0, 1)]
+        lse = torch.stack([side + self.positive for side in above], 1)
+        for side in distributed.gather(lse).T:
+            self.shift.append((side - self.weight.log()).masked_fill(~self.valid, torch.inf))
+        rows = (above[0] + above[1]).masked_fill(~self.term.valid, 0)
+        return distributed.world() * (self.mine(self.weight) * rows).sum()
+
+    def _above(self, peak: Tensor, total: Tensor) -> Tensor:
+        return (peak - self.positive) + total.log()
+
+    def _sums(self, side: int, keys: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(peak, total) of own rows of `side` over all of `keys`, (b,), and of all of `keys` over the rows of all ranks, (N,).
+
+        total is the sum of exp(logit - peak). Keeps the positive logits, where the keys are partners.
+        """
         low = torch.finfo(self.scale.dtype).min
         peak = [self.weight.new_full((n,), low) for n in (self.rows, len(self.valid))]
         total = [torch.zeros_like(p) for p in peak]
         for rows, columns, logits in self._tiles(side, keys):
+            if side != keys:
+                positives = self._partners(logits, rows, columns)
+                start = max(columns.start - self.first, rows.start)
+                self.positive[start : start + len(positives)] = positives.nan_to_num(neginf=0.0)  # not of invalid rows
             for place, part, along in ((0, rows, 1), (1, columns, 0))[: 1 + (side != keys)]:
                 old = peak[place][part]
                 new = torch.maximum(old, logits.amax(along))
@@ -157,7 +172,7 @@ class _Pair:
             highest = distributed.all_max(peak[1])
             total[1] = distributed.all_sum(total[1] * (peak[1] - highest).exp())
             peak[1] = highest
-        return peak[0] + total[0].log(), peak[1] + total[1].log()
+        return (peak[0], total[0]), (peak[1], total[1])
 
     def _tiles(self, side: int, keys: int) -> Iterator[tuple[slice, slice, Tensor]]:
         """(own rows, columns, their logits); pairs that do not count have -inf."""

@@ -2,7 +2,8 @@
 
     step(W) = towers + optimizer / W + loss + gradients + features + messages
 
-towers     forward and backward of b clips, by the useful FLOPs of flops.py
+towers     forward and backward of b clips on the rank that drew the most: clips differ in length, of W sums of b of them
+           the largest is expected deviation / sqrt(b) * the normal quantile of (W - 3/8) / (W + 1/4) above the mean
 optimizer  fused AdamW on the rank's part of the state (ZeRO-1 to 3)
 loss       21 products of b N D, N = b W, for the three terms on several ranks (losses.py); 18 on one
 gradients  2 (W - 1) / W of them reduced, (W - 1) / W of the weights gathered again, over the bandwidth
@@ -10,8 +11,8 @@ features   (W - 1) / W of 4 N D 4 bytes gathered, 2 (W - 1) / W of 24 N bytes of
 messages   so many collectives, each log2(W) steps of the latency
 
 Nothing is taken to overlap, so the model errs on the slow side. model_error compares the step predicted for 2 ranks, from
-one rank's parts and the two ranks' bandwidth and latency, with the measured one. The table is for GPUs of the rate, MFU and
-bandwidths that the command line states: these are assumptions, not measurements.
+the parts of one rank (of two that run at once and know nothing of each other) and the bandwidth and latency between two,
+with the measured one. The table is for GPUs of the rate, MFU and bandwidths that the command line states: assumptions.
 """
 
 import argparse
@@ -64,22 +65,23 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """The figures."""
     with tempfile.TemporaryDirectory() as folder:
         configure(Path(folder), args.clip, 32, args.batch)
-        for world in (1, 2):
-            mp.spawn(_rank, (world, free_port(), folder, args), nprocs=world)
+        for world in (1, 2):  # two processes each time, so that the machine is as busy
+            mp.spawn(_rank, (world, free_port(), folder, args), nprocs=2)
         one, two = (torch.load(Path(folder, f"{world}.pt")) for world in (1, 2))
     predicted = model(2, args.batch, one | two["network"])
     return {
         "model_error": sum(predicted.values()) / two["step"] - 1,
         "check": {"one_rank": one, "two_ranks": two, "predicted_for_two": predicted},
-        "table": table(one["flops_per_clip"], one["gradients"], args),
+        "table": table(one, args),
         "settings": vars(args),
     }
 
 
 def _rank(rank: int, world: int, port: int, folder: str, args: argparse.Namespace) -> None:
+    process, rank = rank, rank % world
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in names.items()})
-    torch.set_num_threads(1)  # one rank alone is not to have both cores
+    torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.stdout = sys.stderr
     cfg = load(RunConfig, Path(folder, "run.yaml"), [f"train.batch_size={args.batch * world}"])
@@ -90,7 +92,7 @@ def _rank(rank: int, world: int, port: int, folder: str, args: argparse.Namespac
     found = _parts(run, [micros[0] for micros in steps], cfg)
     if world > 1:
         found["network"] = _network(found["gradients"])
-    if rank == 0:
+    if process == 0:
         torch.save(found, Path(folder, f"{world}.pt"))
     distributed.barrier()
 
@@ -107,9 +109,11 @@ def _parts(run: Any, batches: list[Batch], cfg: RunConfig) -> dict[str, float]:
     everyone = torch.ones(2048, dtype=torch.bool)
     loss = min(_timed(lambda: info_nce(*features, torch.ones(1), everyone).sum().backward()) for _ in range(3))
     clips = sum(map(len, batches))
+    segments = torch.cat([batch.segment_clip.bincount(minlength=len(batch)) for batch in batches]).double()
     return medians | {
         "loss_rate": 2 * (4 if distributed.world() == 1 else 5) * 2048 * 2048 * distributed.world() * DIM / loss,
         "flops_per_clip": sum(work.flops([batch]) for batch in batches) / clips,
+        "deviation": float(segments.std() / segments.mean()),
         "gradients": 2.0 * flops.elements(run.module, trained=True),  # bf16
     }
 
@@ -138,12 +142,14 @@ def _timed(action: Callable[[], Any]) -> float:
 def model(world: int, clips: int, costs: dict[str, float]) -> dict[str, float]:
     """Seconds of each part of a step of `world` ranks with `clips` clips each.
 
-    costs: towers and optimizer (s), loss_rate (FLOP/s), gradients (bytes), bandwidth (bytes/s), latency (s).
+    costs: towers and optimizer (s), deviation (of a clip's work, relative), loss_rate (FLOP/s), gradients (bytes),
+    bandwidth (bytes/s), latency (s).
     """
     n, ring = clips * world, (world - 1) / world
+    most = statistics.NormalDist().inv_cdf((world - 0.375) / (world + 0.25))
     sent = {"gradients": 3 * ring * costs["gradients"], "features": ring * n * (4 * DIM * 4 + 2 * 24)}
     return {
-        "towers": costs["towers"],
+        "towers": costs["towers"] * (1 + costs["deviation"] / math.sqrt(clips) * most),
         "optimizer": costs["optimizer"] / world,
         "loss": (18 if world == 1 else 21) * 2 * clips * n * DIM / costs["loss_rate"],
         **{name: size / costs["bandwidth"] for name, size in sent.items()},
@@ -151,16 +157,16 @@ def model(world: int, clips: int, costs: dict[str, float]) -> dict[str, float]:
     }
 
 
-def table(flops_per_clip: float, gradients: float, args: argparse.Namespace) -> list[dict[str, Any]]:
+def table(here: dict[str, float], args: argparse.Namespace) -> list[dict[str, Any]]:
     """For 1 to 4096 GPUs: milliseconds of each part, clips/s, efficiency against one GPU, and what takes longest."""
     rate, rows = args.gpu_tflops * 1e12, []
     for world in (2**i for i in range(13)):
         costs = {
-            "towers": args.gpu_batch * flops_per_clip / (rate * args.mfu),
-            "optimizer": 14 * gradients / (args.hbm * 1e9),  # 28 bytes of each element are read and written
+            "towers": args.gpu_batch * here["flops_per_clip"] / (rate * args.mfu),
+            "optimizer": 14 * here["gradients"] / (args.hbm * 1e9),  # 28 bytes of each element are read and written
             "loss_rate": rate
             / 16,  # fp32 products on tensor cores (TF32) at an eighth of bf16's rate, half of it reached
-            "gradients": gradients,
+            **{name: here[name] for name in ("gradients", "deviation")},
             "bandwidth": 1e9 * (args.intra if world <= args.node else args.inter),
             "latency": args.latency / 1e6,
         }

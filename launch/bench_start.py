@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.bench import count
+from launch.bench import count, free_port
 from launch.bench_step import configure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,14 +37,22 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         return {
             "seconds": statistics.median(seconds),
             "rounds": seconds,
-            "compilers": sorted(set(Path(folder, "compilers").read_text().split())),
+            "compilers": sorted(set(Path(folder, "compilers").read_text().splitlines())),
             "settings": vars(args),
         }
 
 
 def start(folder: Path, run_dir: Path, ranks: int) -> float:
     """Seconds until the row of step 1 was written."""
-    words = ["--num_accelerators", str(ranks), "launch/pretrain.py", folder / "run.yaml", f"run_dir={run_dir}"]
+    words = [
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        "launch/pretrain.py",
+        folder / "run.yaml",
+        f"run_dir={run_dir}",
+    ]
     deepspeed = Path(sys.executable).parent / "deepspeed"
     env = {**os.environ, "PATH": f"{watched(folder)}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     begin = time.time()
@@ -69,6 +77,6 @@ def watched(folder: Path) -> Path:
     note.touch()
     for name in COMPILERS:
         program = tools / name
-        program.write_text(f'#!/bin/sh\necho {name} >> {note}\nPATH="${{PATH#*:}}" exec {name} "$@"\n')
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >> {note}\nPATH="${{PATH#*:}}" exec {name} "$@"\n')
         program.chmod(program.stat().st_mode | stat.S_IXUSR)
     return tools

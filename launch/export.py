@@ -33,15 +33,15 @@ def main() -> None:
 
 def find(source: str, step: int | None, temporary: Path) -> Path:
     """The checkpoint folder; UserError if there is none."""
-    from clip4vla import storage
+    from clip4vla import mirror
     from clip4vla.checkpoints import newest_checkpoint
 
     name = f"step-{step:08d}" if step is not None else ""
     if "://" in source:
         try:
-            url = f"{source.rstrip('/')}/{name}" if name else storage.newest_upload(source)
+            url = f"{source.rstrip('/')}/{name}" if name else mirror.newest_upload(source)
             if url:
-                storage.download(url, temporary / "checkpoint")
+                mirror.download(url, temporary / "checkpoint")
                 return temporary / "checkpoint"
         except (OSError, ImportError, ValueError) as error:
             raise UserError(f"{source}: {' '.join(str(error).split())[:200]}") from None

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 BUCKET = "shards"
 PUBLIC = {"x-amz-acl": "public-read"}
@@ -109,6 +110,7 @@ def serve() -> Iterator[tuple[FaultyProxy, dict[str, str]]]:
     connection = http.client.HTTPConnection("127.0.0.1", proxy.port)
     connection.request("PUT", f"/{BUCKET}")
     assert connection.getresponse().status == 200
+    S3FileSystem.clear_instance_cache()  # they know the endpoint of another test's server
     try:
         yield proxy, environment(proxy.server_port)
     finally:

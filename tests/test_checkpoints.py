@@ -17,6 +17,7 @@ from test_model import TINY
 from test_train import trace, wait_for
 
 from clip4vla import CLIP4VLA, storage
+from clip4vla.mirror import remove, upload
 from clip4vla.universal import load_tensors
 
 STEPS = 10
@@ -215,8 +216,8 @@ def test_checkpoints_are_copied_to_object_storage_and_resumed_from_there(undistu
         assert "train.mirror" not in done.stderr  # no copy failed
         fs, root = storage.open_folder(url)
         assert [Path(path).name for path in fs.ls(root)] == ["step-00000010"]  # what was removed here is removed there
-        storage.remove(f"{url}/step-00000010")
-        storage.upload(undisturbed / "checkpoints/step-00000006", url)
+        remove(f"{url}/step-00000010")
+        upload(undisturbed / "checkpoints/step-00000006", url)
         with proxy.faults(fail=0.2, cut=0.2):
             done = _go(2, *mine, f"run_dir={tmp_path / 'elsewhere'}")
     assert proxy.done and f"6 done of {STEPS}" in done.stdout

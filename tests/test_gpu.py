@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, ranks, run
+from conftest import ranks, run
 from test_model import TINY
-from test_train import tiny, trace  # noqa: F401  (a fixture)
+from test_train import SHIPPED, tiny, trace  # noqa: F401  (a fixture)
 
 from clip4vla.config import DataSources, MaskConfig
 from clip4vla.loader import EvalOrder, Loader, open_folders
@@ -21,7 +21,6 @@ from clip4vla.losses import info_nce
 from clip4vla.towers import tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
-SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
 EXACT = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}  # of the losses: TF32 and cuDNN's rounding in fp32
 
 

@@ -87,6 +87,8 @@ def test_evaluation_pads_and_visits_everything_once():
     rows = [p for k in range(len(order)) for p in order.batch(k)]
     assert len(rows) == 12 and rows[9:] == [None] * 3
     assert len({p for p in rows if p}) == 9
+    few = [(p.source, p.shard, p.entry) for p in EvalOrder([[3, 2], [4]], 4, most=4).places]
+    assert few == [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (1, 0, 0), (1, 0, 1), (1, 0, 2), (1, 0, 3)]
 
 
 def loader(shards, order=None, needs=("frames", "fbank"), **changes):

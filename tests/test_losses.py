@@ -93,6 +93,17 @@ def test_bf16_features_lose_nothing_in_the_loss_itself():
     close(got, want, 1e-5)
 
 
+def test_compiled_it_is_the_same():
+    a, b = (x.requires_grad_() for x in features(torch.float32)[:2])
+    scale, valid = torch.tensor([20.0]), torch.arange(N) != 3
+    found = []
+    for loss in (info_nce, torch.compile(info_nce, backend="aot_eager")):
+        value = loss(a, b, scale, valid, intra=True)
+        found.append((value, *torch.autograd.grad(value, (a, b))))
+    for got, want in zip(*found, strict=True):
+        close(got, want.double(), 1e-5)
+
+
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_give_the_full_batch_gradient(world, tmp_path):
     """Averaged over ranks, as the engine does, value and gradients equal one process with all rows."""

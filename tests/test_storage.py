@@ -27,6 +27,7 @@ from test_train import trace
 from clip4vla import cache, storage
 from clip4vla.cache import Cache
 from clip4vla.config import DataSources, UserError
+from clip4vla.mirror import MANIFEST, download, newest_upload, remove, upload
 from clip4vla.shards import INDEX, Damaged, ShardFolder, write_index, write_shard
 
 SHARDS, SAMPLES, SIZE = 3, 8, 100_000  # samples are further from each other than storage.GAP
@@ -396,52 +397,52 @@ def content(folder):
 def test_a_checkpoint_comes_back_from_its_copy(server, checkpoint, tmp_path, where):
     mirror = f"s3://{s3.BUCKET}/mirror" if where == "s3" else f"file://{tmp_path}/mirror"
     cfg = DataSources(timeout=5, retries=9)
-    assert storage.newest_upload(mirror, cfg) is None
+    assert newest_upload(mirror, cfg) is None
     later = checkpoint.rename(tmp_path / "step-00000010")
     with server.faults(fail=0.1, cut=0.1, refused="POST"):
-        storage.upload(later, mirror, cfg)
-        storage.upload(shutil.copytree(later, checkpoint), mirror + "/", cfg)
-        newest = storage.newest_upload(mirror, cfg)
+        upload(later, mirror, cfg)
+        upload(shutil.copytree(later, checkpoint), mirror + "/", cfg)
+        newest = newest_upload(mirror, cfg)
         assert newest == f"{mirror}/step-00000010"
-        storage.download(newest, tmp_path / "back/step-00000010", cfg)
+        download(newest, tmp_path / "back/step-00000010", cfg)
     assert content(tmp_path / "back/step-00000010") == content(later)
     assert [path.name for path in (tmp_path / "back").iterdir()] == ["step-00000010"]
-    storage.remove(newest, cfg)
-    assert storage.newest_upload(mirror, cfg) == f"{mirror}/step-00000002"
-    storage.remove(f"{mirror}/step-00000002", cfg)
-    storage.remove(f"{mirror}/step-00000002", cfg)
-    assert storage.newest_upload(mirror, cfg) is None
+    remove(newest, cfg)
+    assert newest_upload(mirror, cfg) == f"{mirror}/step-00000002"
+    remove(f"{mirror}/step-00000002", cfg)
+    remove(f"{mirror}/step-00000002", cfg)
+    assert newest_upload(mirror, cfg) is None
 
 
 def test_a_copy_interrupted_anywhere_is_not_complete(server, checkpoint, tmp_path):
     cfg, mirror = DataSources(timeout=5, retries=0), f"s3://{s3.BUCKET}/cut"
     checkpoint.joinpath("model.safetensors").write_bytes(b"small")
     older = shutil.copytree(checkpoint, tmp_path / "step-00000001")
-    storage.upload(older, mirror, cfg)
+    upload(older, mirror, cfg)
     for whole in (False, True):  # the second time over a complete copy
         for done in (0, 2, 3) if whole else range(4):
             with server.faults(puts=done), pytest.raises(OSError, match="InternalError|500|We encountered") as said:
-                storage.upload(checkpoint, mirror, cfg)
+                upload(checkpoint, mirror, cfg)
             assert "\n" not in str(said.value)
-            assert storage.newest_upload(mirror, cfg) == f"{mirror}/step-00000001", (whole, done)
-        storage.upload(checkpoint, mirror, cfg)
-        assert storage.newest_upload(mirror, cfg) == f"{mirror}/step-00000002"
+            assert newest_upload(mirror, cfg) == f"{mirror}/step-00000001", (whole, done)
+        upload(checkpoint, mirror, cfg)
+        assert newest_upload(mirror, cfg) == f"{mirror}/step-00000002"
 
 
 def test_a_copy_that_was_tampered_with_is_refused(server, checkpoint, tmp_path):
     cfg, mirror = DataSources(timeout=5, retries=0), tmp_path / "mirror"
-    storage.upload(checkpoint, str(mirror), cfg)
+    upload(checkpoint, str(mirror), cfg)
     copy, back = mirror / checkpoint.name, tmp_path / "back" / checkpoint.name
     model = bytearray((copy / "model.safetensors").read_bytes())
     for change in (model[:-1], model[:-1] + b"x"):
         (copy / "model.safetensors").write_bytes(change)
         with pytest.raises(OSError, match="sha256 differs"):
-            storage.download(str(copy), back, cfg)
+            download(str(copy), back, cfg)
     for name in ("../evil", "/etc/evil", "a//b", "a\\b", ""):
-        (copy / storage.MANIFEST).write_text(json.dumps({name: {"size": 1, "sha256": ""}}))
+        (copy / MANIFEST).write_text(json.dumps({name: {"size": 1, "sha256": ""}}))
         with pytest.raises(UserError, match="leaves the folder"):
-            storage.download(str(copy), back, cfg)
-    (copy / storage.MANIFEST).write_text("[]")
+            download(str(copy), back, cfg)
+    (copy / MANIFEST).write_text("[]")
     with pytest.raises(UserError, match="not a readable manifest"):
-        storage.download(str(copy), back, cfg)
+        download(str(copy), back, cfg)
     assert not back.exists() and not os.path.exists(tmp_path / "back/evil")

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import deepspeed, job, ranks, run
+from conftest import ROOT, deepspeed, job, ranks, run
 from safetensors.torch import load_file
 from test_model import TINY
 
 STEPS = 8
+SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +129,16 @@ def test_zero_stages_agree(undisturbed, tiny, tmp_path, stage):
         done = ranks(2, "launch/pretrain.py", *words)
         assert done.returncode == 0 and "6 done of 8" in done.stdout, done.stderr
         assert trace(tmp_path / "r") == ours
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_deepspeed_config_trains(undisturbed, tiny, tmp_path, path):
+    words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.precision=bf16", "train.max_steps=2", "train.warmup=0.5"]
+    done = ranks(2, "launch/pretrain.py", *words, "--deepspeed_config", path)
+    assert done.returncode == 0, done.stderr
+    assert trace(tmp_path / "r")[1] == pytest.approx(
+        trace(undisturbed[0])[1], rel=2e-2
+    )  # weights of the start, in bf16
 
 
 def test_one_rank_gives_the_losses_of_two(undisturbed, tiny, tmp_path):
