@@ -55,20 +55,26 @@ class Batch:
         return self.audio_type[self.segment_clip.clamp(max=len(self) - 1)]
 
     def padded(self, tokens: int) -> "Batch":
-        """The same batch with F and S rounded up to one of eight sizes an octave and L to `tokens`, so that compiled code
-        meets few shapes. What is added belongs to clip number B, which `model.pool` drops, and has no valid rows."""
-        out = {}
-        for clip, names in (
-            ("segment_clip", SEGMENTS),
-            ("frame_clip", ("frames",) if self.frame_vectors is None else ("frame_vectors",)),
-        ):
-            size = _round_up(len(getattr(self, clip)))
-            for name in (clip, *names):
-                x = getattr(self, name)
-                out[name] = torch.cat([x, x.new_full((size - len(x), *x.shape[1:]), len(self) if name == clip else 0)])
-        if self.text_vectors is None:
+        """The same batch with F and S rounded up, and L to `tokens`, so that compiled code meets few shapes.
+
+        Tower inputs to one of eight sizes an octave, from 32 on; vectors, which cost nothing, to a power of two. What is
+        added belongs to clip number B, which `model.pool` drops, and has no valid rows.
+        """
+        out = self._grown("segment_clip", SEGMENTS, _round_up(len(self.segment_clip)))
+        if self.frame_vectors is None:
+            out |= self._grown("frame_clip", ("frames",), _round_up(len(self.frame_clip)))
             out["tokens"] = torch.nn.functional.pad(self.tokens, (0, tokens - self.tokens.shape[1]))
+        else:
+            out |= self._grown("frame_clip", ("frame_vectors",), 1 << len(self.frame_clip).bit_length())
         return dataclasses.replace(self, **out)
+
+    def _grown(self, clip: str, names: tuple[str, ...], size: int) -> dict[str, Tensor]:
+        """These packs with zeros up to `size`, owned by clip number B."""
+        out = {}
+        for name in (clip, *names):
+            x = getattr(self, name)
+            out[name] = torch.cat([x, x.new_full((size - len(x), *x.shape[1:]), len(self) if name == clip else 0)])
+        return out
 
     def labels(self) -> Labels:
         """Which pairs are positive, negative or missing."""
@@ -88,6 +94,6 @@ class Batch:
 
 
 def _round_up(n: int) -> int:
-    """The next multiple of an eighth of the power of two below n: at most an eighth is added."""
-    step = max(8, 1 << max(0, n.bit_length() - 4))
+    """The next multiple of 32, or of an eighth of the power of two below n."""
+    step = max(32, 1 << max(0, n.bit_length() - 4))
     return -(-max(n, 1) // step) * step

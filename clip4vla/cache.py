@@ -1,7 +1,7 @@
 """A node's cache of remote byte ranges: files in one folder, bounded, shared by all processes without a daemon.
 
 Entries are the very ranges that were read, not blocks or whole shards: a node of many reads a few samples of every shard in
-an epoch, so larger units would fetch many times what is used. (fsspec's own filecache and blockcache have no bound.)
+an epoch, so larger units would fetch many times what is used.
 """
 
 import fcntl
@@ -96,7 +96,7 @@ class Cache:
         for used, room, path in entries:
             if taken <= min(0.9 * self.bound, self.bound - need) or used >= self.started:
                 break
-            os.unlink(path)
+            Path(path).unlink(missing_ok=True)  # another process may have dropped it
             taken -= room
         return taken
 

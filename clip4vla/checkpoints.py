@@ -6,9 +6,10 @@ import json
 import logging
 import pickle
 import shutil
+import socket
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,26 @@ from clip4vla import distributed, mirror, universal
 from clip4vla.config import RunConfig, TrainConfig, UserError
 from clip4vla.shards import write_text
 from clip4vla.universal import fsync
+from clip4vla.watchdog import watch
 
-# torch and safetensors have their own for a full disk, DeepSpeed has many for what it cannot read
-_FAILURES = (OSError, RuntimeError, ValueError, LookupError, AssertionError, pickle.UnpicklingError, SafetensorError)
+# torch and safetensors have their own for a full disk, DeepSpeed has many for what it cannot read, fsspec one for s3fs missing
+_FAILURES = (OSError, RuntimeError, ValueError, LookupError, AssertionError, ImportError, pickle.UnpicklingError, SafetensorError)
+Passed = Callable[[str], None]  # says where a long piece of work is, see by_rank_0
 
 
 def newest_checkpoint(run_dir: str | Path) -> Path | None:
-    """The newest complete checkpoint of a run: folders get their name step-N only when all of it is on the disk."""
-    found = sorted(Path(run_dir, "checkpoints").glob("step-*"))
-    return found[-1] if found else None
+    """The newest complete checkpoint of a run: folders get their name step-NNNNNNNN only when all of it is on the disk."""
+    return max(_complete(Path(run_dir, "checkpoints")), default=None)
+
+
+def _complete(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if mirror.STEP.fullmatch(path.name)]
+
+
+def superseded(names: Iterable[str], cfg: TrainConfig) -> list[str]:
+    """Of some step-NNNNNNNN those that train.keep and train.keep_every let go."""
+    old = sorted(names)[: -cfg.keep]
+    return [name for name in old if not cfg.keep_every or int(name[5:]) % cfg.keep_every]
 
 
 def checkpoint_to_resume(cfg: RunConfig) -> Path | None:
@@ -37,25 +49,42 @@ def checkpoint_to_resume(cfg: RunConfig) -> Path | None:
 
     Raises UserError if the mirror cannot be asked or does not give what it has.
     """
-    found, failed = None, ""
-    if distributed.rank() == 0:  # one rank's view of the disk
-        try:
-            found = _newest_anywhere(cfg)
-        except (OSError, ValueError, ImportError) as error:
-            failed = f"train.mirror={cfg.train.mirror}: {_line(error)}"
-    found, failed = distributed.gather_objects((found, failed))[0]
+    found, failed = by_rank_0(lambda passed: _newest_anywhere(cfg, passed))  # one rank's view of the disk
     if failed:
-        raise UserError(failed)
+        raise UserError(f"train.mirror={cfg.train.mirror}: {failed}")
     return found
 
 
-def _newest_anywhere(cfg: RunConfig) -> Path | None:
+def by_rank_0(work: Callable[[Passed], Any]) -> tuple[Any, str]:
+    """Work that only rank 0 does, however long: (what it returns, why it failed or ""), on all ranks.
+
+    It is given a function to call with each place it passes; the other ranks pass the same ones, as the judge wants it, and
+    train.timeout counts from the last one for all.
+    """
+
+    def passed(place: str) -> None:
+        if time.monotonic() - watch.since > 1:  # a collective, which must not slow down the work
+            distributed.gather_objects(place)
+            watch.at(place)
+
+    answer = None, ""
+    if distributed.rank() == 0:
+        try:
+            answer = work(passed), ""
+        except _FAILURES as error:
+            answer = None, _line(error)
+    while isinstance(said := distributed.gather_objects(answer)[0], str):
+        watch.at(said)
+    return said
+
+
+def _newest_anywhere(cfg: RunConfig, passed: Passed) -> Path | None:
     local = newest_checkpoint(cfg.run_dir)
     remote = mirror.newest_upload(cfg.train.mirror, cfg.data) if cfg.train.mirror else None
     name = remote.rsplit("/", 1)[1] if remote else ""
     if name > (local.name if local else ""):
         local = Path(cfg.run_dir, "checkpoints", name)
-        mirror.download(remote, local, cfg.data)
+        mirror.download(remote, local, cfg.data, passed)
     return local
 
 
@@ -103,6 +132,7 @@ class Checkpoints:
         self.finish()
         self.saved, self.since = step, time.monotonic()
         self._on_all_ranks(self._clear)
+        self._on_all_ranks(self._look)
         self._collect()
         self.writing = self.pool.submit(self._flush)
         if self.busy:
@@ -120,7 +150,7 @@ class Checkpoints:
     def close(self) -> None:
         """Finish, and wait for the copies on the mirror."""
         self.finish()
-        self.mirror.pool.shutdown()
+        by_rank_0(self.mirror.close)
 
     def load(self, checkpoint: Path) -> int:
         """Continue from a checkpoint of this run; returns the steps done.
@@ -133,10 +163,10 @@ class Checkpoints:
         rates = [{k: v for k, v in group.items() if k != "params"} for group in self.engine.optimizer.param_groups]
         elastic = self.layout["zero_stage"] and any(meta[key] != self.layout[key] for key in ("ranks", "zero_stage"))
         if elastic:
-            self._on_all_ranks(
-                lambda: distributed.rank() or universal.convert(checkpoint),
-                f"{checkpoint}: cannot be made fit for {self.layout['ranks']} ranks, ZeRO-{self.layout['zero_stage']}",
-            )
+            _, failed = by_rank_0(lambda passed: universal.convert(checkpoint, passed))
+            if failed:
+                fit = f"{self.layout['ranks']} ranks, ZeRO-{self.layout['zero_stage']}"
+                raise UserError(f"{checkpoint}: cannot be made fit for {fit} ({failed}); it is whole as it was")
         try:
             if elastic:
                 universal.load(self.engine, checkpoint)
@@ -162,7 +192,7 @@ class Checkpoints:
                     "or start a new run_dir with init_from"
                 )
 
-    def _on_all_ranks(self, part: Callable[[], Any], what: str = "") -> None:
+    def _on_all_ranks(self, part: Callable[[], Any]) -> None:
         """Do this rank's part; UserError on every rank if it failed on any, so that none waits for one that has gone."""
         failed = ""
         try:
@@ -171,7 +201,7 @@ class Checkpoints:
             failed = _line(error)
         reasons = [reason for reason in distributed.gather_objects(failed) if reason]
         if reasons:
-            what = what or f"{self.folder}: the checkpoint of step {self.saved} could not be written"
+            what = f"{self.folder}: the checkpoint of step {self.saved} could not be written"
             raise UserError(f"{what} ({reasons[0]}); those already there are whole")
 
     def _aside(self) -> Path:
@@ -182,6 +212,11 @@ class Checkpoints:
             for half_written in self.folder.glob("partial-*"):
                 shutil.rmtree(half_written, ignore_errors=True)
             self._aside().mkdir(parents=True)
+
+    def _look(self) -> None:
+        """UserError if rank 0's folder is not here: what this rank writes would be missing from the checkpoint."""
+        if not self._aside().exists():
+            raise UserError(f"run_dir must be on a disk that all nodes share: {socket.gethostname()} does not see it")
 
     def _collect(self) -> None:
         """Have this rank's files: on the disk, not yet synced, or in memory if they are to be written in the background."""
@@ -223,11 +258,9 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Remove what is neither among the newest nor kept for ever; not what is being copied, which then comes here again."""
-        for old in sorted(self.folder.glob("step-*"))[: -self.cfg.keep]:
-            wanted = self.cfg.keep_every and int(old.name[5:]) % self.cfg.keep_every == 0
-            if not wanted and old.name != self.mirror.reading:
-                shutil.rmtree(old, ignore_errors=True)
-                self.mirror.outdated.append(old.name)
+        for name in superseded((path.name for path in _complete(self.folder)), self.cfg):
+            if name != self.mirror.reading:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _weights(self) -> dict[str, Tensor]:
         """All weights in fp32 on rank 0's CPU: master copies of what is trained, untouched originals of what is frozen."""
@@ -249,33 +282,41 @@ class Checkpoints:
 class Mirror:
     """Copies of the run's checkpoints at train.mirror, made by rank 0 in the background, one at a time.
 
-    The mirror lags behind: what is superseded while another copy is made is left out, and what the run removes is removed
-    there once a newer one is complete. A copy that fails is a warning, since the next checkpoint makes up for it.
+    The mirror lags behind: what is superseded while another copy is made is left out. After each copy the mirror's own list
+    is pruned as the run's folder is, whatever an earlier job left there. What fails is a warning: the next copy makes up for it.
     """
 
     def __init__(self, cfg: RunConfig, prune: Callable[[], None]):
-        self.url, self.data, self.run_dir, self.prune = cfg.train.mirror, cfg.data, cfg.run_dir, prune
+        self.url, self.cfg, self.prune = cfg.train.mirror.rstrip("/"), cfg, prune
         self.copied, self.reading = "", ""
-        self.outdated: list[str] = []
-        self.pool = ThreadPoolExecutor(1)
+        self.pool, self.copying = ThreadPoolExecutor(1), Future()  # the last one asked for
+        self.copying.set_result(None)
 
     def update(self) -> None:
-        """Copy the newest checkpoint, in a while, and remove what is outdated."""
+        """Copy the newest checkpoint, in a while, and remove what is superseded there."""
         if self.url:
-            self.pool.submit(self._update)
+            self.copying = self.pool.submit(self._update)
+
+    def close(self, passed: Passed) -> None:
+        """Wait for the copies, which have time-outs of their own."""
+        while wait([self.copying], 1).not_done:
+            passed("the end: copies to train.mirror")
+        self.pool.shutdown()
 
     def _update(self) -> None:
-        newest = newest_checkpoint(self.run_dir)
+        newest = newest_checkpoint(self.cfg.run_dir)
         try:
             if newest.name != self.copied:
                 self.reading = newest.name
-                mirror.upload(newest, self.url, self.data)
+                mirror.upload(newest, self.url, self.cfg.data)
                 self.copied, self.reading = newest.name, ""
                 self.prune()
-            while self.outdated:
-                mirror.remove(f"{self.url}/{self.outdated.pop()}", self.data)
+            there = mirror.uploads(self.url, self.cfg.data)
+            for name in superseded((name for name in there if name <= self.copied), self.cfg.train):
+                mirror.remove(f"{self.url}/{name}", self.cfg.data)
         except (OSError, ValueError) as error:
-            logging.warning(f"train.mirror={self.url}: {newest.name} is not there yet ({_line(error)})")
+            late = "older ones are still" if self.copied == newest.name else f"{newest.name} is not yet"
+            logging.warning(f"train.mirror={self.url}: {late} there ({_line(error)})")
         self.reading = ""
 
 

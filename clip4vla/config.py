@@ -325,9 +325,13 @@ def cli(main: typing.Callable[[], None]) -> typing.Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
-        watch.mine = True
+        watch.mine, in_order = True, False
         try:
             main()
+            in_order = True
+        except SystemExit:
+            in_order = True
+            raise
         except Exception as error:
             said = _explained(error)
             watch.fail(2 if said else 1, said or traceback.format_exc())
@@ -338,7 +342,7 @@ def cli(main: typing.Callable[[], None]) -> typing.Callable[[], None]:
             print(said, file=sys.stderr, flush=True)
             sys.exit(2)
         finally:
-            watch.stop()
+            watch.stop(in_order)
 
     return run
 

@@ -3,6 +3,7 @@
 import datetime
 import math
 import os
+import resource
 
 import torch
 import torch.distributed as dist
@@ -21,16 +22,21 @@ LAUNCHERS = (
 def setup(minutes: float = math.inf) -> torch.device:
     """Join the process group that the launcher announced (none: a single process) and return this rank's device.
 
-    From here on a rank that dies, or passes no new place for so many minutes, ends the job (watchdog.py). Raises UserError
-    if the launcher left something out, or if not all ranks come within that time.
+    From here on a rank that dies, or so many minutes in which no rank moves, ends the job (watchdog.py). Raises UserError
+    if the launcher left something out, if not all ranks come within that time, or cannot reach rank 0.
     """
     _take_names()
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # gloo keeps sockets to all ranks, DeepSpeed several sets
     device = _device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         _join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", minutes if math.isfinite(minutes) else 30.0)
     if watch.mine and watch.link is None:
         word = gather_objects(watch.call_judge(world()) if rank() == 0 else "")[0]
-        watch.join(word, os.environ["MASTER_ADDR"] if world() > 1 else "127.0.0.1", rank(), world(), minutes)
+        try:
+            watch.join(word, os.environ["MASTER_ADDR"] if world() > 1 else "127.0.0.1", rank(), world(), minutes)
+        except ConnectionError as error:
+            raise UserError(str(error)) from None
     return device
 
 
@@ -138,14 +144,16 @@ def barrier() -> None:
 
 
 class AnyRank:
-    """Whether any rank raised a flag, agreed on without a wait: each call posts this step's flag and reads the last step's."""
+    """Whether any rank raised a flag, agreed on without a wait: each call posts this step's flag and reads the last step's.
+
+    Flags lie in host memory and take the default group's gloo: one more group would be one more socket for each rank.
+    """
 
     def __init__(self) -> None:
-        self.group = dist.new_group(backend="gloo") if world() > 1 else None
         self.pending: tuple[Tensor, dist.Work] | None = None
 
     def __call__(self, flag: bool) -> bool:
-        if self.group is None:
+        if world() == 1:
             return flag
         raised = False
         if self.pending is not None:
@@ -153,5 +161,5 @@ class AnyRank:
             work.wait()
             raised = bool(tensor.item())
         tensor = torch.tensor([int(flag)])
-        self.pending = (tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group, async_op=True))
+        self.pending = (tensor, dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True))
         return raised

@@ -94,7 +94,7 @@ class Judge:
         if "token" in words:
             rank.number, rank.host, self.limit = words["rank"], words["host"], words["limit"]
             rank.moved, self.ranks[rank.number] = self.turn, rank
-        if words.get("passed", 0) > rank.passed:
+        if "passed" in words and (words["passed"], words["place"]) != (rank.passed, rank.place):
             rank.passed, rank.place, rank.moved = words["passed"], words["place"], self.turn
         rank.heard, rank.stack = self.turn, words.get("stack", "")
         if "error" in words and self.error is None:
@@ -115,17 +115,19 @@ class Judge:
         if self.error and self.turn > self.error[0] + 1:
             self._end(*self.error[1:])
         elif self.ranks:
-            least = min(rank.passed for rank in self.ranks.values())
-            late = [rank for _, rank in sorted(self.ranks.items()) if rank.passed == least]
-            if min(self.turn - rank.moved for rank in late) * TURN > self.limit + GRACE:
-                self._end(1, self._hang(late))
+            newest = max(rank.moved for rank in self.ranks.values())  # the others may wait for that one, rightly
+            if (self.turn - newest) * TURN > self.limit + GRACE:
+                self._end(1, self._hang())
 
-    def _hang(self, late: list[Rank]) -> str:
-        """Which ranks are behind, or that none is; and the calls of the first of them that can still tell."""
+    def _hang(self) -> str:
+        """Which ranks are behind, of these the silent ones if any is; and the calls of the first that can still tell."""
+        least = min(rank.passed for rank in self.ranks.values())
+        late = [rank for _, rank in sorted(self.ranks.items()) if rank.passed == least]
+        late = [rank for rank in late if self.turn - rank.heard > GRACE] or late
         names = ", ".join(map(str, late[:NAMED])) + (f" and {len(late) - NAMED} more" if len(late) > NAMED else "")
         quiet = self.turn - late[0].heard
         state = f"; no sign of life for {quiet * TURN:.0f} s: stopped, or stuck in a call" if quiet > GRACE else ""
-        waiting = sorted({rank.place for rank in self.ranks.values()} - {late[0].place})
+        waiting = sorted({rank.place for rank in self.ranks.values() if rank not in late})
         others = f"; the others ({len(self.ranks) - len(late)}) at {', '.join(waiting[:NAMED])}" if waiting else ""
         said = f"error: nothing moved for {self.limit / 60:g} min (train.timeout): {names} at {late[0].place}{state}{others}"
         told = next((rank for rank in late if rank.stack), None)

@@ -28,6 +28,8 @@ from clip4vla.shards import Damaged, ShardFolder
 from clip4vla.storage import DEFAULT
 
 TYPES = {"vb": 0, "nb": 1, "both": 2}
+COUNTS = {"frames": "n_frames", "fbank": "n_segments"}  # in a clip's json, of the tiles in its strip
+EVERYTHING = slice(None)
 MIN_READS = 1000  # the share of damaged samples is judged over at least so many
 
 
@@ -49,6 +51,7 @@ class TrainOrder:
 
     def __init__(self, sizes: list[list[int]], shares: Sequence[float], batch_size: int, seed: int, window: int):
         self.sizes, self.seed, self.window = [np.array(s) for s in sizes], seed, window
+        self.batch_size = batch_size
         self.parts = _apportion(shares, batch_size)
         for source, part in enumerate(self.parts):
             if part > self.sizes[source].sum():
@@ -57,22 +60,32 @@ class TrainOrder:
                     f"a batch of {batch_size}: lower train.batch_size or its share"
                 )
 
+    def batch(self, k: int, rows: slice = EVERYTHING) -> list[Place]:
+        """Rows of global batch k, sources interleaved at random."""
+        return [Place(*row) for row in self._batch(k)[rows].tolist()]
+
     @functools.lru_cache(maxsize=4)  # noqa: B019  (its pieces are asked for one by one)
-    def batch(self, k: int) -> list[Place]:
-        """The samples of global batch k, sources interleaved at random."""
-        places = []
+    def _batch(self, k: int) -> np.ndarray:
+        """(batch_size, 4) of the fields of Place."""
+        parts = []
         for source, part in enumerate(self.parts):
             if part:
                 epoch, place = divmod(k, int(self.sizes[source].sum()) // part)
-                places += [self._place(source, epoch, place * part + i) for i in range(part)]
-        return [places[i] for i in np.random.default_rng((self.seed, k, 1)).permutation(len(places))]
+                found = self._at(source, epoch, np.arange(place * part, (place + 1) * part))
+                parts.append(np.column_stack([np.full(part, source), found, np.full(part, epoch)]))
+        return np.random.default_rng((self.seed, k, 1)).permutation(np.concatenate(parts))
 
-    def _place(self, source: int, epoch: int, position: int) -> Place:
-        shards, ends = self._shards(source, epoch)
-        window = int(np.searchsorted(ends, position, side="right"))
-        first = int(ends[window - 1]) if window else 0
-        shard, entry = self._window(source, epoch, window)[position - first]
-        return Place(source, int(shard), int(entry), epoch)
+    def _at(self, source: int, epoch: int, positions: np.ndarray) -> np.ndarray:
+        """(shard, entry) at these ascending positions of an epoch, (n, 2)."""
+        _, ends = self._shards(source, epoch)
+        windows = np.searchsorted(ends, positions, side="right")
+        firsts = np.concatenate([[0], ends])[windows]
+        return np.concatenate(
+            [
+                self._window(source, epoch, int(window))[(positions - firsts)[windows == window]]
+                for window in np.unique(windows)
+            ]
+        )
 
     @functools.lru_cache(maxsize=32)  # noqa: B019  (an order lives as long as its run)
     def _shards(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,20 +114,20 @@ class EvalOrder:
     """
 
     def __init__(self, sizes: list[list[int]], batch_size: int, most: int = 0):
+        self.batch_size = batch_size
         self.places = [
             place
             for s, shards in enumerate(sizes)
             for place in [Place(s, i, e, 0) for i, n in enumerate(shards) for e in range(n)][: most or None]
         ]
-        self.batch_size = batch_size
 
     def __len__(self) -> int:
         return -(-len(self.places) // self.batch_size)
 
-    def batch(self, k: int) -> list[Place | None]:
-        """The samples of global batch k."""
-        rows = self.places[k * self.batch_size : (k + 1) * self.batch_size]
-        return rows + [None] * (self.batch_size - len(rows))
+    def batch(self, k: int, rows: slice = EVERYTHING) -> list[Place | None]:
+        """Rows of global batch k."""
+        places = self.places[k * self.batch_size : (k + 1) * self.batch_size]
+        return (places + [None] * (self.batch_size - len(places)))[rows]
 
 
 class Loader:
@@ -132,7 +145,7 @@ class Loader:
         self.folders, self.order, self.cfg, self.tokenize, self.mask = folders, order, cfg, tokenize, mask
         self.seed, self.needs, self.device, self.damage_log = seed, needs, device, damage_log
         self.vectors, self.pieces, self.pad_tokens = vectors, pieces, pad_tokens
-        self.part = slice(None) if whole else slice(distributed.rank(), None, distributed.world())
+        self.rank, self.world = (0, 1) if whole else (distributed.rank(), distributed.world())
         self.spectrogram = SpectrogramConfig(**folders[0].fingerprint["spectrogram"])
         self.reads = self.damaged = 0
         self.decoders: dict[str, _Decoder] = {}
@@ -167,9 +180,8 @@ class Loader:
 
     def _without_pictures(self, k: int, piece: int) -> tuple[dict[str, Any], list]:
         """(all of a Batch but its pictures, the samples as they were read)."""
-        places = self.order.batch(k)
-        size = len(places) // self.pieces
-        places = places[piece * size : (piece + 1) * size][self.part]
+        size = self.order.batch_size // self.pieces
+        places = self.order.batch(k, slice(piece * size + self.rank, (piece + 1) * size, self.world))
         samples = self._read(places)
         clips = [json.loads(s["json"]) if s else _NOTHING for s in samples]
         keys = [
@@ -198,14 +210,11 @@ class Loader:
         }
 
     def _with_pictures(self, described: dict[str, Any], samples: list) -> Batch:
-        frames = self._pictures("frames", samples, 3)
-        segments = self._pictures("fbank", samples, 1 if self.spectrogram.channels == "mono" else 3)
+        clips = described["meta"]
+        frames = self._pictures("frames", samples, clips)
+        segments = self._pictures("fbank", samples, clips)
         has_frames = _among(len(samples), described["frame_clip"])
         batch = Batch(frames=frames, segments=segments, has_frames=has_frames, **described)
-        if len(segments) != len(batch.segment_clip) or not (self.vectors or len(frames) == len(batch.frame_clip)):
-            raise UserError(
-                f"{', '.join(batch.ids[:4])}, ..: pictures of other sizes than their json says: see data_prep/check.py"
-            )
         batch = batch.padded(self.pad_tokens) if self.pad_tokens else batch
         return batch.pin() if self.device.type == "cuda" else batch
 
@@ -236,16 +245,28 @@ class Loader:
                 f"of at least {MIN_READS}; they are listed in {self.damage_log} (last: {sample.reason})"
             )
 
-    def _pictures(self, kind: str, samples: list, channels: int) -> Tensor:
-        """Tiles (n, channels, size, width) uint8 of the strips that are there."""
-        strips = [sample[kind] for sample in samples if sample and kind in sample]
-        size = self.folders[0].fingerprint["frames"]["size"] if kind == "frames" else self.spectrogram.segment_rows
-        if not strips:
-            return torch.zeros(0, channels, size, size, dtype=torch.uint8)
+    def _pictures(self, kind: str, samples: list, clips: list[dict]) -> Tensor:
+        """Tiles (n, channels, size, width) uint8 of the strips that are there; UserError if one is not as its json says."""
+        there = [i for i, sample in enumerate(samples) if sample and kind in sample]
+        size, width, channels = self._tile(kind)
+        if not there:
+            return torch.zeros(0, channels, size, width, dtype=torch.uint8)
         if kind not in self.decoders:
             self.decoders[kind] = _Decoder(len(samples), channels, self.cfg.decode_threads, self.device)
-        rows = self.decoders[kind](strips)
-        return rows.view(-1, size, *rows.shape[1:]).permute(0, 3, 1, 2)
+        decoded = self.decoders[kind].run([samples[i][kind] for i in there])
+        for i, shape in zip(there, decoded.shape(), strict=True):
+            if tuple(shape) != (clips[i][COUNTS[kind]] * size, width, channels):
+                raise UserError(
+                    f"{clips[i]['id']}: a {kind} picture of {tuple(shape)} does not go with {COUNTS[kind]}="
+                    f"{clips[i][COUNTS[kind]]} of its json: run data_prep/check.py --repair"
+                )
+        return self.decoders[kind].joined(decoded).view(-1, size, width, channels).permute(0, 3, 1, 2)
+
+    def _tile(self, kind: str) -> tuple[int, int, int]:
+        """Height, width and channels of a frame or segment."""
+        if kind == "frames":
+            return (*[self.folders[0].fingerprint["frames"]["size"]] * 2, 3)
+        return self.spectrogram.segment_rows, self.spectrogram.n_mels, 1 if self.spectrogram.channels == "mono" else 3
 
     def _vectors(self, samples, clips, drawn: list[int]) -> dict[str, Tensor]:
         """What the towers would give: text_vectors (B, D) of the drawn captions, frame_vectors (F, D), frame_clip (F,)."""
@@ -278,7 +299,7 @@ class Loader:
 
 
 class _Decoder:
-    """JPEG and PNG bytes to one uint8 tensor (rows of all, width, channels), by a DALI graph; on a GPU decoding is `mixed`."""
+    """JPEG and PNG bytes to uint8 pictures by a DALI graph; on a GPU decoding is `mixed`."""
 
     def __init__(self, most: int, channels: int, threads: int, device: torch.device):
         try:
@@ -286,7 +307,8 @@ class _Decoder:
             from nvidia.dali.pipeline import Pipeline
         except ImportError:
             raise UserError("reading shards needs NVIDIA DALI: pip install nvidia-dali-cuda130") from None
-        self.cuda = cuda = device.type == "cuda"
+        cuda = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if cuda else None
         plain, fresh = {"exec_async": False, "exec_pipelined": False}, {"exec_dynamic": True, "prefetch_queue_depth": 1}
         self.pipe = Pipeline(most, threads, device.index if cuda else None, **(plain if cuda else fresh))
         with self.pipe:
@@ -295,13 +317,22 @@ class _Decoder:
             self.pipe.set_outputs(fn.decoders.image(source, device="mixed" if cuda else "cpu", output_type=kind))
         self.pipe.build()
 
-    def __call__(self, pictures: list[bytes]) -> Tensor:
+    def run(self, pictures: list[bytes]) -> Any:
+        """DALI's list of pictures (height, width, channels); on a GPU it is good until the next run."""
         self.pipe.feed_input("bytes", [np.frombuffer(picture, np.uint8) for picture in pictures])
         (out,) = self.pipe.run()
-        if self.cuda:  # the next run writes to the same memory
-            return torch.cat([torch.from_dlpack(out[i]) for i in range(len(pictures))])
-        shapes = out.shape()  # each run has memory of its own, where the pictures lie one behind the other
-        return torch.from_dlpack(out.as_reshaped_tensor([sum(shape[0] for shape in shapes), *shapes[0][1:]]))
+        return out
+
+    def joined(self, pictures: Any) -> Tensor:
+        """All rows one behind the other, (rows, width, channels), in memory of their own."""
+        if self.stream:  # not the training's stream: the copy must be over before the next run, and training may lag
+            with torch.cuda.stream(self.stream):
+                rows = torch.cat([torch.from_dlpack(pictures[i]) for i in range(len(pictures))])
+            self.stream.synchronize()
+            rows.record_stream(torch.cuda.default_stream(rows.device))
+            return rows
+        shapes = pictures.shape()  # each run has memory of its own, where the pictures lie one behind the other
+        return torch.from_dlpack(pictures.as_reshaped_tensor([sum(shape[0] for shape in shapes), *shapes[0][1:]]))
 
 
 _NOTHING = {"id": "", "group": "", "captions": [], "audio_type": "both", "n_rows": 0}
@@ -351,8 +382,9 @@ def _with_vectors(samples: list, vectors: ShardFolder, wanted: list[tuple[int, i
 
 def _owners(samples: list, clips: list[dict], kind: str) -> Tensor:
     """The number of the clip that each tile of the strips belongs to, (n,)."""
-    name = {"frames": "n_frames", "fbank": "n_segments"}[kind]
-    counts = [clip[name] if sample and kind in sample else 0 for sample, clip in zip(samples, clips, strict=True)]
+    counts = [
+        clip[COUNTS[kind]] if sample and kind in sample else 0 for sample, clip in zip(samples, clips, strict=True)
+    ]
     return torch.repeat_interleave(torch.tensor(counts))
 
 

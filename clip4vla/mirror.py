@@ -6,6 +6,7 @@ import os
 import posixpath
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from clip4vla.config import DataSources, UserError
 from clip4vla.storage import DEFAULT, PIECE, call, exists, line, open_folder, read_file, read_ranges
 
 MANIFEST = "complete.json"
+STEP = re.compile(r"step-\d{8}")  # the name of a whole checkpoint, and no other
 SLOWEST = 1e6  # bytes/s that an upload must reach not to be called hung
 
 
@@ -38,21 +40,29 @@ def upload(folder: Path, url: str, cfg: DataSources = DEFAULT) -> None:
 def newest_upload(url: str, cfg: DataSources = DEFAULT) -> str | None:
     """URL of the newest complete step-NNNNNNNN below `url`; None if there is none. Raises OSError if it cannot be told."""
     fs, root = open_folder(url)
-    fs.invalidate_cache()  # others write there
-    try:
-        found = call(fs, "ls", root, detail=False, cfg=cfg)
-    except FileNotFoundError:
-        return None
-    names = {posixpath.basename(path.rstrip("/")) for path in found}
-    steps = sorted((name for name in names if re.fullmatch(r"step-\d{8}", name)), reverse=True)
+    steps = reversed(uploads(url, cfg))
     newest = next((step for step in steps if exists(fs, f"{root}/{step}/{MANIFEST}", cfg)), None)
     return newest and f"{url.rstrip('/')}/{newest}"
 
 
-def download(url: str, folder: Path, cfg: DataSources = DEFAULT) -> None:
+def uploads(url: str, cfg: DataSources = DEFAULT) -> list[str]:
+    """Names of the step-NNNNNNNN below `url`, whole or not, oldest first. Raises OSError if it cannot be told."""
+    fs, root = open_folder(url)
+    fs.invalidate_cache()  # others write there
+    try:
+        found = call(fs, "ls", root, detail=False, cfg=cfg)
+    except FileNotFoundError:
+        return []
+    return sorted(name for name in {posixpath.basename(path.rstrip("/")) for path in found} if STEP.fullmatch(name))
+
+
+def download(
+    url: str, folder: Path, cfg: DataSources = DEFAULT, passed: Callable[[str], object] = lambda place: None
+) -> None:
     """Fetch an upload into `folder`, aside (partial-NAME), sizes and sha256 verified, then renamed.
 
-    Raises UserError for a manifest that is none, or whose names leave the folder; OSError if the bytes cannot be had.
+    passed(place) is called before each 64 MB, as a sign of life. Raises UserError for a manifest that is none, or whose
+    names leave the folder; OSError if the bytes cannot be had.
     """
     fs, root = open_folder(url)
     manifest = _manifest(read_file(fs, f"{root}/{MANIFEST}", cfg), url)
@@ -61,7 +71,7 @@ def download(url: str, folder: Path, cfg: DataSources = DEFAULT) -> None:
     for name, (size, sha256) in manifest.items():
         file = aside / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        _fetch_file(fs, f"{root}/{name}", file, size, cfg)
+        _fetch_file(fs, f"{root}/{name}", file, size, cfg, passed)
         if _sha256(file) != sha256:
             raise OSError(f"{url}/{name}: sha256 differs from {MANIFEST}'s")
     shutil.rmtree(folder, ignore_errors=True)
@@ -97,10 +107,11 @@ def _manifest(text: bytes, url: str) -> dict[str, tuple[int, str]]:
     return manifest
 
 
-def _fetch_file(fs: Any, path: str, file: Path, size: int, cfg: DataSources) -> None:
+def _fetch_file(fs: Any, path: str, file: Path, size: int, cfg: DataSources, passed: Callable[[str], object]) -> None:
     """A remote file of known size to the disk, synced, a few pieces at a time."""
     with file.open("wb") as stream:
         for first in range(0, size, 8 * PIECE):
+            passed(f"start-up: {path} from byte {first}")
             starts = list(range(first, min(size, first + 8 * PIECE), PIECE))
             ends = [min(size, start + PIECE) for start in starts]
             for blob in read_ranges(fs, [path] * len(starts), starts, ends, cfg):

@@ -136,7 +136,7 @@ def disk(cfg: RunConfig, setup: Setup) -> str:
     one = 4 * weights + trained * (setup.width + (12 if setup.width == 2 or setup.stage else 8))
     count = train.keep + 1 + (train.max_steps // train.keep_every if train.keep_every else 0)
     place = next(p for p in [Path(cfg.run_dir).absolute(), *Path(cfg.run_dir).absolute().parents] if p.is_dir())
-    there = sum(f.stat().st_size for f in Path(cfg.run_dir, "checkpoints").rglob("*") if f.is_file())
+    there = sum(_size(file) for file in Path(cfg.run_dir, "checkpoints").rglob("*"))
     free = there + shutil.disk_usage(place).free if os.access(place, os.W_OK) else 0
     free = distributed.gather_objects(free)[0]  # rank 0's disk decides for all
     needs = f"{count} checkpoints of {one / GIB:.2f} GiB need {count * one / GIB:.2f} GiB"
@@ -145,6 +145,14 @@ def disk(cfg: RunConfig, setup: Setup) -> str:
             f"run_dir {cfg.run_dir}: {needs}, and {place} has {free / GIB:.2f}: lower train.keep or take another disk"
         )
     return f"{'disk':<10} {needs}; {place} has {free / GIB:.2f}"
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; 0 of a folder, and of one that a live run has just removed."""
+    try:
+        return file.stat().st_size * file.is_file()
+    except FileNotFoundError:
+        return 0
 
 
 class Trial(NamedTuple):
@@ -164,12 +172,14 @@ def _try(cfg: RunConfig, run: Any, loader: Loader, step: int) -> Trial:
         batches.append([loader.batch(k, piece) for piece in range(cfg.train.accumulate)])
         read = time.perf_counter() - start  # the last one's: the first builds the decoder
     largest = max(batches, key=lambda micros: sum(len(m.segments) + len(m.frames) for m in micros))
-    for _ in range(2):
+    found = []
+    for i in range(2):
+        engine.set_learning_rate(run, engine.learning_rate(step + i, cfg.train))
         start = time.perf_counter()
         losses, _ = accumulation.step(run, largest, cfg)
-        loss = float(distributed.mean(losses["loss"]))  # waits for the device
+        found.append(float(distributed.mean(losses["loss"])))  # waits for the device
     took = torch.tensor([time.perf_counter() - start, read, peak_memory(loader.device)], device=loader.device)
-    return Trial(largest, loss, *distributed.all_max(took).tolist())
+    return Trial(largest, found[0], *distributed.all_max(took).tolist())
 
 
 def _findings(cfg: RunConfig, setup: Setup, trial: Trial, left: int) -> list[str]:

@@ -17,6 +17,7 @@ PREEMPTED = 85  # exit code after SIGTERM or SIGUSR1, once the state is saved
 
 def train(cfg: RunConfig, ds_config: str | None) -> None:
     """Train until max_steps, from wherever this run stands; exit 85 when a signal asked to stop."""
+    stop = _Signals()  # first: start-up takes minutes
     setup = prepare(cfg, ds_config)
     tracking.start_run(cfg, setup.ds)
     frozen = frozen_weights(setup.model)
@@ -30,7 +31,6 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
     loader = train_loader(cfg, setup.folders, setup.vectors, setup.device)
     for line in preflight.describe(cfg, setup, loader, step):
         tracker.say(line)
-    stop = _Signals()
     held_out = HeldOut(cfg, tracker.say)
     meter = Meter(cfg, setup)
     watch.at(f"step {step + 1}: data")

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,17 @@ import torch
 NAME = "universal"
 
 
-def convert(checkpoint: Path) -> None:
-    """Write CHECKPOINT/universal, unless it is there: aside and renamed, so it is complete or absent. Takes no GPU."""
+def convert(checkpoint: Path, passed: Callable[[str], object]) -> None:
+    """Write CHECKPOINT/universal, unless it is there: aside and renamed, so it is complete or absent. Takes no GPU.
+
+    passed(place) is called at each rank's state, tensor and file, as a sign of life.
+    """
     from deepspeed.checkpoint import ds_to_universal
 
+    def one_by_one(work: Callable[[Any], Any], chunks: Iterable[Any], _: int) -> list[Any]:
+        return [passed(f"start-up: converting {checkpoint}") or work(chunk) for chunk in chunks]
+
+    ds_to_universal._do_parallel_work = one_by_one  # in this process, held to tensors_only
     aside = checkpoint.parent / f"partial-{NAME}"
     if (checkpoint / NAME).exists():
         return
@@ -32,12 +39,13 @@ def convert(checkpoint: Path) -> None:
         Path(plain, "in").symlink_to(checkpoint.resolve())
         Path(plain, "out").symlink_to(aside.resolve())
         folders = {"input_folder": f"{plain}/in", "output_folder": f"{plain}/out/{NAME}"}
-        workers = {"num_extract_workers": 1, "num_merge_workers": 1}  # in this process, held to tensors_only
+        workers = {"num_extract_workers": 1, "num_merge_workers": 1}
         how = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
         with tensors_only(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             ds_to_universal.main(Namespace(**folders, **workers, **how))
-            _fit_all_stages(aside / NAME)
+            _fit_all_stages(aside / NAME, passed)
     for file in (aside / NAME).rglob("*"):
+        passed(f"start-up: syncing {file}")
         fsync(file)
     (aside / NAME).rename(checkpoint / NAME)
     fsync(checkpoint)
@@ -91,7 +99,7 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _fit_all_stages(folder: Path) -> None:
+def _fit_all_stages(folder: Path, passed: Callable[[str], object]) -> None:
     """What ZeRO-1 and 2 want of a conversion from ZeRO-3, and the other way round: names, layout, the number of steps."""
     import deepspeed
 
@@ -100,6 +108,7 @@ def _fit_all_stages(folder: Path) -> None:
     if stage3:
         step, groups = stage3["state"][0]["step"], stage3["param_groups"]
         for file in (folder / "zero").glob("*/*.pt"):
+            passed(f"start-up: converting {file}")
             torch.save({"param": torch.load(file)}, file)
         for parameter in {file.parent for file in (folder / "zero").glob("*/*.pt")}:
             torch.save(step, parameter / "step.pt")

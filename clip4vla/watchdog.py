@@ -1,6 +1,6 @@
 """A rank that fails, dies or hangs is named once, and all ranks end: each rank's side of it; judge.py is the other.
 
-A hang is a rank that passes no new place for `train.timeout`. Only the standard library: entry scripts import this first.
+A hang: no rank passes a new place for `train.timeout`. Only the standard library: entry scripts import this first.
 """
 
 import contextlib
@@ -30,10 +30,13 @@ class Watch:
         self.world, self.limit, self.passed = 1, 0.0, 0
         self.at("start-up")
 
-    def at(self, place: str) -> None:
-        """Note where the program is, say "step 12: data". All ranks pass the same places in the same order."""
+    def at(self, place: str, alone: bool = False) -> None:
+        """Note where the program is, say "step 12: data". All ranks pass the same places in the same order.
+
+        alone: not so this place, which a rank passes while the others wait, each time with another text.
+        """
         self.place, self.since = place, time.monotonic()
-        self.passed += 1
+        self.passed += not alone
 
     def call_judge(self, world: int) -> str:
         """Start the judge of a job of so many ranks; the word to `join` it with."""
@@ -42,10 +45,19 @@ class Watch:
         return self.judge.stdout.readline().strip()
 
     def join(self, word: str, address: str, rank: int, world: int, minutes: float) -> None:
-        """Connect to the judge on the host `address`; from here on a rank that moves nowhere for so many minutes ends all."""
+        """Connect to the judge on the host `address`; from here on so many minutes without a move end all ranks.
+
+        Raises ConnectionError, in one line, if the judge cannot be reached.
+        """
         port, token = word.split()
         self.world, self.limit = world, minutes * 60
-        self.link = socket.create_connection((address, int(port)), timeout=60)
+        try:
+            self.link = socket.create_connection((address, int(port)), timeout=60)
+        except OSError as error:
+            raise ConnectionError(
+                f"{address}:{port}: rank {rank} ({socket.gethostname()}) cannot reach the watchdog beside rank 0 ({error}): "
+                "let the nodes connect to each other on all ports"
+            ) from None
         keep_alive(self.link)
         self._send({"token": token, "rank": rank, "host": socket.gethostname(), "limit": self.limit})
         threading.Thread(target=self._run, args=(self.link,), daemon=True, name="watchdog").start()
@@ -54,17 +66,19 @@ class Watch:
         """Report an error. Of several ranks, the judge ends this one; a single one returns, and its caller speaks."""
         if self.link is None or self.world == 1:
             return
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # a full disk, or no stdout at all
             sys.stdout.flush()
+        with contextlib.suppress(OSError):
             self._send({"passed": self.passed, "place": self.place, "code": code, "error": said})
             time.sleep(30)
 
-    def stop(self) -> None:
-        """The end of this rank's work, in good order."""
+    def stop(self, in_order: bool = True) -> None:
+        """The end of this rank's work. Unless it is in good order, the other ranks end too."""
         link, self.link, self.mine = self.link, None, False
         if link is not None:
             with contextlib.suppress(OSError), self.sending:
-                link.sendall(b'{"over": true}\n')
+                if in_order or self.world == 1:  # a single rank has said itself what there is to say
+                    link.sendall(b'{"over": true}\n')
                 link.shutdown(socket.SHUT_RDWR)
         if self.judge is not None:
             self.judge.stdin.close()  # it leaves after the last rank
@@ -76,11 +90,13 @@ class Watch:
                 self.link.sendall(json.dumps(message).encode() + b"\n")
 
     def _run(self, link: socket.socket) -> None:
+        words = select.poll()  # select.select takes no descriptor above 1023
+        words.register(link, select.POLLIN)
         while self.link is link:
             stuck = time.monotonic() - self.since > self.limit
             with contextlib.suppress(OSError):  # the next lines see it too
                 self._send({"passed": self.passed, "place": self.place} | ({"stack": stacks()} if stuck else {}))
-            if select.select([link], [], [], BEAT)[0]:
+            if words.poll(BEAT * 1000):
                 self._told(link)
 
     def _told(self, link: socket.socket) -> None:

@@ -1,14 +1,9 @@
 """Benchmarks and planning: each prints one JSON object with every figure it used, the versions and the machine.
 
-    python launch/bench.py NAME --help
-    python launch/bench.py loss > docs/bench_loss.json
-    python launch/bench.py loss --world 2 > docs/bench_loss_world2.json
-    python launch/bench.py loader > docs/bench_loader.json
-    python launch/bench.py prep > docs/bench_prep.json
-    python launch/bench.py plan > docs/plan.json
+    python launch/bench.py NAME [--help] > docs/bench_NAME.json
 
-NAME is a module beside this one, launch/bench_NAME.py: add_arguments(parser) says what it takes, main(args) returns its
-figures. What a benchmark compares with is installed by: pip install -c constraints.txt -e '.[bench]'
+NAME is a module beside this one, launch/bench_NAME.py: add_arguments(parser), main(args) -> its figures. What a benchmark
+compares with is installed by: pip install -c constraints.txt -e '.[bench]'
 """
 
 import argparse

@@ -23,8 +23,8 @@ def main() -> None:
     parser.add_argument("--step", type=int, help="default: the newest")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     args = parser.parse_args()
-    if args.out.exists():
-        raise UserError(f"{args.out} is there already; name another folder, or remove it")
+    if args.out.exists() or any(parent.is_file() for parent in args.out.parents):
+        raise UserError(f"{args.out} is there already, or below a file; name another folder, or remove it")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent) as temporary:  # as large as a checkpoint, if that is remote
         folder = find(args.source, args.step, Path(temporary))

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, run
+from test_model import TINY
 
 sys.path.insert(0, str(ROOT))
 
@@ -192,3 +193,26 @@ def test_the_ratios_of_loader_follow_from_its_rounds(loader):
 def test_fewer_clips_than_a_batch_are_refused_in_one_line():
     done = run("launch/bench.py", "loader", "--clips", 8, "--batch", 16)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "fewer than a batch" in done.stderr
+
+
+ENGINE = {  # what each must print, and what holds on any machine
+    "step": (["--batch", 8, "--peer-batch", 8], ("throughput_ratio", "loss_difference", "data_wait", "tflops")),
+    "start": ([], ("seconds", "compilers")),
+    "resume": ([], ("save_ratio", "load_ratio")),
+    "scale": (["--batch", 8], ("model_error", "table", "check")),
+}
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_benches_of_the_engine_print_their_keys(name, tmp_path):
+    words, keys = ENGINE[name]
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY | {"embed_dim": 512}))
+    done = run("launch/bench.py", name, "--rounds", 1, "--clip", tmp_path / "tiny.json", *words)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["bench"] == name and set(keys) <= set(figures)
+    if name == "step":
+        assert figures["loss_difference"] < 1e-2  # both sides do the same
+    if name == "scale":
+        assert [row["gpus"] for row in figures["table"]] == [2**i for i in range(13)]
+        assert figures["table"][-1]["efficiency"] < figures["table"][0]["efficiency"] == 1

@@ -17,6 +17,8 @@ from test_model import TINY
 from test_train import trace, wait_for
 
 from clip4vla import CLIP4VLA, storage
+from clip4vla.checkpoints import Mirror
+from clip4vla.config import RunConfig, TrainConfig
 from clip4vla.mirror import remove, upload
 from clip4vla.universal import load_tensors
 
@@ -26,9 +28,33 @@ import os, resource, runpy, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 if os.environ.get("RANK", "0") == sys.argv[1]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
-sys.argv = ["launch/pretrain.py", *sys.argv[3:]]
+sys.argv = ["launch/pretrain.py", *(word.replace("{RANK}", os.environ.get("RANK", "0")) for word in sys.argv[3:])]
 sys.path.insert(0, "launch")
 runpy.run_path("launch/pretrain.py", run_name="__main__")
+"""
+LONG = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, ".")
+from clip4vla import distributed, mirror, universal
+from clip4vla.checkpoints import by_rank_0
+from clip4vla.watchdog import watch
+
+def work(passed):
+    parts, pieces = [], []
+    universal.convert(Path(sys.argv[1]), parts.append)
+    mirror.download(sys.argv[2], Path(sys.argv[3]), passed=pieces.append)
+    for second in range(8):
+        time.sleep(1)
+        passed(f"second {second}")
+    return len(parts), len(pieces)
+
+watch.mine = True
+distributed.setup(minutes=0.03)
+before = watch.passed
+print(*by_rank_0(work)[0], watch.passed - before, watch.place, sep=",")
+distributed.barrier()
+watch.stop()
 """
 
 
@@ -69,7 +95,7 @@ def zero(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory):
-    """launch/pretrain.py whose files can have no more than so many bytes on one rank, as if its disk were full."""
+    """launch/pretrain.py whose files can have no more than so many bytes on one rank, as if its disk were full; {RANK} is it."""
     script = tmp_path_factory.mktemp("script") / "limited.py"
     script.write_text(LIMITED)
     return script
@@ -77,7 +103,7 @@ def limited(tmp_path_factory):
 
 def steps(run_dir: Path) -> list[int]:
     """The complete checkpoints."""
-    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*"))
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-????????"))
 
 
 def back_to(run_dir: Path, step: int) -> Path:
@@ -139,9 +165,10 @@ def test_in_the_background_by_the_clock_and_pruned(undisturbed, words, tmp_path)
         "train.keep=1",
         "train.keep_every=4",
     ]
+    (tmp_path / "r/checkpoints/step-00000099-good").mkdir(parents=True)  # a name of the user's: neither resumed nor removed
     _go(2, *words, *more, f"run_dir={tmp_path / 'r'}")
     assert trace(tmp_path / "r") == trace(undisturbed)
-    assert steps(tmp_path / "r") == [4, 8, 10]
+    assert steps(tmp_path / "r") == [4, 8, 10] and (tmp_path / "r/checkpoints/step-00000099-good").exists()
     assert (tmp_path / "r/checkpoints/latest").read_text() == "step-00000010"
     for step in steps(tmp_path / "r"):
         ours, theirs = (folder / f"checkpoints/step-{step:08d}" for folder in (tmp_path / "r", undisturbed))
@@ -171,6 +198,24 @@ def test_a_disk_that_is_full_for_one_rank_stops_all_with_one_line(words, limited
     (line,) = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
     assert "the checkpoint of step 2 could not be written" in line and "Traceback" not in done.stderr
     assert steps(tmp_path / "r") == [] and max(trace(tmp_path / "r")) < STEPS
+
+
+def test_ranks_that_do_not_share_run_dir_end_with_one_line(words, limited, tmp_path):
+    done = ranks(2, limited, -1, 0, *words[1:], f"run_dir={tmp_path}/disk-{{RANK}}")
+    _refused(done, "the checkpoint of step 2 could not be written (run_dir must be on a disk that all nodes share")
+    assert steps(tmp_path / "disk-0") == steps(tmp_path / "disk-1") == []
+
+
+def test_long_work_of_rank_0_is_not_taken_for_a_hang(undisturbed, tmp_path):
+    """Conversion and download tell where they are; by what rank 0 tells, all ranks outlast a time-out of 2 s."""
+    checkpoint, script = shutil.copytree(undisturbed / "checkpoints/step-00000002", tmp_path / "c"), tmp_path / "long.py"
+    upload(undisturbed / "checkpoints/step-00000004", str(tmp_path / "mirror"))
+    script.write_text(LONG)
+    done = _go(2, script, checkpoint, tmp_path / "mirror/step-00000004", tmp_path / "back")
+    first, second = done.stdout.splitlines()
+    parts, pieces, places, _ = first.split(",")
+    assert first == second and first.endswith(",second 7")
+    assert int(parts) > 20 and int(pieces) == len(list((tmp_path / "back").iterdir())) and int(places) >= 7
 
 
 def test_a_checkpoint_that_cannot_be_converted_is_one_line_and_runs_no_code(undisturbed, words, limited, tmp_path):
@@ -223,6 +268,28 @@ def test_checkpoints_are_copied_to_object_storage_and_resumed_from_there(undistu
     assert proxy.done and f"6 done of {STEPS}" in done.stdout
     assert trace(tmp_path / "elsewhere") == {step: row for step, row in trace(undisturbed).items() if step > 6}
     _refused(ranks(1, *words, f"run_dir={tmp_path / 'r'}", "train.mirror=nope://x"), "train.mirror=nope://x: ")
+
+
+def test_the_mirror_keeps_the_newest_copy_and_what_the_run_keeps_whatever_was_left_there(tmp_path):
+    """A copy so slow that its checkpoint is removed here before it is done; and copies of an earlier job on another disk."""
+    folder, url = tmp_path / "r/checkpoints", tmp_path / "mirror"
+    for step in (1, 2, 3, 4, 5, 6):
+        (folder / f"step-{step:08d}").mkdir(parents=True)
+        (folder / f"step-{step:08d}/config.json").write_text("{}")
+        upload(folder / f"step-{step:08d}", str(url)) if step not in (5, 6) else None
+    shutil.move(folder / "step-00000006", tmp_path)
+    back_to(tmp_path / "r", 5)
+    (url / "mine").mkdir()
+
+    def prune() -> None:
+        shutil.move(tmp_path / "step-00000006", folder)
+        shutil.rmtree(folder / "step-00000005")
+
+    cfg = RunConfig(run_dir=str(tmp_path / "r"), train=TrainConfig(mirror=f"{url}/", keep=1, keep_every=2))
+    copies = Mirror(cfg, prune)
+    copies.update()
+    copies.close(print)
+    assert sorted(path.name for path in url.iterdir()) == ["mine", *(f"step-0000000{step}" for step in (2, 4, 5))]
 
 
 def test_export_gives_one_file_of_weights_in_any_precision(undisturbed, tmp_path):

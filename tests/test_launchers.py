@@ -1,8 +1,11 @@
 """Ranks under the real launchers on two nodes and one, and ranks that fail, die or hang: who is named, once, and how soon."""
 
+import json
 import os
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,9 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch.distributed as dist
 from conftest import ROOT, free_port, job, run
 from test_train import STEPS, tiny, trace  # noqa: F401  (a fixture)
 
+from clip4vla import distributed
+from clip4vla.config import UserError
+from clip4vla.judge import GRACE, Judge, Rank
 from clip4vla.tracking import read_rows
 
 BIN = Path(sys.executable).parent
@@ -114,6 +121,30 @@ def test_an_error_of_one_rank_is_printed_once_and_ends_the_others(tiny, tmp_path
     assert "error: rank 0 (" in line and line.endswith("failed at start-up: checkpoint:")
 
 
+def test_an_interrupted_rank_ends_the_others_and_ranks_may_open_a_file_for_each_rank(endless, tmp_path):
+    limit, most = resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with job(2, "launch/pretrain.py", *endless, f"run_dir={tmp_path / 'r'}") as started:
+        ranks = [psutil.Process(rank.pid) for rank in started.ranks]
+        ranks[1].rlimit(limit, (256, most))
+        reaches(tmp_path / "r", 1)
+        assert ranks[1].rlimit(limit) == (most, most)
+        ranks[1].send_signal(signal.SIGINT)
+        started.ranks[0].join(30)  # train.timeout is far longer
+        said, code = started.said("err"), started.ranks[0].exitcode
+    (line,) = errors(said)
+    assert code == 1 and "error: rank 1 (" in line and "died without a word" in line
+
+
+def test_a_signal_during_start_up_saves_and_exits_85(endless, tmp_path):
+    with job(1, "launch/pretrain.py", *endless, f"run_dir={tmp_path / 'r'}") as one:
+        while not (tmp_path / "r/config.yaml").exists():  # before the engine starts
+            assert one.ranks[0].is_alive(), one.said("err")
+            time.sleep(0.01)
+        os.kill(one.ranks[0].pid, signal.SIGUSR1)
+        assert one.wait(60).returncode == 85, one.said("err")
+    assert max(trace(tmp_path / "r")) <= 2 and list((tmp_path / "r/checkpoints").glob("step-*"))
+
+
 def test_data_that_never_comes_ends_the_run_with_what_it_waited_for(tiny, sample_shards, tmp_path):  # noqa: F811
     shutil.copytree(sample_shards / "speech_fr/train", tmp_path / "s")
     for tar in (tmp_path / "s").glob("*.tar"):
@@ -129,7 +160,7 @@ def test_data_that_never_comes_ends_the_run_with_what_it_waited_for(tiny, sample
 
 
 RANK = """
-import sys, time
+import os, resource, sys, time
 from pathlib import Path
 from clip4vla.watchdog import watch
 
@@ -137,6 +168,8 @@ def read_a_shard():
     time.sleep(60)
 
 rank, word = int(sys.argv[1]), Path(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_NOFILE, [resource.getrlimit(resource.RLIMIT_NOFILE)[1]] * 2)
+held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]  # as in a job of a thousand ranks
 watch.mine = True
 if rank == 0:
     word.with_suffix(".new").write_text(watch.call_judge(3))
@@ -160,6 +193,63 @@ def test_the_rank_that_the_others_wait_for_is_named_with_its_calls(tmp_path):
     line = said[0].splitlines()[0]
     assert "rank 1 (" in line and line.endswith("at step 1: data; the others (2) at step 1: forward and backward")
     assert "in read_a_shard" in said[0]
+
+
+FAILS = """
+import sys
+from clip4vla.watchdog import watch
+print("not written yet")
+if sys.argv[1] == "none":
+    sys.stdout = None
+watch.join(watch.call_judge(2), "127.0.0.1", 0, 2, minutes=60)
+watch.fail(3, "ValueError: boom")
+"""
+
+
+@pytest.mark.parametrize("stdout", ["full", "none"])
+def test_an_error_is_reported_though_stdout_cannot_be_written(stdout):
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-c", FAILS, stdout]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=25)
+    assert done.returncode == 3 and "failed at start-up:\nValueError: boom" in done.stderr
+
+
+def test_only_a_job_in_which_no_rank_moves_is_hung_and_the_silent_ranks_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", os.fdopen(os.pipe()[0]))
+    judge = Judge(3)
+    ranks = [Rank(socket.socketpair()[0]) for _ in range(3)]
+
+    def hear(number: int, **words: object) -> None:
+        judge._hear(ranks[number], json.dumps(words).encode())
+
+    def turns(count: int, *places: str) -> None:  # those that say nothing are left out
+        for _ in range(count):
+            judge.turn += 1
+            for number, place in enumerate(places):
+                hear(number, passed=4, place=place.format(judge.turn))
+            judge._look()
+
+    for number in range(3):
+        hear(number, token=judge.token, rank=number, host="h", limit=5)
+    turns(60, "copying file {}", "start-up", "start-up")  # rank 0 alone is at work
+    assert not judge.judged
+    turns(5, "start-up", "start-up")  # rank 2 is stopped
+    assert not judge.judged
+    turns(GRACE + 2, "start-up", "start-up")
+    (line,) = errors(capsys.readouterr().err)
+    assert judge.judged and ": rank 2 (h) at start-up; no sign of life" in line
+    assert line.endswith("; the others (2) at start-up")
+
+
+def test_a_judge_that_cannot_be_reached_is_one_line(monkeypatch):
+    for name, value in zip(distributed.NAMES, "001", strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed.watch, "mine", True)
+    port = free_port()  # as behind a firewall
+    monkeypatch.setattr(distributed.watch, "call_judge", lambda world: f"{port} token")
+    with pytest.raises(UserError, match=rf"^127\.0\.0\.1:{port}: rank 0 \(.*cannot reach the watchdog.*refused"):
+        distributed.setup(1)
+    dist.destroy_process_group()
 
 
 def test_what_the_launcher_left_out_is_one_line():
