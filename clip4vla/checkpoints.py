@@ -25,7 +25,7 @@ from clip4vla.universal import fsync
 from clip4vla.watchdog import watch
 
 # torch and safetensors have their own for a full disk, DeepSpeed has many for what it cannot read, fsspec one for s3fs missing
-_FAILURES = (OSError, RuntimeError, ValueError, LookupError, AssertionError, ImportError, pickle.UnpicklingError, SafetensorError)
+_FAILURES = (OSError, RuntimeError, ValueError, LookupError, AssertionError, ImportError, pickle.PickleError, SafetensorError)
 Passed = Callable[[str], None]  # says where a long piece of work is, see by_rank_0
 
 

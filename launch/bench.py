@@ -31,13 +31,12 @@ PACKAGES = (
 @cli
 def main() -> None:
     """Run the benchmark that the command line names."""
-    names = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    names = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     names.add_argument("bench", choices=BENCHES)
     name = names.parse_args(sys.argv[1:2]).bench
     bench = importlib.import_module(f"launch.bench_{name}")
-    parser = argparse.ArgumentParser(
-        prog=f"bench.py {name}", description=bench.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog=f"bench.py {name}", description=bench.__doc__, formatter_class=raw)
     bench.add_arguments(parser)
     figures = bench.main(parser.parse_args(sys.argv[2:]))
     if isinstance(figures, dict):

@@ -165,7 +165,7 @@ def test_in_the_background_by_the_clock_and_pruned(undisturbed, words, tmp_path)
         "train.keep=1",
         "train.keep_every=4",
     ]
-    (tmp_path / "r/checkpoints/step-00000099-good").mkdir(parents=True)  # a name of the user's: neither resumed nor removed
+    (tmp_path / "r/checkpoints/step-00000099-good").mkdir(parents=True)  # the user's: neither resumed nor removed
     _go(2, *words, *more, f"run_dir={tmp_path / 'r'}")
     assert trace(tmp_path / "r") == trace(undisturbed)
     assert steps(tmp_path / "r") == [4, 8, 10] and (tmp_path / "r/checkpoints/step-00000099-good").exists()
@@ -208,8 +208,9 @@ def test_ranks_that_do_not_share_run_dir_end_with_one_line(words, limited, tmp_p
 
 def test_long_work_of_rank_0_is_not_taken_for_a_hang(undisturbed, tmp_path):
     """Conversion and download tell where they are; by what rank 0 tells, all ranks outlast a time-out of 2 s."""
-    checkpoint, script = shutil.copytree(undisturbed / "checkpoints/step-00000002", tmp_path / "c"), tmp_path / "long.py"
+    checkpoint = shutil.copytree(undisturbed / "checkpoints/step-00000002", tmp_path / "c")
     upload(undisturbed / "checkpoints/step-00000004", str(tmp_path / "mirror"))
+    script = tmp_path / "long.py"
     script.write_text(LONG)
     done = _go(2, script, checkpoint, tmp_path / "mirror/step-00000004", tmp_path / "back")
     first, second = done.stdout.splitlines()

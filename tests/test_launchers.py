@@ -198,9 +198,8 @@ def test_the_rank_that_the_others_wait_for_is_named_with_its_calls(tmp_path):
 FAILS = """
 import sys
 from clip4vla.watchdog import watch
+sys.stdout = open("/dev/full", "w") if sys.argv[1] == "full" else None
 print("not written yet")
-if sys.argv[1] == "none":
-    sys.stdout = None
 watch.join(watch.call_judge(2), "127.0.0.1", 0, 2, minutes=60)
 watch.fail(3, "ValueError: boom")
 """
@@ -208,9 +207,8 @@ watch.fail(3, "ValueError: boom")
 
 @pytest.mark.parametrize("stdout", ["full", "none"])
 def test_an_error_is_reported_though_stdout_cannot_be_written(stdout):
-    with open("/dev/full", "w") as full:
-        words = [sys.executable, "-c", FAILS, stdout]
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=25)
+    words = [sys.executable, "-c", FAILS, stdout]
+    done = subprocess.run(words, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=25)
     assert done.returncode == 3 and "failed at start-up:\nValueError: boom" in done.stderr
 
 
