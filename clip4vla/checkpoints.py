@@ -4,13 +4,13 @@ import hashlib
 import io
 import json
 import logging
-import pickle
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from clip4vla.universal import fsync
 from clip4vla.watchdog import watch
 
 # torch and safetensors have their own for a full disk, DeepSpeed has many for what it cannot read, fsspec one for s3fs missing
-_FAILURES = (OSError, RuntimeError, ValueError, LookupError, AssertionError, ImportError, pickle.PickleError, SafetensorError)
+_FAILURES = (OSError, RuntimeError, ValueError, LookupError, AssertionError, ImportError, PickleError, SafetensorError)
 Passed = Callable[[str], None]  # says where a long piece of work is, see by_rank_0
 
 

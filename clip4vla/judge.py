@@ -94,7 +94,7 @@ class Judge:
         if "token" in words:
             rank.number, rank.host, self.limit = words["rank"], words["host"], words["limit"]
             rank.moved, self.ranks[rank.number] = self.turn, rank
-        if "passed" in words and (words["passed"], words["place"]) != (rank.passed, rank.place):
+        if words.get("passed", 0) > rank.passed:
             rank.passed, rank.place, rank.moved = words["passed"], words["place"], self.turn
         rank.heard, rank.stack = self.turn, words.get("stack", "")
         if "error" in words and self.error is None:

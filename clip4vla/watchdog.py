@@ -30,13 +30,10 @@ class Watch:
         self.world, self.limit, self.passed = 1, 0.0, 0
         self.at("start-up")
 
-    def at(self, place: str, alone: bool = False) -> None:
-        """Note where the program is, say "step 12: data". All ranks pass the same places in the same order.
-
-        alone: not so this place, which a rank passes while the others wait, each time with another text.
-        """
+    def at(self, place: str) -> None:
+        """Note where the program is, say "step 12: data". All ranks pass the same places in the same order."""
         self.place, self.since = place, time.monotonic()
-        self.passed += not alone
+        self.passed += 1
 
     def call_judge(self, world: int) -> str:
         """Start the judge of a job of so many ranks; the word to `join` it with."""

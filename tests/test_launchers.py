@@ -220,20 +220,22 @@ def test_only_a_job_in_which_no_rank_moves_is_hung_and_the_silent_ranks_are_name
     def hear(number: int, **words: object) -> None:
         judge._hear(ranks[number], json.dumps(words).encode())
 
-    def turns(count: int, *places: str) -> None:  # those that say nothing are left out
+    def turns(count: int, *passed: int) -> None:  # of the ranks that say something
         for _ in range(count):
             judge.turn += 1
-            for number, place in enumerate(places):
-                hear(number, passed=4, place=place.format(judge.turn))
+            for number, places in enumerate(passed):
+                hear(number, passed=places, place="start-up")
             judge._look()
 
     for number in range(3):
         hear(number, token=judge.token, rank=number, host="h", limit=5)
-    turns(60, "copying file {}", "start-up", "start-up")  # rank 0 alone is at work
+    for places in range(12):
+        turns(5, places, 3, 3)  # rank 0 alone is at work
     assert not judge.judged
-    turns(5, "start-up", "start-up")  # rank 2 is stopped
+    turns(1, 12, 12, 12)
+    turns(5 + GRACE, 12, 12)  # rank 2 is stopped
     assert not judge.judged
-    turns(GRACE + 2, "start-up", "start-up")
+    turns(1, 12, 12)
     (line,) = errors(capsys.readouterr().err)
     assert judge.judged and ": rank 2 (h) at start-up; no sign of life" in line
     assert line.endswith("; the others (2) at start-up")
