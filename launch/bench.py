@@ -7,12 +7,12 @@ compares with is installed by: pip install -c constraints.txt -e '.[bench]'
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import json
 import os
 import platform
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,13 +35,19 @@ def main() -> None:
     names = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     names.add_argument("bench", choices=BENCHES)
     name = names.parse_args(sys.argv[1:2]).bench
-    bench = importlib.import_module(f"launch.bench_{name}")
+    apart = contextlib.redirect_stdout(sys.stderr)  # DeepSpeed's words, and embed.py's
+    with apart:
+        bench = importlib.import_module(f"launch.bench_{name}")
     parser = argparse.ArgumentParser(prog=f"bench.py {name}", description=bench.__doc__, formatter_class=raw)
     bench.add_arguments(parser)
-    figures = bench.main(parser.parse_args(sys.argv[2:]))
+    args = parser.parse_args(sys.argv[2:])
+    with apart:
+        figures = bench.main(args)
     if isinstance(figures, dict):
         tree = {"bench": name, **figures, "versions": versions(), "machine": machine()}
-        figures = json.dumps(json.loads(json.dumps(tree), parse_float=_rounded), indent=1)
+        figures = json.dumps(
+            json.loads(json.dumps(tree), parse_float=lambda text: float(f"{float(text):.5g}")), indent=1
+        )
     print(figures)
 
 
@@ -50,13 +56,6 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
     return int(text)
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def versions() -> dict[str, str]:
@@ -70,10 +69,6 @@ def machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
     return {"cpu": [*models, platform.machine()][0], "cores": os.cpu_count(), "load": os.getloadavg()[0]}
-
-
-def _rounded(text: str) -> float:
-    return float(f"{float(text):.5g}")
 
 
 if __name__ == "__main__":

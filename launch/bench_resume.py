@@ -20,8 +20,8 @@ from clip4vla import accumulation, distributed, engine
 from clip4vla.build import prepare, train_loader
 from clip4vla.checkpoints import Checkpoints, frozen_weights
 from clip4vla.config import RunConfig, load
-from launch.bench import count, free_port
-from launch.bench_step import configure
+from launch.bench import count
+from launch.bench_step import configure, free_port
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch.bench import count, free_port
-from launch.bench_step import configure
+from launch.bench import count
+from launch.bench_step import configure, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "nvcc", "ninja")

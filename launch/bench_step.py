@@ -8,11 +8,10 @@ On a GPU also mfu, FLOPs of unpadded work over the measured rate of bf16 product
 """
 
 import argparse
-import contextlib
 import copy
 import os
+import socket
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -78,9 +77,15 @@ def configure(folder: Path, clip: str, clips: int, batch: int, compiled: str = "
     (shards,) = open_folders(cfg.data.train, "data.train")
     model = embed.frozen_towers(cfg, shards).to(device)
     embed.embed(cfg, model, [shards], describe(model))
-    with contextlib.redirect_stdout(sys.stderr):
-        embed.finish(shards, describe(model))
+    embed.finish(shards, describe(model))
     return cfg
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 class Ours:
