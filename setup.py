@@ -35,7 +35,7 @@ setup(
     extras_require={
         "dev": [
             "pytest>=8",
-            "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "scikit-learn",
