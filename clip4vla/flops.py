@@ -123,7 +123,7 @@ def _loss_bytes(model: CLIP4VLA, cfg: RunConfig) -> int:
     loss, rows = cfg.loss, cfg.train.batch_size // distributed.world()
     terms = sum(bool(weight) for weight in (loss.at, loss.av, loss.aa, loss.tv))
     features = len(towers_run(loss, vectors=False)) + bool(loss.aa)
-    each = 4 * model.clip_config["embed_dim"] * features + 9 * terms + 8 * loss.exclude_same_group
+    each = 4 * model.clip_config["embed_dim"] * features + 13 * terms + 8 * loss.exclude_same_group
     return rows * each + 8 * cfg.train.batch_size * terms
 
 

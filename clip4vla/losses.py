@@ -8,7 +8,7 @@ forward, three backward), where the matrix kept in memory takes 6; on several ra
 The engine averages gradients over ranks, so values are scaled by the world size: their mean over ranks is the loss.
 
 Bytes that a rank sends into collectives for F features of width D, T terms, fp32:
-4 b D F (features) + b T (valid) + 8 b T (log-sum-exps) + 8 N T (columns' maxima and sums) + 8 b (groups, if any).
+4 b D F (features) + b T (valid) + 12 b T (positives, log-sum-exps) + 8 N T (columns' maxima and sums) + 8 b (groups, if any).
 """
 
 import math
@@ -124,7 +124,8 @@ class _Pair:
         self.first = distributed.rank() * self.rows
         self.masked = valid.device.type != "cpu" or not bool(valid.all())  # on a GPU asking would cost a wait
         self.weight = valid.to(scale.dtype) / (2 * valid.sum().clamp(min=1))
-        self.shift: list[Tensor] = []  # of each side, for all N rows: log-sum-exp less the log of the weight
+        # set by value(), for all N rows: the positive logit, and, of each side, log-sum-exp above it less the log of the weight
+        self.base, self.shift = valid, [valid, valid]
 
     def mine(self, x: Tensor) -> Tensor:
         """This rank's part of N numbers."""
@@ -140,9 +141,8 @@ class _Pair:
         above = [self._above(*row), self._above(*map(self.mine, column))]
         if self.term.intra:
             above = [torch.logaddexp(above[side], self._above(*self._sums(side, side)[0])) for side in (0, 1)]
-        lse = torch.stack([side + self.positive for side in above], 1)
-        for side in distributed.gather(lse).T:
-            self.shift.append((side - self.weight.log()).masked_fill(~self.valid, torch.inf))
+        *sides, self.base = distributed.gather(torch.stack([*above, self.positive], 1)).T
+        self.shift = [(side - self.weight.log()).masked_fill(~self.valid, torch.inf) for side in sides]
         rows = (above[0] + above[1]).masked_fill(~self.term.valid, 0)
         return distributed.world() * (self.mine(self.weight) * rows).sum()
 
@@ -221,8 +221,8 @@ class _Pair:
         both: the columns are own rows too, and gain the same from the transposed tiles.
         """
         for rows, columns, logits in self._tiles(side, keys):
-            pull = (logits - self.mine(self.shift[side])[rows, None]).exp_()
-            pull += logits.sub_(self.shift[keys][columns]).exp_()
+            pull = (logits - self.positive[rows, None]).sub_(self.mine(self.shift[side])[rows, None]).exp_()
+            pull += logits.sub_(self.base[columns]).sub_(self.shift[keys][columns]).exp_()
             if side != keys:
                 positives = self._partners(pull, rows, columns)
                 start = max(columns.start, self.first + rows.start)

@@ -14,6 +14,7 @@ them W - 1 times). gather_with_grad sums gradients by scatters on gloo; with NCC
 import argparse
 import multiprocessing
 import os
+import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -29,7 +30,7 @@ from clip4vla import distributed
 from clip4vla.batch import Labels
 from clip4vla.config import LossConfig
 from clip4vla.losses import info_nce, objective
-from launch.bench import count, free_port
+from launch.bench import count
 
 SCALE = 50.0
 FEATURES = ("text", "vision", "audio", "masked")
@@ -157,6 +158,13 @@ def _apart(processes: int, work: Callable[..., Any], *args: Any) -> list[Any]:
 # Several ranks
 
 
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
 def traffic(b: int, dim: int, world: int) -> dict[str, Any]:
     """Bytes of one step of both sides; the ranks' are equal, or it is an error."""
     ranks = _apart(world, count_bytes, world, free_port(), b, dim)
@@ -173,7 +181,7 @@ def traffic(b: int, dim: int, world: int) -> dict[str, Any]:
 
 def formula(b: int, n: int, dim: int, terms: int = 3) -> int:
     """Of losses.py, for all features and three terms in fp32, without groups."""
-    return 4 * b * dim * len(FEATURES) + b * terms + 8 * b * terms + 8 * n * terms
+    return 4 * b * dim * len(FEATURES) + b * terms + 12 * b * terms + 8 * n * terms
 
 
 def count_bytes(rank: int, world: int, port: int, b: int, dim: int) -> dict[str, dict[str, float]]:

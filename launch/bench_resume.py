@@ -21,7 +21,8 @@ from clip4vla.build import prepare, train_loader
 from clip4vla.checkpoints import Checkpoints, frozen_weights
 from clip4vla.config import RunConfig, load
 from launch.bench import count
-from launch.bench_step import configure, free_port
+from launch.bench_loss import free_port
+from launch.bench_step import configure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

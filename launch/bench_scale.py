@@ -38,7 +38,8 @@ from clip4vla.build import prepare, train_loader
 from clip4vla.config import RunConfig, load
 from clip4vla.losses import info_nce
 from launch.bench import count
-from launch.bench_step import configure, free_port
+from launch.bench_loss import free_port
+from launch.bench_step import configure
 
 DIM = 512  # of the space
 MESSAGES = (

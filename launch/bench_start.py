@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench import count
-from launch.bench_step import configure, free_port
+from launch.bench_loss import free_port
+from launch.bench_step import configure
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "nvcc", "ninja")

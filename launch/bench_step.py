@@ -10,7 +10,6 @@ On a GPU also mfu, FLOPs of unpadded work over the measured rate of bf16 product
 import argparse
 import copy
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -79,13 +78,6 @@ def configure(folder: Path, clip: str, clips: int, batch: int, compiled: str = "
     embed.embed(cfg, model, [shards], describe(model))
     embed.finish(shards, describe(model))
     return cfg
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Ours:

@@ -98,6 +98,7 @@ def test_memory_for_weights_gradients_and_optimizer_by_stage(monkeypatch):
 def test_activations_are_estimated_as_autograd_keeps_them(recompute):
     from test_meter import batch
 
+    torch.backends.cuda.enable_flash_sdp(True)  # distributed.setup, which other tests call, turns it off on a CPU
     cfg, one = setup(PLAIN, width=256, layers=6)
     cfg.train.recompute = one.model.audio.trunk.transformer.grad_checkpointing = recompute
     micro, weights = batch(segments=12), {p.data_ptr() for p in one.model.parameters()}
