@@ -154,7 +154,7 @@ def test_bytes_of_loss_are_those_of_both_sides_formulas():
     figures = json.loads(done.stdout)
     b, n, dim = 64, 128, 32
     assert figures["bytes_formula_error"] == 0
-    assert figures["bytes"]["ours"]["put_in"] == 4 * b * dim * 4 + 3 * (b + 8 * b + 8 * n)
+    assert figures["bytes"]["ours"]["put_in"] == 4 * b * dim * 4 + 3 * (b + 12 * b + 8 * n)
     for name, trained in (
         ("frozen_clip", 4),
         ("all_towers", 6),
