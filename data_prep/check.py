@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip4vla.config import SpectrogramConfig, UserError, cli  # noqa: E402
+from clip4vla.cli import cli  # noqa: E402
+from clip4vla.config import SpectrogramConfig, UserError  # noqa: E402
 from clip4vla.shards import INDEX, Shard, ShardFolder, write_json, write_shard, write_text  # noqa: E402
 from data_prep.check_page import REPEATS, FolderReport, drawn, summary, write_page  # noqa: E402
 from data_prep.check_shard import HASHES, Finding, Rules, Tally, Task, check_shard, contents, indexed, judge  # noqa: E402

@@ -30,7 +30,8 @@ from clip4vla import distributed  # noqa: E402
 from clip4vla.batch import Batch  # noqa: E402
 from clip4vla.build import build_model  # noqa: E402
 from clip4vla.checkpoints import newest_checkpoint  # noqa: E402
-from clip4vla.config import RunConfig, UserError, cli, command_line  # noqa: E402
+from clip4vla.cli import cli, command_line  # noqa: E402
+from clip4vla.config import RunConfig, UserError  # noqa: E402
 from clip4vla.loader import EvalOrder, Loader, open_folders  # noqa: E402
 from clip4vla.model import CLIP4VLA  # noqa: E402
 from clip4vla.shards import INDEX, Shard, ShardFolder, write_index, write_json, write_shard  # noqa: E402

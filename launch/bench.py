@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip4vla.config import cli  # noqa: E402
+from clip4vla.cli import cli  # noqa: E402
 
 BENCHES = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 PACKAGES = (

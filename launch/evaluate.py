@@ -4,7 +4,8 @@ laptop    python launch/evaluate.py configs/pretrain/stamps.yaml
 two ranks deepspeed --num_accelerators 2 launch/evaluate.py configs/pretrain/stamps.yaml eval.types=[both,0.3]
 """
 
-from clip4vla.config import RunConfig, UserError, cli, command_line
+from clip4vla.cli import cli, command_line
+from clip4vla.config import RunConfig, UserError
 
 
 @cli

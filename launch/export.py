@@ -1,7 +1,6 @@
 """The weights of a checkpoint as OUT/model.safetensors and OUT/config.json, for CLIP4VLA.from_checkpoint(OUT).
 
-newest    python launch/export.py runs/stamps exported/stamps
-others    python launch/export.py runs/stamps exported/stamps-300 --step 300 --dtype fp16
+local     python launch/export.py runs/stamps exported/stamps-300 --step 300 --dtype fp16
 remote    python launch/export.py s3://bucket/run exported/run          (a train.mirror)
 """
 
@@ -10,7 +9,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from clip4vla.config import UserError, cli
+from clip4vla.cli import cli
+from clip4vla.config import UserError
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 

@@ -5,7 +5,8 @@ GPUs      deepspeed launch/pretrain.py configs/pretrain/howto_audioset.yaml
 first     the same with --dry-run: checks all of it with one step at full size, and says what to expect
 """
 
-from clip4vla.config import RunConfig, cli, command_line
+from clip4vla.cli import cli, command_line
+from clip4vla.config import RunConfig
 
 
 @cli

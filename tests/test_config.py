@@ -6,7 +6,8 @@ import pytest
 import yaml
 from conftest import ROOT, run
 
-from clip4vla.config import OFFICIAL, DataConfig, RunConfig, UserError, describe, help_text, load, to_dict
+from clip4vla.cli import help_text
+from clip4vla.config import OFFICIAL, DataConfig, RunConfig, UserError, describe, load, to_dict
 
 YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
 

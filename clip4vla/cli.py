@@ -1,0 +1,85 @@
+"""What every entry script shares: its command line, and one line for a mistake instead of a traceback."""
+
+import argparse
+import errno
+import functools
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from clip4vla.config import Config, UserError, describe, load
+from clip4vla.watchdog import watch
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
+
+
+def help_text(cls: type) -> str:
+    """Every setting, one line each, for `--help`."""
+    return "settings (YAML keys, or KEY=VALUE on the command line):\n" + "\n".join(
+        f"  {key:<26} {kind}\n{'':<29}{meaning}" for key, kind, meaning in describe(cls)
+    )
+
+
+def command_line(
+    cls: type[Config], default: str | None, about: str, dry_run: bool = False
+) -> tuple[Config, argparse.Namespace]:
+    """Parse `[CONFIG.yaml] [KEY=VALUE ...]` and what the launchers add; --help lists every setting."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, epilog=help_text(cls), formatter_class=raw)
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml|KEY=VALUE", help=f"default config: {default}")
+    parser.add_argument(
+        "--deepspeed_config", help="DeepSpeed's JSON; default: ./ds.json, else configs/deepspeed/ds.json"
+    )
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
+    if dry_run:
+        parser.add_argument("--dry-run", action="store_true", help="check everything with one real step; write nothing")
+    args = parser.parse_intermixed_args()
+    files = [word for word in args.words if "=" not in word]
+    if len(files) > 1:
+        raise UserError(f"command line: one config file at most, not {' and '.join(files)}")
+    path = files[0] if files else default
+    if path == default and path and not Path(path).is_file():
+        path = str(Path(__file__).parent.parent / path)
+    return load(cls, path, [word for word in args.words if "=" in word]), args
+
+
+def cli(main: Callable[[], None]) -> Callable[[], None]:
+    """Entry scripts' decorator: a UserError, or a disk that cannot be written, is one line on stderr and exit code 2.
+
+    Of several ranks that fail, the first is heard (watchdog.py); before they have met, rank 0.
+    """
+
+    @functools.wraps(main)
+    def run() -> None:
+        watch.mine, in_order = True, False
+        try:
+            main()
+            in_order = True
+        except SystemExit:
+            in_order = True
+            raise
+        except Exception as error:
+            said = _explained(error)
+            watch.fail(2 if said else 1, said or traceback.format_exc())
+            if not said:
+                raise
+            if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+                time.sleep(5)  # most mistakes are every rank's: rank 0 says it, and the launcher ends the others
+            print(said, file=sys.stderr, flush=True)
+            sys.exit(2)
+        finally:
+            watch.stop(in_order)
+
+    return run
+
+
+def _explained(error: Exception) -> str:
+    """One line on a mistake that the person at the keyboard can mend, else nothing."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return f"error: {error.filename or 'writing'}: {error.strerror}: make room, or choose another folder"
+    return ""
