@@ -48,18 +48,23 @@ SOUNDS = Path(__file__).resolve().parents[1] / "tests/sample"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line takes."""
     parser.add_argument("--rounds", type=count, default=3, metavar="N", help="medians are over N rounds")
-    parser.add_argument("--clips", type=count, default=512, metavar="N", help="in the shards, and timed in a round")
+    parser.add_argument("--clips", type=count, default=512, metavar="N", help="in the shards, and read in a round")
     parser.add_argument("--batch", type=count, default=64, metavar="B", help="clips in a batch")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """The figures."""
-    if args.clips < max(args.batch, SHARDS):
-        raise UserError(f"--clips {args.clips}: fewer than a batch (--batch {args.batch}), or than {SHARDS} shards")
-    torch.set_num_threads(1)
+    check(args)
     with tempfile.TemporaryDirectory() as folder:
         made = make_shards(Path(folder), args.clips)
         return made | compare(folder, args.clips, args.batch, args.rounds)
+
+
+def check(args: argparse.Namespace) -> None:
+    """UserError if the clips do not fill a batch and the shards; from here on torch itself has one thread."""
+    if args.clips < max(args.batch, SHARDS):
+        raise UserError(f"--clips {args.clips}: fewer than a batch (--batch {args.batch}), or than {SHARDS} shards")
+    torch.set_num_threads(1)
 
 
 def compare(folder: str, clips: int, batch: int, rounds: int) -> dict[str, Any]:

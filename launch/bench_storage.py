@@ -26,8 +26,9 @@ from clip4vla.config import DataSources, MaskConfig, UserError
 from clip4vla.loader import Loader, TrainOrder
 from clip4vla.shards import ShardFolder
 from clip4vla.towers import tokenizer
-from launch.bench import count
-from launch.bench_loader import MAX_TOKENS, SHARDS, TOWERS, make_shards
+from launch.bench_loader import MAX_TOKENS, SHARDS, TOWERS, add_arguments, check, make_shards
+
+__all__ = ["add_arguments", "main"]
 
 KINDS = ("json", "fbank", "frames")
 NONE = {"fail": 0.0, "cut": 0.0, "slow": 0.0, "delay": 0.0}
@@ -35,18 +36,9 @@ FAULTS = {"faults": {"fail": 0.025, "cut": 0.025}, "far": {"slow": 1.0, "delay":
 FAULTS["one_by_one"] = FAULTS["far"]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the command line takes."""
-    parser.add_argument("--rounds", type=count, default=3, metavar="N", help="medians are over N rounds")
-    parser.add_argument("--clips", type=count, default=512, metavar="N", help="in the shards, and read in a round")
-    parser.add_argument("--batch", type=count, default=64, metavar="B", help="clips in a batch")
-
-
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """The figures."""
-    if args.clips < max(args.batch, SHARDS):
-        raise UserError(f"--clips {args.clips}: fewer than a batch (--batch {args.batch}), or than {SHARDS} shards")
-    torch.set_num_threads(1)
+    check(args)
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder, "shards")
         shards.mkdir()

@@ -1,14 +1,24 @@
 """Shared fixtures: the shipped real sample as shards, ranks as processes, commands run as a user runs them."""
 
+import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 from forks import ROOT, Job  # noqa: E402
+
+STEPS = 8  # of a tiny run
+TINY = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "patch_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+}
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +28,49 @@ def sample_shards(tmp_path_factory) -> Path:
     done = run("data_prep/shard.py", "configs/data/sample.yaml", f"out={out}")
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="module")
+def tiny(sample_shards, tmp_path_factory):
+    """Words that make any config tiny: a small CLIP, few steps, the shipped sample."""
+    clip = tmp_path_factory.mktemp("clip") / "tiny.json"
+    clip.write_text(json.dumps(TINY))
+    speech, sounds = (sample_shards / s / "train" for s in ("speech_fr", "sounds"))
+    return [
+        "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={clip}", "train.precision=fp32", "track.wandb=off",
+        f"data.train={{{speech}: 0.5, {sounds}: 0.5}}", "train.batch_size=12", f"train.max_steps={STEPS}",
+        "train.log_every=1", "train.save_every=2", "data.decode_threads=1",
+        f"data.val=[{sample_shards}/speech_fr/val, {sample_shards}/sounds/val]", "eval.permutations=0",
+    ]  # fmt: skip
+
+
+def trace(run_dir: Path) -> dict[int, tuple[float, ...]]:
+    """Losses by step; json prints floats so that they come back to the last bit."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: tuple(v for k, v in sorted(row.items()) if k.startswith("loss")) for row in rows}
+
+
+def wait_for(file: Path, step: int) -> None:
+    """Until that step stands in metrics.jsonl."""
+    for _ in range(1200):
+        if file.exists() and re.search(rf'"step": {step},', file.read_text()):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} never came")
+
+
+@pytest.fixture(scope="module")
+def server():
+    """The proxy before a real server; this process's s3fs and its children's talk to it."""
+    import s3  # moto and s3fs take a second
+
+    from clip4vla import storage
+
+    with s3.serve() as (proxy, env), pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        patch.setattr(storage, "PAUSE", 0.05)
+        yield proxy
 
 
 def run(*words: object, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess:

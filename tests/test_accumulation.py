@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from conftest import ranks
-from test_train import tiny  # noqa: F401  (a fixture)
 
 ZERO2 = json.dumps({"zero_optimization": {"stage": 2}})
 ZERO3 = json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
@@ -21,7 +20,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=[1, 2])
-def found(request, tiny, tmp_path_factory):  # noqa: F811
+def found(request, tiny, tmp_path_factory):
     """Losses and gradients of every case, on one rank and on two."""
     folder = tmp_path_factory.mktemp("gradients")
     words = [*map(str, tiny), "model.train_towers=text+vision+audio", "model.learn_temperature=true", "loss.tv=0.5"]
@@ -64,7 +63,7 @@ def test_negatives_of_a_micro_batch_alone_are_another_loss(found):
     assert found["micro"]["losses"]["at"] < found["whole"]["losses"]["at"]  # fewer negatives
 
 
-def test_compiled_on_padded_batches_it_is_the_same(tiny, tmp_path):  # noqa: F811
+def test_compiled_on_padded_batches_it_is_the_same(tiny, tmp_path):
     words = [*map(str, tiny), f"run_dir={tmp_path / 'r'}", ZERO2]
     lists = json.dumps([[*words, *extra] for extra in (["train.compile=aot_eager", "train.accumulate=2"], [])])
     done = ranks(1, "tests/gradients.py", tmp_path / "out.pt", lists)

@@ -7,8 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
-from test_model import TINY
+from conftest import ROOT, TINY, run
 
 sys.path.insert(0, str(ROOT))
 

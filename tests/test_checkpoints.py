@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 import s3
 import torch
-from conftest import job, ranks, run
+from conftest import job, ranks, run, trace, wait_for
 from safetensors.torch import load_file
-from test_model import TINY
-from test_train import trace, wait_for
 
 from clip4vla import CLIP4VLA, storage
 from clip4vla.checkpoints import Mirror
@@ -59,17 +57,9 @@ watch.stop()
 
 
 @pytest.fixture(scope="module")
-def words(sample_shards, tmp_path_factory):
-    """Words that make the sample's config tiny: a small CLIP, few steps, a checkpoint at every second."""
-    clip = tmp_path_factory.mktemp("clip") / "tiny.json"
-    clip.write_text(json.dumps(TINY))
-    speech, sounds = (sample_shards / s / "train" for s in ("speech_fr", "sounds"))
-    return [
-        "launch/pretrain.py", "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={clip}", "train.precision=fp32",
-        f"data.train={{{speech}: 0.5, {sounds}: 0.5}}", "train.batch_size=12", f"train.max_steps={STEPS}", "train.log_every=1",
-        "train.save_every=2", "train.keep=9", "data.decode_threads=1", "track.wandb=off", "eval.permutations=0",
-        f"data.val=[{sample_shards}/speech_fr/val, {sample_shards}/sounds/val]",
-    ]  # fmt: skip
+def words(tiny):
+    """The tiny run, a little longer; all of its checkpoints stay."""
+    return ["launch/pretrain.py", *tiny, f"train.max_steps={STEPS}", "train.keep=9"]
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,9 @@ import open_clip
 import pytest
 import torch
 import webdataset
-from conftest import ROOT, run
+from conftest import ROOT, TINY, run
 from PIL import Image
 from safetensors.torch import save_file
-from test_model import TINY
 
 from clip4vla import towers
 from clip4vla.config import DataSources, LossConfig, MaskConfig, ModelConfig

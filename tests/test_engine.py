@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
-from test_model import TINY
+from conftest import ROOT, TINY, run
 
 from clip4vla import CLIP4VLA, engine
 from clip4vla.checkpoints import newest_checkpoint

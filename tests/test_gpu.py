@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ranks, run
-from test_model import TINY
-from test_train import SHIPPED, tiny, trace  # noqa: F401  (a fixture)
+from conftest import TINY, ranks, run, trace
+from test_train import SHIPPED
 
 from clip4vla.config import DataSources, MaskConfig
 from clip4vla.loader import EvalOrder, Loader, open_folders
@@ -30,7 +29,7 @@ def totals(losses: dict[int, tuple[float, ...]]) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def on_cpu(tiny, tmp_path_factory):  # noqa: F811
+def on_cpu(tiny, tmp_path_factory):
     """Losses of a run on the CPU in fp32."""
     folder = tmp_path_factory.mktemp("cpu") / "r"
     done = run("launch/pretrain.py", *tiny, f"run_dir={folder}", env={"CUDA_VISIBLE_DEVICES": ""})
@@ -40,7 +39,7 @@ def on_cpu(tiny, tmp_path_factory):  # noqa: F811
 
 @pytest.mark.parametrize("precision", EXACT)
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_every_shipped_config_trains_in_every_precision_as_the_cpu_does(tiny, on_cpu, tmp_path, path, precision):  # noqa: F811
+def test_every_shipped_config_trains_in_every_precision_as_the_cpu_does(tiny, on_cpu, tmp_path, path, precision):
     words = [*tiny, f"run_dir={tmp_path / 'r'}", f"train.precision={precision}", "--deepspeed_config", path]
     done = run("launch/pretrain.py", *words)
     assert done.returncode == 0, done.stderr
@@ -55,7 +54,7 @@ def test_every_shipped_config_trains_in_every_precision_as_the_cpu_does(tiny, on
 @pytest.mark.parametrize(
     "extra", [["train.compile=inductor"], ["train.recompute=true"], ["train.accumulate=3"]], ids=str
 )
-def test_compiled_recomputed_and_accumulated_it_is_the_same(tiny, on_cpu, tmp_path, extra):  # noqa: F811
+def test_compiled_recomputed_and_accumulated_it_is_the_same(tiny, on_cpu, tmp_path, extra):
     words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.precision=bf16", *extra]
     done = run("launch/pretrain.py", *words, timeout=600)
     assert done.returncode == 0, done.stderr
@@ -65,7 +64,7 @@ def test_compiled_recomputed_and_accumulated_it_is_the_same(tiny, on_cpu, tmp_pa
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_ranks_on_nccl_give_the_losses_of_one(tiny, on_cpu, tmp_path, path):  # noqa: F811
+def test_ranks_on_nccl_give_the_losses_of_one(tiny, on_cpu, tmp_path, path):
     words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.precision=fp32", "--deepspeed_config", path]
     done = ranks(2, "launch/pretrain.py", *words)
     assert done.returncode == 0, done.stderr
@@ -96,7 +95,7 @@ def test_mixed_decoding_gives_the_pictures_of_the_cpu(sample_shards, tmp_path):
             assert not apart.numel() or (apart.float().mean() < 1 and (apart > 8).float().mean() < 0.01)
 
 
-def test_vectors_of_the_gpu_are_those_of_the_cpu(tiny, sample_shards, tmp_path):  # noqa: F811
+def test_vectors_of_the_gpu_are_those_of_the_cpu(tiny, sample_shards, tmp_path):
     (tmp_path / "clip.json").write_text(json.dumps(TINY))
     done = run("launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'clip'}", "model.train_towers=text+vision",
                "loss={at: 0, av: 0, aa: 0, tv: 1}", f"data.train={sample_shards}/pictures/train", "train.max_steps=1",

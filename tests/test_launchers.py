@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch.distributed as dist
-from conftest import ROOT, free_port, job, run
-from test_train import STEPS, tiny, trace  # noqa: F401  (a fixture)
+from conftest import ROOT, STEPS, free_port, job, run, trace
 
 from clip4vla import distributed
 from clip4vla.config import UserError
@@ -26,7 +25,7 @@ BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
-def endless(tiny):  # noqa: F811
+def endless(tiny):
     """A run that only a signal ends."""
     return [*tiny, "train.max_steps=5000", "train.save_every=5000"]
 
@@ -109,7 +108,7 @@ def test_torchrun_gives_the_same_losses_and_saves_when_it_is_terminated(start, s
     assert list((tmp_path / "r/checkpoints").glob("step-*"))
 
 
-def test_an_error_of_one_rank_is_printed_once_and_ends_the_others(tiny, tmp_path):  # noqa: F811
+def test_an_error_of_one_rank_is_printed_once_and_ends_the_others(tiny, tmp_path):
     (tmp_path / "r/metrics.jsonl").mkdir(parents=True)  # only rank 0 writes there
     with job(2, "launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}") as started:
         for rank in started.ranks:
@@ -145,7 +144,7 @@ def test_a_signal_during_start_up_saves_and_exits_85(endless, tmp_path):
     assert max(trace(tmp_path / "r")) <= 2 and list((tmp_path / "r/checkpoints").glob("step-*"))
 
 
-def test_data_that_never_comes_ends_the_run_with_what_it_waited_for(tiny, sample_shards, tmp_path):  # noqa: F811
+def test_data_that_never_comes_ends_the_run_with_what_it_waited_for(tiny, sample_shards, tmp_path):
     shutil.copytree(sample_shards / "speech_fr/train", tmp_path / "s")
     for tar in (tmp_path / "s").glob("*.tar"):
         tar.unlink()

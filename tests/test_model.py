@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from open_clip.model import CustomTextCLIP
 from safetensors.torch import load_file, save_file
 
@@ -17,11 +18,6 @@ from clip4vla.losses import info_nce
 from clip4vla.model import from_official, pool
 
 REFERENCE = Path(__file__).parent / "reference/official_small.safetensors"
-TINY = {
-    "embed_dim": 64,
-    "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "patch_size": 32},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
-}
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import ranks
-from test_model import TINY
+from conftest import TINY, ranks
 
 from clip4vla import CLIP4VLA, preflight
 from clip4vla.build import Setup

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import slurm
-from conftest import ROOT, ranks
-from test_train import tiny, trace, wait_for  # noqa: F401  (a fixture)
+from conftest import ROOT, ranks, trace, wait_for
 
 sys.path.insert(0, str(ROOT))
 
@@ -94,7 +93,7 @@ def test_an_array_with_gaps_is_refused_and_its_merge_never_runs(cluster, tmp_pat
 
 def test_a_preempted_job_of_two_nodes_is_requeued_and_ends_with_the_losses_of_an_undisturbed_run(
     cluster,
-    tiny,  # noqa: F811
+    tiny,
     tmp_path,
 ):
     log, words = tmp_path / "log", [*tiny, "train.max_steps=20", "train.save_every=1000"]

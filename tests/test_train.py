@@ -3,41 +3,16 @@
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
-import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, deepspeed, job, ranks, run
+from conftest import ROOT, STEPS, TINY, deepspeed, job, ranks, run, trace, wait_for
 from safetensors.torch import load_file
-from test_model import TINY
 
-STEPS = 8
 SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
-
-
-@pytest.fixture(scope="module")
-def tiny(sample_shards, tmp_path_factory):
-    """Words that make any config tiny: a small CLIP, few steps, the shipped sample."""
-    clip = tmp_path_factory.mktemp("clip") / "tiny.json"
-    clip.write_text(json.dumps(TINY))
-    speech, sounds = (sample_shards / s / "train" for s in ("speech_fr", "sounds"))
-    return [
-        "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={clip}", "train.precision=fp32", "track.wandb=off",
-        f"data.train={{{speech}: 0.5, {sounds}: 0.5}}", "train.batch_size=12", f"train.max_steps={STEPS}",
-        "train.log_every=1", "train.save_every=2", "data.decode_threads=1",
-        f"data.val=[{sample_shards}/speech_fr/val, {sample_shards}/sounds/val]", "eval.permutations=0",
-    ]  # fmt: skip
-
-
-def trace(run_dir: Path) -> dict[int, tuple[float, ...]]:
-    """Losses by step; json prints floats so that they come back to the last bit."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: tuple(v for k, v in sorted(row.items()) if k.startswith("loss")) for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -271,15 +246,6 @@ def _refused(done: subprocess.CompletedProcess, expected: str) -> None:
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(errors) == 1 and expected in errors[0], done.stderr
     assert "Traceback" not in done.stderr
-
-
-def wait_for(file: Path, step: int) -> None:
-    """Until that step stands in metrics.jsonl."""
-    for _ in range(1200):
-        if file.exists() and re.search(rf'"step": {step},', file.read_text()):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} never came")
 
 
 def test_the_official_preset_from_media_to_a_trained_step(tiny, tmp_path):
