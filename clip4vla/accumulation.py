@@ -6,6 +6,7 @@ with the activations of one micro-batch in memory (GradCache, Gao et al. 2021). 
 see the same. Costs a forward pass more; `train.negatives=micro` saves it and takes the negatives of a micro-batch alone.
 """
 
+import zlib
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def _each_alone(run: Any, micros: list[Batch], cfg: RunConfig) -> tuple[dict[str
     parts, losses = [], []
     for micro in micros:
         features = _embed(run, micro, cfg)
-        losses.append(objective(features, _labels([micro], run.device), cfg.loss))
+        losses.append(objective(features, _labels([micro], run.device), cfg.loss, cfg.model.modalities))
         run.backward(losses[-1]["loss"])
         run.step()
         parts.append({name: value.detach() for name, value in features.items()})
@@ -44,6 +45,9 @@ def _each_alone(run: Any, micros: list[Batch], cfg: RunConfig) -> tuple[dict[str
 
 
 def _embed(run: Any, micro: Batch, cfg: RunConfig) -> dict[str, Tensor]:
+    torch.manual_seed(
+        cfg.seed + zlib.crc32("\n".join([*micro.ids, *micro.captions]).encode())
+    )  # dropout: again the same
     return run(micro.to(run.device), cfg.loss, cfg.mask)
 
 
@@ -60,7 +64,7 @@ def _labels(micros: list[Batch], device: torch.device) -> Labels:
 def _pulls(features: dict[str, Tensor], micros: list[Batch], cfg: RunConfig) -> tuple[dict, list[dict[str, Tensor]]]:
     """(losses, for each micro-batch the gradient of the loss by its features, of which the shared `scale` gets a part)."""
     leaves = {name: value.detach().requires_grad_() for name, value in features.items()}
-    losses = objective(leaves, _labels(micros, features["scale"].device), cfg.loss)
+    losses = objective(leaves, _labels(micros, features["scale"].device), cfg.loss, cfg.model.modalities)
     grads = dict(zip(leaves, torch.autograd.grad(losses["loss"], list(leaves.values())), strict=True))
     shares = {name: g.chunk(len(micros)) for name, g in grads.items() if name != "scale"}
     shares["scale"] = [grads["scale"] / len(micros)] * len(micros)

@@ -5,15 +5,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clip4vla import distributed, engine
-from clip4vla.checkpoints import checkpoint_to_resume, newest_checkpoint
+from clip4vla import distributed, engine, provenance
+from clip4vla.checkpoints import checkpoint_to_resume, chosen_checkpoint, newest_checkpoint
 from clip4vla.config import RunConfig, SpectrogramConfig, UserError, to_dict
 from clip4vla.evaluation import check_evaluation
+from clip4vla.flops import towers_run
 from clip4vla.loader import Loader, TrainOrder, check_fingerprint, open_folders
-from clip4vla.model import CLIP4VLA
+from clip4vla.losses import PAIRS
+from clip4vla.model import CLIP4VLA, needed_towers
 from clip4vla.shards import ShardFolder
 from clip4vla.towers import describe_clip, tokenizer
 from clip4vla.vectors import open_vectors
+
+TOWERS = ("text", "vision", "audio")
+HEAD = ("fusion", "fusion_layers", "words", "max_tokens", "max_frames")  # settings that shape its weights
 
 
 class Setup(NamedTuple):
@@ -50,21 +55,41 @@ def prepare(cfg: RunConfig, ds_config: str | None) -> Setup:
     folders = open_folders(cfg.data.train, "data.train", cfg.data)
     ds = engine.merge(*engine.read_ds_config(ds_config), cfg)
     check_evaluation(cfg)
-    if not any(to_dict(cfg.loss)[name] for name in ("at", "av", "aa", "tv")):
-        raise UserError("loss: every weight is 0: give at, av, aa or tv one")
+    _check_losses(cfg)
     resume = checkpoint_to_resume(cfg)
     model, origin = build_model(cfg, folders[0].fingerprint, resume)
     vectors = open_vectors(folders, cfg, model)  # before the engine rounds the weights that they are checked against
     return Setup(device, folders, ds, resume, model, origin, vectors)
 
 
+def _check_losses(cfg: RunConfig) -> None:
+    """UserError for losses that no step could compute."""
+    if not cfg.train.max_steps:
+        raise UserError("train.max_steps=0: nothing to train; launch/evaluate.py evaluates such a config")
+    if not any(getattr(cfg.loss, name) for name in PAIRS):
+        raise UserError(f"loss: every weight is 0: give {', '.join(PAIRS)} one")
+    idle = set(cfg.model.train_towers.split("+")) & set(TOWERS) - set(needed_towers(cfg.loss, cfg.model.modalities))
+    if idle:
+        raise UserError(
+            f"model.train_towers: no loss runs the {idle.pop()} tower: leave it out, or give its loss a weight"
+        )
+    if cfg.model.fusion != "global_global" and not cfg.loss.tm:
+        raise UserError(f"model.fusion={cfg.model.fusion}: a head is trained by loss.tm, which is 0")
+    if (cfg.model.fusion, cfg.train.negatives) == ("local_local", "global") and cfg.train.accumulate > 1:
+        raise UserError(
+            f"train.accumulate={cfg.train.accumulate}: local_local compares the clips of a micro-batch alone: "
+            "set train.negatives=micro, or train.accumulate=1"
+        )
+    if cfg.train.compile != "off" and cfg.loss.tm:
+        raise UserError("train.compile: the head of loss.tm has other shapes in every batch: set train.compile=off")
+
+
 def train_loader(cfg: RunConfig, folders: list, vectors: list | None, device: torch.device) -> Loader:
     """The endless stream of training batches; spectrograms that no loss needs are not read, nor frames where vectors do."""
     sizes = [[shard.samples for shard in folder.shards] for folder in folders]
     order = TrainOrder(sizes, list(cfg.data.train.values()), cfg.train.batch_size, cfg.seed, cfg.data.window)
-    loss = cfg.loss
-    needs = ["fbank"] * bool(loss.at or loss.av or loss.aa)
-    needs += ["frames"] * bool((loss.av or loss.tv) and not vectors)
+    run = towers_run(cfg, bool(vectors))
+    needs = [kind for tower, kind in (("audio", "fbank"), ("vision", "frames")) if tower in run]
     return Loader(
         folders, order, cfg.data, tokenize=tokenizer(cfg.model.clip, cfg.model.max_tokens), mask=cfg.mask, seed=cfg.seed,
         needs=needs, vectors=vectors, device=device, pieces=cfg.train.accumulate,
@@ -79,16 +104,16 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
     1. the newest complete checkpoint of this run, here or at train.mirror; 2. init_from;
     3. the CLIP weights that model.clip names; 4. scratch.
     """
-    if (cfg.model.fusion, cfg.model.modalities) != ("global_global", "av"):
-        raise UserError(
-            f"model.fusion={cfg.model.fusion}, model.modalities={cfg.model.modalities}: heads and single modalities belong "
-            "to fine-tuning, which is not written yet; take global_global and av"
-        )
+    frames = fingerprint["frames"]["max_frames"]
+    if cfg.model.fusion != "global_global" and frames > cfg.model.max_frames:
+        raise UserError(f"model.max_frames={cfg.model.max_frames}: the shards have up to {frames} frames in a clip")
     spectrogram = SpectrogramConfig(**fingerprint["spectrogram"])
     if resume:
         model = CLIP4VLA.from_checkpoint(resume)
         _must_match(model, cfg, spectrogram, resume)
-        cfg.model.train_towers = model.cfg.train_towers  # the optimizer's state is of these
+        _same_head(model, cfg, resume)
+        for name in ("train_towers", "freeze_layers"):  # the optimizer's state is of these
+            setattr(cfg.model, name, getattr(model.cfg, name))
         model.cfg = cfg.model
         model.freeze()
         return model.train(), str(resume)
@@ -107,15 +132,34 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
         source = str(_load_initial(model, source, cfg, spectrogram))
     elif model.load_clip():
         model.start_audio()
+        model.start_head()
         source = cfg.model.clip
     else:  # nothing to freeze: towers without weights are trained
         model.start_audio()
-        wanted = {*cfg.model.train_towers.split("+"), *(["text"] if cfg.loss.at or cfg.loss.tv else [])}
-        wanted |= {"vision"} if cfg.loss.av or cfg.loss.tv else set()
+        wanted = {*cfg.model.train_towers.split("+"), *needed_towers(cfg.loss, cfg.model.modalities)}
         model.cfg.train_towers = "+".join(sorted(wanted))
         source = "scratch"
     model.freeze()
     return model.train(), source
+
+
+def weights_to_evaluate(cfg: RunConfig) -> tuple[CLIP4VLA, dict[str, Any]]:
+    """(model, for the manifest where its weights come from): the run's best checkpoint by eval.select, else its newest one;
+    with train.max_steps=0 what training would start from. Raises UserError if there is none."""
+    if not cfg.train.max_steps:
+        fingerprint = open_folders(cfg.data.test, "data.test", cfg.data)[0].fingerprint
+        model, origin = build_model(cfg, fingerprint, None)
+        return model.eval(), {"folder": origin, "step": 0}
+    checkpoint = chosen_checkpoint(cfg)
+    if checkpoint is None:
+        raise UserError(
+            f"run_dir {cfg.run_dir}: no checkpoint there; train first, name the run with run_dir=FOLDER, or set "
+            "train.max_steps=0 to evaluate the weights that init_from and model.clip give"
+        )
+    model = CLIP4VLA.from_checkpoint(checkpoint)
+    _same_head(model, cfg, checkpoint)
+    model.cfg = cfg.model
+    return model, provenance.of_checkpoint(checkpoint)
 
 
 def _checkpoint_in(place: str) -> Path | None:
@@ -135,7 +179,26 @@ def _load_initial(model: CLIP4VLA, source: str, cfg: RunConfig, spectrogram: Spe
         model.log_scale.data.copy_(other.log_scale.data)
     if not heard:
         model.start_audio()
+    if _head(other) == _head(model):
+        model.head.load_state_dict(other.head.state_dict())
+    else:
+        model.start_head()
     return folder
+
+
+def _head(model: CLIP4VLA) -> list:
+    """What its weights are the weights of."""
+    return [*(getattr(model.cfg, name) for name in HEAD), model.spectrogram.max_segments]
+
+
+def _same_head(model: CLIP4VLA, cfg: RunConfig, folder: Path) -> None:
+    """UserError if the checkpoint's head is not this run's."""
+    for name in HEAD if cfg.model.fusion != "global_global" else HEAD[:1]:
+        theirs, ours = getattr(model.cfg, name), getattr(cfg.model, name)
+        if theirs != ours:
+            raise UserError(
+                f"{folder}: model.{name} is {theirs} there and {ours} here; resume with the same, or start a new run_dir"
+            )
 
 
 def _must_match(model: CLIP4VLA, cfg: RunConfig, spectrogram: SpectrogramConfig | None, folder: Path) -> None:

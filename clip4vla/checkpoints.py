@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clip4vla import distributed, mirror, universal
+from clip4vla import distributed, mirror, selection, universal
 from clip4vla.config import RunConfig, TrainConfig, UserError
 from clip4vla.shards import write_text
 from clip4vla.universal import fsync
@@ -38,10 +38,18 @@ def _complete(folder: Path) -> list[Path]:
     return [path for path in folder.glob("step-*") if mirror.STEP.fullmatch(path.name)]
 
 
-def superseded(names: Iterable[str], cfg: TrainConfig) -> list[str]:
-    """Of some step-NNNNNNNN those that train.keep and train.keep_every let go."""
-    old = sorted(names)[: -cfg.keep]
-    return [name for name in old if not cfg.keep_every or int(name[5:]) % cfg.keep_every]
+def chosen_checkpoint(cfg: RunConfig) -> Path | None:
+    """The complete checkpoint to evaluate: the best one by eval.select, else the newest."""
+    best = selection.best(cfg) if cfg.eval.select else ""
+    folder = Path(cfg.run_dir, "checkpoints", best)
+    return folder if best and folder.is_dir() else newest_checkpoint(cfg.run_dir)
+
+
+def superseded(names: Iterable[str], cfg: RunConfig) -> list[str]:
+    """Of some step-NNNNNNNN those that train.keep, train.keep_every and eval.select let go."""
+    kept, every = selection.kept(cfg), cfg.train.keep_every
+    old = [name for name in sorted(names)[: -cfg.train.keep] if name not in kept]
+    return [name for name in old if not every or int(name[5:]) % every]
 
 
 def checkpoint_to_resume(cfg: RunConfig) -> Path | None:
@@ -98,7 +106,7 @@ class Checkpoints:
 
     def __init__(self, engine: Any, cfg: RunConfig, frozen: dict[str, Tensor], samples: list[list[int]]):
         _check_writer(engine.checkpoint_engine, cfg.train)
-        self.engine, self.frozen, self.cfg = engine, frozen, cfg.train
+        self.engine, self.frozen, self.run, self.cfg = engine, frozen, cfg, cfg.train
         self.write = engine.checkpoint_engine.save
         engine.checkpoint_engine.save = self._take
         engine.checkpoint_engine.load = universal.load_tensors
@@ -258,7 +266,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Remove what is neither among the newest nor kept for ever; not what is being copied, which then comes here again."""
-        for name in superseded((path.name for path in _complete(self.folder)), self.cfg):
+        for name in superseded((path.name for path in _complete(self.folder)), self.run):
             if name != self.mirror.reading:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
@@ -312,7 +320,7 @@ class Mirror:
                 self.copied, self.reading = newest.name, ""
                 self.prune()
             there = mirror.uploads(self.url, self.cfg.data)
-            for name in superseded((name for name in there if name <= self.copied), self.cfg.train):
+            for name in superseded((name for name in there if name <= self.copied), self.cfg):
                 mirror.remove(f"{self.url}/{name}", self.cfg.data)
         except (OSError, ValueError) as error:
             late = "older ones are still" if self.copied == newest.name else f"{newest.name} is not yet"

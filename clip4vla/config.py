@@ -96,6 +96,14 @@ class ModelConfig:
     )
     modalities: Literal["v", "a", "av"] = setting("av", "which media towers are used beside text")
     fusion: Literal["global_global", "global_local", "local_local"] = setting("global_global", "retrieval head")
+    fusion_layers: int = setting(4, "blocks of the head, started from the text tower's first ones", low=1)
+    fusion_dropout: float = setting(0.1, "in the head's blocks", low=0)
+    words: Literal["all", "eos"] = setting("all", "what of a caption local_local reads (official: both exist)")
+    max_frames: int = setting(12, "frames of a clip that a head has positions for", low=1)
+    mean: Literal["unit", "raw"] = setting("unit", "mean of vision and audio brought to unit length, or not (official)")
+    freeze_layers: dict[str, int] = setting(
+        {}, "tower: its first so many blocks, and what lies before them, stay frozen"
+    )
     audio_type: str = setting("both", "type token when not pre-training: vb, nb, both, none, or the share of NB, 0..1")
     pretrain_type: Literal["data", "none"] = setting("data", "token in pre-training: the clip's own type, or none")
     audio_init: Literal["vision", "scratch"] = setting("vision", "where the audio tower starts")
@@ -135,6 +143,8 @@ class LossConfig:
     av: float = setting(1.0, "NCE_av, vision and audio (2) (official: 2)")
     aa: float = setting(1.0, "NCE_aa, audio and its masked view (3)(4)")
     tv: float = setting(0.0, "text and vision, to train a CLIP")
+    tm: float = setting(0.0, "text and media, as model.fusion compares them, to fine-tune retrieval")
+    directions: Literal["both", "text_to_media"] = setting("both", "of tm: symmetric, or one way (official)")
     exclude_same_group: bool = setting(False, "clips of one group are no negatives of each other")
 
 
@@ -153,7 +163,7 @@ class MaskConfig:
 class TrainConfig:
     """The training loop."""
 
-    max_steps: int = setting(1000, "optimizer steps", low=1)
+    max_steps: int = setting(1000, "optimizer steps; 0: none, evaluate.py takes the weights as they are", low=0)
     batch_size: int = setting(256, "clips in the global batch, over all ranks", low=1)
     accumulate: int = setting(1, "micro-batches that a global batch is run in, to fit in memory", low=1)
     negatives: Literal["global", "micro"] = setting(
@@ -168,6 +178,7 @@ class TrainConfig:
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting("auto", "auto: bf16 on a GPU that has it, else fp32")
     lr: float = setting(1e-4, "peak learning rate", low=0)
+    lr_scale: dict[str, float] = setting({}, "text, vision, audio or head: factor on lr for its weights")
     betas: list[float] = setting([0.9, 0.98], "AdamW")
     eps: float = setting(1e-6, "AdamW", low=0)
     weight_decay: float = setting(0.2, "not on biases, norms, embeddings and temperature", low=0)
@@ -187,8 +198,16 @@ class TrainConfig:
 
 @dataclass
 class EvalConfig:
-    """Zero-shot retrieval."""
+    """Retrieval on held-out data."""
 
+    task: Literal["zero_shot", "retrieval"] = setting(
+        "zero_shot", "six directions between single modalities, or text and media as model.fusion compares them"
+    )
+    silent: Literal["nearest", "zero", "exclude"] = setting(
+        "nearest", "retrieval: clips without sound take that of the most similar training clip, none, or are left out"
+    )
+    select: str = setting("", "metric on data.val, e.g. text_to_video/R@1, whose best checkpoint is kept and evaluated")
+    bootstrap: int = setting(1000, "resamples of the queries for 95% intervals; 0: none", low=0)
     every: int = setting(0, "steps between evaluations on data.val; 0: never", low=0)
     clips: int = setting(0, "the first so many clips of each folder of data.val; 0: all", low=0)
     batch_size: int = setting(128, "clips in a batch, over all ranks", low=1)
@@ -236,7 +255,9 @@ OFFICIAL: dict[str, Any] = {
     "model.normalise": "padded",
     "model.audio_type": "0.5",  # one averaged token
     "model.position_init": "unit",
+    "model.mean": "raw",
     "loss.av": 2.0,
+    "loss.directions": "text_to_media",
     "mask.uniform_width": True,
     "mask.fill": "zero_db",
 }
@@ -331,6 +352,8 @@ def _coerce(value: Any, kind: Any, where: str, key: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    if kind is str and value is None:  # KEY= on the command line
+        return ""
     if kind in (int, str, bool) and type(value) is kind:
         return value
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):

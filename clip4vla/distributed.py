@@ -106,6 +106,22 @@ def gather(x: Tensor) -> Tensor:
     return out
 
 
+def gather_with_gradient(x: Tensor) -> Tensor:
+    """gather() through which the gradient flows back: a rank's rows get the sum of what all ranks have for them."""
+    return _Gather.apply(x) if world() > 1 else x
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.rows = len(x)
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return all_sum(grad).split(ctx.rows)[rank()]
+
+
 def all_sum(x: Tensor) -> Tensor:
     """Sum over the ranks."""
     return _reduced(x, dist.ReduceOp.SUM)
@@ -135,6 +151,13 @@ def gather_objects(value: object) -> list:
     out: list = [None] * world()
     dist.all_gather_object(out, value)
     return out
+
+
+def merge(mine: dict[str, dict]) -> dict[str, dict]:
+    """Dictionaries of all ranks, joined name by name, in the order of their keys; small, as gather_objects wants them."""
+    parts = gather_objects(mine)
+    joined = {name: {key: value for part in parts for key, value in part[name].items()} for name in mine}
+    return {name: {key: values[key] for key in sorted(values)} for name, values in joined.items()}
 
 
 def barrier() -> None:

@@ -16,6 +16,7 @@ from clip4vla.config import RunConfig, TrainConfig, UserError
 AUTO = "auto"
 SHIPPED = Path(__file__).parent.parent / "configs/deepspeed/ds.json"
 NO_DECAY = ("embedding", "token_embedding.weight", "log_scale")
+PARTS = ("text", "vision", "audio", "head")
 GIB = 2**30
 
 
@@ -105,7 +106,9 @@ def start(model: nn.Module, ds: dict[str, Any], train: TrainConfig) -> Any:
     for tower in (model.text, model.vision, model.audio.trunk):
         tower.transformer.grad_checkpointing = train.recompute
     try:
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model), config=ds)
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=parameter_groups(model, train.lr_scale), config=ds
+        )
     except (deepspeed.DeepSpeedConfigError, AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"DeepSpeed refuses its settings: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -116,13 +119,19 @@ def start(model: nn.Module, ds: dict[str, Any], train: TrainConfig) -> Any:
     return engine
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Trainable parameters with weight decay, and without: biases, norms, embeddings, temperature."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for name, p in trained if p.ndim < 2 or name.endswith(NO_DECAY)]
-    chosen = {id(p) for p in plain}
-    groups = [{"params": [p for _, p in trained if id(p) not in chosen]}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(model: nn.Module, lr_scale: dict[str, float]) -> list[dict[str, Any]]:
+    """Trainable parameters with weight decay, and without: biases, norms, embeddings, temperature; by their lr_scale."""
+    for name in set(lr_scale) - set(PARTS):
+        raise UserError(f"train.lr_scale: {name!r} is none of {', '.join(PARTS)}")
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = parameter.ndim < 2 or name.endswith(NO_DECAY)
+            groups.setdefault((lr_scale.get(name.split(".")[0], 1.0), plain), []).append(parameter)
+    return [
+        {"params": groups[scale, plain], "lr_scale": scale} | ({"weight_decay": 0.0} if plain else {})
+        for scale, plain in sorted(groups)
+    ]
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -134,9 +143,9 @@ def learning_rate(step: int, train: TrainConfig) -> float:
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
-    """For the next step."""
+    """For the next step; each group's own share of it."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ A product of (m, k) by (k, n) is 2 m k n FLOPs. Useful is what the gradient of t
     a tower                   once if it is frozen, three times if it trains (its convolution twice: pixels get no gradient),
                               not at all where frozen vectors stand for it; segments again for their masked view
     a similarity matrix       3 * 2 b N D; one for each term, two more for NCE_aa
+    a head                    transformer over the frames and segments of each clip, or over those and the words of each pair
+                              of a caption and a clip of the global batch, of average length; it always trains
 
 Left out: norms, activations and softmax. Not useful: padding, activations and tiles computed again, the second forward pass
 of accumulation. MFU = useful FLOPs / (seconds * FLOP/s of a large bf16 matrix product, measured when the run starts).
@@ -16,14 +18,15 @@ of accumulation. MFU = useful FLOPs / (seconds * FLOP/s of a large bf16 matrix p
 import math
 
 import torch
-from open_clip.transformer import Transformer, VisionTransformer
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
-from clip4vla import distributed
+from clip4vla import distributed, losses
 from clip4vla.audio_encoder import type_mix
 from clip4vla.batch import Batch
-from clip4vla.config import LossConfig, RunConfig
-from clip4vla.model import CLIP4VLA
+from clip4vla.config import RunConfig
+from clip4vla.fusion import GlobalToGlobal, LocalToLocal
+from clip4vla.model import CLIP4VLA, needed_towers
 
 
 def shape(parameter: nn.Parameter) -> torch.Size:
@@ -36,30 +39,33 @@ def elements(module: nn.Module, trained: bool = False) -> int:
     return sum(math.prod(shape(p)) for p in module.parameters() if p.requires_grad or not trained)
 
 
-def towers_run(loss: LossConfig, vectors: bool) -> list[str]:
+def towers_run(cfg: RunConfig, vectors: bool) -> list[str]:
     """The towers that a step runs; vectors: those of embed.py stand for text and vision."""
-    needs = {"text": loss.at or loss.tv, "vision": loss.av or loss.tv, "audio": loss.at or loss.av or loss.aa}
-    return [name for name, needed in needs.items() if needed and not (vectors and name != "audio")]
+    needed = needed_towers(cfg.loss, cfg.model.modalities)
+    return [name for name in needed if name == "audio" or not vectors]
 
 
 class Work:
     """Counts the useful FLOPs of a run's steps."""
 
     def __init__(self, model: CLIP4VLA, cfg: RunConfig):
-        self.loss, self.dim = cfg.loss, model.clip_config["embed_dim"]
+        self.cfg, self.loss, self.dim, self.head = cfg, cfg.loss, model.clip_config["embed_dim"], model.head
         self.parts = cfg.train.accumulate if cfg.train.negatives == "micro" else 1
         channels = 1 if model.spectrogram.channels == "mono" else 3
-        types = type_mix(cfg.model.pretrain_type, torch.zeros(1, dtype=torch.int64)).shape[1]
-        self.segment = _picture(model.audio.trunk, channels, types) * (2 if cfg.loss.aa else 1)
+        self.segment = 0.0  # each view of it
+        views = [cfg.model.pretrain_type] * (2 if cfg.loss.aa else bool(cfg.loss.at or cfg.loss.av))
+        for audio_type in views + [cfg.model.audio_type] * bool(cfg.loss.tm and "a" in cfg.model.modalities):
+            types = type_mix(audio_type, torch.zeros(1, dtype=torch.int64)).shape[1]
+            self.segment += _picture(model.audio.trunk, channels, types)
         self.frame = _picture(model.vision, 3, 0)
         passes = 3 if elements(model.text, trained=True) else 1
-        self.per_token, self.per_pair = (passes * x for x in _transformer(model.text.transformer))
+        self.per_token, self.per_pair = (passes * x for x in _transformer(model.text.transformer.resblocks))
         self.per_caption = passes * 2 * model.text.transformer.width * self.dim
 
     def flops(self, micros: list[Batch]) -> float:
         """Of this rank's micro-batches of one step."""
-        run = towers_run(self.loss, micros[0].text_vectors is not None)
-        total = self._nce(sum(map(len, micros)))
+        run = towers_run(self.cfg, micros[0].text_vectors is not None)
+        total = self._nce(sum(map(len, micros))) + self._media(micros)
         for micro in micros:
             total += self.segment * int((micro.segment_clip < len(micro)).sum()) * ("audio" in run)
             total += self.frame * int((micro.frame_clip < len(micro)).sum()) * ("vision" in run)
@@ -75,13 +81,29 @@ class Work:
     def _nce(self, rows: int) -> float:
         loss = self.loss
         matrices = bool(loss.at) + bool(loss.av) + 3 * bool(loss.aa) + bool(loss.tv)
+        matrices += bool(loss.tm) * (not isinstance(self.head, LocalToLocal))
         return matrices * 6 * rows * (rows * distributed.world() / self.parts) * self.dim
 
+    def _media(self, micros: list[Batch]) -> float:
+        """Of the head."""
+        if not self.loss.tm or isinstance(self.head, GlobalToGlobal):
+            return 0.0
+        clips, modalities = sum(map(len, micros)), self.cfg.model.modalities
+        length = sum(
+            len(m.frame_clip) * ("v" in modalities) + len(m.segment_clip) * ("a" in modalities) for m in micros
+        )
+        length, sequences = length / clips, clips
+        if isinstance(self.head, LocalToLocal):
+            length += 1 if self.head.eos else sum(int((m.tokens != 0).sum()) for m in micros) / clips
+            sequences *= clips * distributed.world() / self.parts
+        per_token, per_pair = _transformer(self.head.encoder.blocks)
+        return 3 * sequences * (per_token * length + per_pair * length**2)
 
-def _transformer(blocks: Transformer) -> tuple[float, float]:
+
+def _transformer(blocks: nn.ModuleList) -> tuple[float, float]:
     """Forward FLOPs (for each token, for each pair of tokens) of a sequence."""
     matrices = sum(math.prod(shape(p)) for p in blocks.parameters() if len(shape(p)) == 2)
-    return 2 * matrices, 4 * blocks.layers * blocks.width
+    return 2 * matrices, 4 * len(blocks) * blocks[0].attn.embed_dim
 
 
 def _picture(tower: VisionTransformer, channels: int, extra: int) -> float:
@@ -89,7 +111,7 @@ def _picture(tower: VisionTransformer, channels: int, extra: int) -> float:
     patches = math.prod(tower.grid_size)
     width, _, *patch = shape(tower.conv1.weight)
     first = 2 * patches * width * channels * math.prod(patch)
-    per_token, per_pair = _transformer(tower.transformer)
+    per_token, per_pair = _transformer(tower.transformer.resblocks)
     tokens = patches + 1 + extra
     rest = (
         per_token * tokens + per_pair * tokens**2 + 2 * (math.prod(shape(tower.proj)) if tower.proj is not None else 0)
@@ -110,21 +132,25 @@ def bytes_sent(model: CLIP4VLA, cfg: RunConfig, stage: int, width: int, vectors:
     if world == 1:
         return 0
     gradients = elements(model, trained=True) * width
-    total = _loss_bytes(model, cfg) + gradients * (micros if stage >= 2 else 1)
+    batch, dim = cfg.train.batch_size, model.clip_config["embed_dim"]
+    total = losses.bytes_sent(cfg.loss, batch // world, batch, dim) + gradients * (micros if stage >= 2 else 1)
+    if cfg.loss.tm and isinstance(model.head, LocalToLocal):
+        total += _pairs_bytes(model, cfg, batch, width)
     if stage < 3:
         return total + (gradients // world if stage else 0)
-    weights = sum(elements(getattr(model, name)) for name in towers_run(cfg.loss, vectors)) * width
+    run = towers_run(cfg, vectors) + ["head"] * bool(cfg.loss.tm)
+    weights = sum(elements(getattr(model, name)) for name in run) * width
     twice = micros > 1 and cfg.train.negatives == "global"
     return total + micros * (2 * weights + gradients if twice else weights) // world
 
 
-def _loss_bytes(model: CLIP4VLA, cfg: RunConfig) -> int:
-    """The formula of losses.py; the same in parts, each with its own negatives."""
-    loss, rows = cfg.loss, cfg.train.batch_size // distributed.world()
-    terms = sum(bool(weight) for weight in (loss.at, loss.av, loss.aa, loss.tv))
-    features = len(towers_run(loss, vectors=False)) + bool(loss.aa)
-    each = 4 * model.clip_config["embed_dim"] * features + 13 * terms + 8 * loss.exclude_same_group
-    return rows * each + 8 * cfg.train.batch_size * terms
+def _pairs_bytes(model: CLIP4VLA, cfg: RunConfig, n: int, width: int) -> int:
+    """Beside losses.bytes_sent, without the D numbers of text and media there: each clip's sequence and the scores, both ways."""
+    world, d = distributed.world(), model.clip_config["embed_dim"]
+    kinds = {"v": cfg.model.max_frames, "a": model.spectrogram.max_segments}
+    places = sum(kinds[kind] for kind in cfg.model.modalities)
+    forth, back = places * (d * width + 1) + 4 * n, places * d * width + 4 * n
+    return n // world * (forth - 8 * d - 12) + n * (back - 8)
 
 
 def matrix_rate(device: torch.device, side: int = 8192, repeats: int = 20) -> float:

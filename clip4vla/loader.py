@@ -150,6 +150,18 @@ class Loader:
         self.reads = self.damaged = 0
         self.decoders: dict[str, _Decoder] = {}
 
+    def over(self, folders: list[ShardFolder], order: "TrainOrder | EvalOrder", needs: Sequence[str]) -> "Loader":
+        """A loader of other folders that is as this one otherwise."""
+        return Loader(
+            folders, order, self.cfg, tokenize=self.tokenize, mask=self.mask, seed=self.seed, needs=needs,
+            device=self.device, damage_log=self.damage_log,
+        )  # fmt: skip
+
+    def numbers(self, k: int) -> list[int]:
+        """The place in the order of each row of this rank's part of batch k."""
+        size = self.order.batch_size
+        return list(range(k * size + self.rank, (k + 1) * size, self.world))
+
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """For each of global batches start..stop-1 this rank's part of its pieces."""
         batches = self.batches(start, stop)

@@ -6,9 +6,6 @@ two all-reduces of N numbers. The gradient of a rank's own rows needs the gather
 other ranks' gradients: no N x N matrix, no N x D gradient traffic. In one process a term takes 4 products of N x N x D (one
 forward, three backward), where the matrix kept in memory takes 6; on several ranks it takes 5.
 The engine averages gradients over ranks, so values are scaled by the world size: their mean over ranks is the loss.
-
-Bytes that a rank sends into collectives for F features of width D, T terms, fp32:
-4 b D F (features) + b T (valid) + 12 b T (positives, log-sum-exps) + 8 N T (columns' maxima and sums) + 8 b (groups, if any).
 """
 
 import math
@@ -26,6 +23,28 @@ TILE = {
     "cpu": 1 << 20,
     "cuda": 1 << 25,
 }  # elements of the similarity matrix held at once: a cache's, and enough for a GPU
+PAIRS = {
+    "at": ("text", "audio"),
+    "av": ("vision", "audio"),
+    "aa": ("audio", "masked"),
+    "tv": ("text", "vision"),
+    "tm": ("text", "media"),
+}
+
+
+def features_used(cfg: LossConfig) -> list[str]:
+    """The features that the terms with a weight compare."""
+    used = {name for term, pair in PAIRS.items() if getattr(cfg, term) for name in pair}
+    return [name for name in ("text", "vision", "audio", "masked", "media") if name in used]
+
+
+def bytes_sent(cfg: LossConfig, b: int, n: int, dim: int) -> int:
+    """Bytes that each of several ranks puts into collectives for its b of n rows; F features of width D, T terms, fp32:
+
+    4 b D F (features) + b T (valid) + 12 b T (positives, log-sum-exps) + 8 N T (columns' maxima and sums) + 8 b (groups, if any)
+    """
+    terms = sum(bool(getattr(cfg, term)) for term in PAIRS)
+    return b * (4 * dim * len(features_used(cfg)) + 13 * terms + 8 * cfg.exclude_same_group) + 8 * n * terms
 
 
 class Term(NamedTuple):
@@ -33,12 +52,14 @@ class Term(NamedTuple):
 
     valid (b,) says which rows take part, as row and as negative; the mean is over those of all ranks, 0 without any.
     intra adds exp(a_i . a_k), k != i, to the denominator of row a_i, and its mirror image to that of b_i: (3) and (4).
+    one_way: the rows of a find those of b, not the other way round; else the mean of both.
     """
 
     a: int
     b: int
     valid: Tensor
     intra: bool = False
+    one_way: bool = False
 
 
 def info_nce(
@@ -51,6 +72,26 @@ def info_nce(
     return info_nces([a, b], scale, [Term(0, 1, valid, intra)], group)[0]
 
 
+def scored_nce(
+    scores: Tensor, scale: Tensor, valid: Tensor, group: Tensor | None = None, one_way: bool = False
+) -> Tensor:
+    """As info_nce, of scores (b, N) that are there already: own rows, the columns of all ranks. Gathers N x N numbers."""
+    everyone = scale * distributed.gather_with_gradient(scores.to(torch.promote_types(scores.dtype, torch.float32)))
+    valid_all, size = distributed.gather(valid), len(valid)
+    missing = ~(valid_all[:, None] & valid_all)
+    if group is not None:
+        groups = distributed.gather(group)
+        missing |= (groups[:, None] == groups) & ~torch.eye(len(groups), dtype=torch.bool, device=groups.device)
+    mine = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
+    low = torch.finfo(
+        everyone.dtype
+    ).min  # not -inf: the rows of what does not take part would be NaN, and so their gradient
+    logits = everyone.masked_fill(missing, low)
+    found = [logits[mine].log_softmax(1), logits[:, mine].T.log_softmax(1)][: 1 if one_way else 2]
+    rows = sum(-side.diagonal(mine.start) for side in found) / len(found)
+    return distributed.world() * rows.masked_fill(~valid, 0).sum() / valid_all.sum().clamp(min=1)
+
+
 def info_nces(
     features: list[Tensor], scale: Tensor, terms: list[Term], group: Tensor | None = None
 ) -> tuple[Tensor, ...]:
@@ -59,20 +100,28 @@ def info_nces(
     return _InfoNCE.apply(scale.to(dtype), terms, group, *(x.to(dtype) for x in features))
 
 
-def objective(features: dict[str, Tensor], labels: Labels, cfg: LossConfig) -> dict[str, Tensor]:
-    """The weighted terms of (5) by name, and their sum under `loss`. features: as CLIP4VLA.forward gives them."""
-    pairs = {
-        "at": ("text", "audio", labels.has_text & labels.has_audio),
-        "av": ("vision", "audio", labels.has_frames & labels.has_audio),
-        "aa": ("audio", "masked", labels.has_audio),
-        "tv": ("text", "vision", labels.has_text & labels.has_frames),
-    }
-    weights = {name: getattr(cfg, name) for name in pairs if getattr(cfg, name)}
-    used = [name for name in ("text", "vision", "audio", "masked") if any(name in pairs[term][:2] for term in weights)]
-    terms = [Term(*map(used.index, pairs[name][:2]), pairs[name][2], intra=name == "aa") for name in weights]
-    group = labels.group if cfg.exclude_same_group else None
-    values = info_nces([features[name] for name in used], features["scale"], terms, group)
-    losses = dict(zip(weights, values, strict=True))
+def objective(
+    features: dict[str, Tensor], labels: Labels, cfg: LossConfig, modalities: str = "av"
+) -> dict[str, Tensor]:
+    """The weighted terms by name, and their sum under `loss`. features: as CLIP4VLA.forward gives them for these modalities."""
+    has = {"text": labels.has_text, "vision": labels.has_frames, "audio": labels.has_audio, "masked": labels.has_audio}
+    has["media"] = (labels.has_frames & ("v" in modalities)) | (labels.has_audio & ("a" in modalities))
+    weights = {name: getattr(cfg, name) for name in PAIRS if getattr(cfg, name)}
+    group, one_way = labels.group if cfg.exclude_same_group else None, cfg.directions != "both"
+    scored = ["tm"] * ("scores" in features)
+    used = [name for name in features_used(cfg) if name in features]
+    pairs = {name: PAIRS[name] for name in weights if name not in scored}
+    terms = [
+        Term(used.index(a), used.index(b), has[a] & has[b], name == "aa", name == "tm" and one_way)
+        for name, (a, b) in pairs.items()
+    ]
+    losses = {}
+    if terms:
+        values = info_nces([features[name] for name in used], features["scale"], terms, group)
+        losses = dict(zip(pairs, values, strict=True))
+    if scored:
+        valid = has["text"] & has["media"]
+        losses["tm"] = scored_nce(features["scores"], features["scale"], valid, group, one_way)
     return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}
 
 
@@ -123,7 +172,9 @@ class _Pair:
         self.rows = len(term.valid)
         self.first = distributed.rank() * self.rows
         self.masked = valid.device.type != "cpu" or not bool(valid.all())  # on a GPU asking would cost a wait
-        self.weight = valid.to(scale.dtype) / (2 * valid.sum().clamp(min=1))
+        count = valid.sum().clamp(min=1)
+        self.weight = valid.to(scale.dtype) / count  # of a row in the mean, which the sides share
+        self.share = (1.0, 0.0) if term.one_way else (0.5, 0.5)
         # set by value(), for all N rows: the positive logit, and, of each side, log-sum-exp above it less the log of the weight
         self.base, self.shift = valid, [valid, valid]
 
@@ -142,8 +193,9 @@ class _Pair:
         if self.term.intra:
             above = [torch.logaddexp(above[side], self._above(*self._sums(side, side)[0])) for side in (0, 1)]
         *sides, self.base = distributed.gather(torch.stack([*above, self.positive], 1)).T
-        self.shift = [(side - self.weight.log()).masked_fill(~self.valid, torch.inf) for side in sides]
-        rows = (above[0] + above[1]).masked_fill(~self.term.valid, 0)
+        logs = [(share * self.weight).log() for share in self.share]
+        self.shift = [(side - log).masked_fill(~self.valid, torch.inf) for side, log in zip(sides, logs, strict=True)]
+        rows = sum(share * side for share, side in zip(self.share, above, strict=True)).masked_fill(~self.term.valid, 0)
         return distributed.world() * (self.mine(self.weight) * rows).sum()
 
     def _above(self, peak: Tensor, total: Tensor) -> Tensor:
@@ -226,7 +278,7 @@ class _Pair:
             if side != keys:
                 positives = self._partners(pull, rows, columns)
                 start = max(columns.start, self.first + rows.start)
-                positives -= 2 * self.weight[start : start + len(positives)]
+                positives -= self.weight[start : start + len(positives)]
             pull *= factor
             out[side][rows].addmm_(pull, self.everyone[keys][columns])
             if both:

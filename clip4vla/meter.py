@@ -91,7 +91,7 @@ class Meter:
         clips, lr = self.cfg.train.batch_size, engine.learning_rate(step, self.cfg.train)
         row = {"step": step + 1, "samples": (step + 1) * clips, "lr": lr} | row
         row["no_audio"] = silent * distributed.world() / clips
-        return row | ({"hidden_rows": hidden / heard} if heard else {})
+        return row | ({"hidden_rows": hidden / heard} if heard and self.cfg.loss.aa else {})
 
     def restart(self) -> None:
         """Start the clock of the next rows."""

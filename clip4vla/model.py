@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from clip4vla import towers
+from clip4vla import distributed, fusion, towers
 from clip4vla.audio_encoder import AudioEncoder, type_mix
 from clip4vla.batch import Batch
 from clip4vla.config import DataConfig, LossConfig, MaskConfig, ModelConfig, SpectrogramConfig, UserError, load, to_dict
@@ -28,6 +28,7 @@ class CLIP4VLA(nn.Module):
         built = towers.build_clip(clip)
         self.text, self.vision = built.text, built.visual
         self.audio = AudioEncoder(built.visual, cfg.position_init)
+        self.start_head()
         self.log_scale = nn.Parameter(
             torch.tensor([math.log(1 / cfg.temperature)])
         )  # 1-d: DeepSpeed broadcasts no scalars
@@ -47,14 +48,22 @@ class CLIP4VLA(nn.Module):
         if self.cfg.audio_init == "vision":
             self.audio = AudioEncoder(self.vision, self.cfg.position_init)
 
+    def start_head(self) -> None:
+        """A head as cfg.fusion names it, which starts from the text tower as it is now."""
+        self.head = fusion.build(self.text, self.cfg, self.clip_config["embed_dim"], self.spectrogram.max_segments)
+
     def freeze(self) -> None:
-        """Leave only the towers of cfg.train_towers, and the temperature if it is learned, trainable."""
+        """Leave trainable: the towers of cfg.train_towers less cfg.freeze_layers, the head, a temperature that is learned."""
         wanted = self.cfg.train_towers.split("+")
         for name in wanted:
             if name not in ("text", "vision", "audio"):
                 raise UserError(f"model.train_towers: {name!r} is none of text, vision, audio (joined by +)")
         for name in ("text", "vision", "audio"):
             getattr(self, name).requires_grad_(name in wanted)
+        for name, blocks in self.cfg.freeze_layers.items():
+            if name not in wanted:
+                raise UserError(f"model.freeze_layers: {name!r} is none of the towers of model.train_towers")
+            towers.freeze_first(self.audio.trunk if name == "audio" else getattr(self, name), blocks, name)
         self.log_scale.requires_grad_(self.cfg.learn_temperature)
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,35 +81,79 @@ class CLIP4VLA(nn.Module):
         """Vectors (S, D), not normalised, of normalised segments; mix: see audio_encoder.type_mix."""
         return self.audio(segments.to(self.audio.type_embedding.dtype), mix.to(segments.device))
 
+    def segment_vectors(self, batch: Batch, audio_type: str) -> Tensor:
+        """Vectors (S, D), not normalised, of a batch's segments under a type token."""
+        segments = normalise(decode(batch.segments, self.spectrogram), batch.segment_rows, self.cfg.normalise)
+        return self.encode_segments(segments, type_mix(audio_type, batch.segment_type))
+
+    def frame_vectors(self, batch: Batch) -> Tensor:
+        """Vectors (F, D) of a batch's frames, from embed.py if it has them."""
+        return self.encode_frames(batch.frames) if batch.frame_vectors is None else batch.frame_vectors
+
+    def caption_vectors(self, batch: Batch) -> tuple[Tensor, fusion.Sequence | None]:
+        """x^g (B, D), not normalised, and all word outputs of a batch's captions; from embed.py x^g alone, if it has them."""
+        if batch.text_vectors is not None:
+            return batch.text_vectors, None
+        sentence, words = self.encode_text(batch.tokens)
+        return sentence, fusion.Sequence(fusion.TEXT, words, towers.words_there(self.text, batch.tokens))
+
     def encode_audio(self, batch: Batch, audio_type: str) -> Tensor:
         """z^g (B, D), unit length, of a batch's segments under a type token; zero where a clip has no audio."""
-        segments = normalise(decode(batch.segments, self.spectrogram), batch.segment_rows, self.cfg.normalise)
-        mix = type_mix(audio_type, batch.segment_type)
-        return pool(self.encode_segments(segments, mix), batch.segment_clip, len(batch))
-
-    def encode_captions(self, batch: Batch) -> Tensor:
-        """x^g (B, D), unit length, of a batch's captions, from their vectors if it has them."""
-        given = batch.text_vectors is not None
-        return F.normalize((batch.text_vectors if given else self.encode_text(batch.tokens)[0]).float(), dim=-1)
+        return pool(self.segment_vectors(batch, audio_type), batch.segment_clip, len(batch))
 
     def encode_vision(self, batch: Batch) -> Tensor:
         """y^g (B, D), unit length, from the frames' vectors if it has them; zero where a clip has no frames."""
-        given = batch.frame_vectors is not None
-        return pool(batch.frame_vectors if given else self.encode_frames(batch.frames), batch.frame_clip, len(batch))
+        return pool(self.frame_vectors(batch), batch.frame_clip, len(batch))
 
     def forward(self, batch: Batch, loss: LossConfig, mask: MaskConfig) -> dict[str, Tensor]:
-        """Unit vectors (B, D) that the losses with a weight need: text, vision, audio, masked; and `scale` = 1 / temperature."""
+        """What the losses with a weight need, and `scale` = 1 / temperature: unit vectors (B, D) text, vision, audio, masked;
+        media (B, D) as the head gives them, or its scores (B, N) of own captions and the clips of all ranks."""
         fixed = torch.full_like(self.log_scale, 1 / self.cfg.temperature, dtype=torch.float32)  # log_scale may be bf16
         features = {"scale": self.log_scale.float().exp() if self.cfg.learn_temperature else fixed}
-        if loss.at or loss.tv:
+        if loss.at or loss.tv or loss.tm:
             with torch.set_grad_enabled(self._trains(self.text)):
-                features["text"] = self.encode_captions(batch)
-        if loss.av or loss.tv:
+                sentence, words = self.caption_vectors(batch)
+            features["text"] = F.normalize(sentence.float(), dim=-1)
+        if "vision" in needed_towers(loss, self.cfg.modalities):
             with torch.set_grad_enabled(self._trains(self.vision)):
-                features["vision"] = self.encode_vision(batch)
+                frames = self.frame_vectors(batch)
+                if loss.av or loss.tv:
+                    features["vision"] = pool(frames, batch.frame_clip, len(batch))
         if loss.at or loss.av or loss.aa:
             features |= self._audio_views(batch, loss, mask)
+        if loss.tm:
+            parts = self.media(
+                batch,
+                frames if "v" in self.cfg.modalities else None,
+                fixed=isinstance(self.head, fusion.LocalToLocal) and distributed.world() > 1,
+            )
+            features |= self._compared(sentence, words, parts)
         return features
+
+    def media(
+        self, batch: Batch, frames: Tensor | None = None, audio_type: str = "", fixed: bool = False
+    ) -> list[fusion.Sequence]:
+        """What the head reads of the clips: sequences of frame vectors and segment vectors, as cfg.modalities says.
+
+        frames (F, D): if they are there already; audio_type: not cfg.audio_type's tokens. fixed: the same size in any batch.
+        """
+        parts, room = [], (self.cfg.max_frames, self.spectrogram.max_segments) if fixed else (None, None)
+        if "v" in self.cfg.modalities:
+            frames = self.frame_vectors(batch) if frames is None else frames
+            parts.append(fusion.sequence(fusion.VISION, frames, batch.frame_clip, len(batch), room[0]))
+        if "a" in self.cfg.modalities:
+            segments = self.segment_vectors(batch, audio_type or self.cfg.audio_type)
+            parts.append(fusion.sequence(fusion.AUDIO, segments, batch.segment_clip, len(batch), room[1]))
+        return parts
+
+    def _compared(self, sentence: Tensor, words: fusion.Sequence | None, parts: list) -> dict[str, Tensor]:
+        if not isinstance(self.head, fusion.LocalToLocal):
+            return {"media": self.head(parts)}
+        everyone = [
+            fusion.Sequence(p.kind, distributed.gather_with_gradient(p.vectors), distributed.gather(p.there))
+            for p in parts
+        ]
+        return {"scores": self.head(self.head.words(sentence, words), everyone)}
 
     def _audio_views(self, batch: Batch, loss: LossConfig, mask: MaskConfig) -> dict[str, Tensor]:
         """z^g and, for NCE_aa, that of the masked view, in one pass through the tower."""
@@ -134,6 +187,16 @@ class CLIP4VLA(nn.Module):
         return model.eval()
 
 
+def needed_towers(loss: LossConfig, modalities: str) -> list[str]:
+    """The towers that these losses run, with media of these modalities."""
+    needs = {
+        "text": loss.at or loss.tv or loss.tm,
+        "vision": loss.av or loss.tv or (loss.tm and "v" in modalities),
+        "audio": loss.at or loss.av or loss.aa or (loss.tm and "a" in modalities),
+    }
+    return [name for name, needed in needs.items() if needed]
+
+
 def pool(vectors: Tensor, clip: Tensor, clips: int) -> Tensor:
     """Unit vectors (clips, D), fp32: each vector (n, D) to unit length, mean by clip number (n,), to unit length again.
 
@@ -145,7 +208,7 @@ def pool(vectors: Tensor, clip: Tensor, clips: int) -> Tensor:
 
 
 def from_official(state: dict[str, Tensor], cfg: ModelConfig) -> CLIP4VLA:
-    """CLIP4VLA from the authors' flat state dict: clip.* (OpenAI's names), audio.visual.*; the task heads are left."""
+    """CLIP4VLA from the authors' flat state dict: clip.* (OpenAI's names), audio.visual.*, and the head that cfg.fusion names."""
     clip = {key[5:]: value.float() for key, value in state.items() if key.startswith("clip.")}
     config = towers.infer_config(clip, "official checkpoint") | {"quick_gelu": True}
     model = CLIP4VLA(config, cfg, load(DataConfig, None, ["preset=official"]).spectrogram)
@@ -156,4 +219,23 @@ def from_official(state: dict[str, Tensor], cfg: ModelConfig) -> CLIP4VLA:
     model.vision.load_state_dict(vision)
     model.text.load_state_dict(text)
     model.audio.trunk.load_state_dict(audio)
+    if cfg.fusion != "global_global":
+        model.head.load_state_dict(_official_head(state, model.head))
     return model
+
+
+def _official_head(state: dict[str, Tensor], head: fusion.Head) -> dict[str, Tensor]:
+    """The authors' cross.* and similarity_dense.* under our names; they have as many positions as CLIP's text tower."""
+    names = {"transformer.resblocks.": "blocks.", "token_type_embeddings.weight": "type_embedding"}
+    out = {}
+    for key, value in state.items():
+        if key.startswith("cross."):
+            name = key[6:]
+            for theirs, ours in names.items():
+                name = name.replace(theirs, ours)
+            out[f"encoder.{name}"] = value.float()
+    rows = len(head.encoder.positional_embedding)
+    out["encoder.positional_embedding"] = out["encoder.positional_embedding"][:rows]
+    if isinstance(head, fusion.LocalToLocal):
+        out |= {f"score.{name}": state[f"similarity_dense.{name}"].float() for name in ("weight", "bias")}
+    return out

@@ -21,6 +21,7 @@ from clip4vla.checkpoints import Checkpoints
 from clip4vla.config import RunConfig, UserError
 from clip4vla.engine import GIB
 from clip4vla.loader import Loader
+from clip4vla.losses import PAIRS
 from clip4vla.meter import peak_memory
 from clip4vla.vectors import obstacle
 
@@ -53,10 +54,9 @@ def check(cfg: RunConfig, ds_config: str | None) -> None:
 def describe(cfg: RunConfig, setup: Setup, loader: Loader, step: int) -> list[str]:
     """One page on what is about to run, from `step` on."""
     model, train = setup.model, cfg.train
-    towers = ", ".join(f"{name} {_millions(getattr(model, name))}" for name in ("text", "vision", "audio"))
-    losses = ", ".join(
-        f"{name} {getattr(cfg.loss, name):g}" for name in ("at", "av", "aa", "tv") if getattr(cfg.loss, name)
-    )
+    parts = ("text", "vision", "audio", *(["head"] if cfg.model.fusion != "global_global" else []))
+    towers = ", ".join(f"{name} {_millions(getattr(model, name))}" for name in parts)
+    losses = ", ".join(f"{name} {getattr(cfg.loss, name):g}" for name in PAIRS if getattr(cfg.loss, name))
     pieces = f" in {train.accumulate} micro-batches, negatives {train.negatives}" if train.accumulate > 1 else ""
     used = "of text and frames from embed.py" if setup.vectors else f"not used: {obstacle(setup.folders, cfg, model)}"
     rows = [
@@ -111,7 +111,7 @@ def activations(cfg: RunConfig, setup: Setup, micro: Batch) -> int:
         "text": (model.text.transformer, micro.tokens.shape[1], 0, len(micro)),
     }
     total = 0
-    for name in flops.towers_run(cfg.loss, bool(setup.vectors)):
+    for name in flops.towers_run(cfg, bool(setup.vectors)):
         if flops.elements(getattr(model, name), trained=True):
             blocks, tokens, pixels, count = sequences[name]
             total += count * (tokens * _kept(blocks, cfg.train.recompute) + pixels)

@@ -1,9 +1,12 @@
-"""Ranking a gallery for queries, in tiles: ranks, R@k, median rank, and a permutation test.
+"""Ranking a gallery for queries, in tiles: ranks, R@k, median rank, their intervals, and a permutation test.
 
-Shapes: Q queries, G gallery items, D width, U groups. Items are right answers of the queries of their group. A
+Shapes: Q queries, G gallery items, D width, U groups. Items are right answers of the queries of their group. Queries and
+gallery are vectors (Q, D), (G, D); or scores (Q, G) that are there already and the numbers (G,) of their columns. A
 similarity is a dot product summed in float64 and rounded to float32: equal vectors then have equal scores wherever they
 lie (a float32 matmul rounds by position, which breaks ties at random), so that results do not depend on the tile size.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,6 +105,11 @@ def _group_ranks(query: Tensor, gallery: Tensor, groups: Tensor, gallery_group: 
     return 1 + (scores.shape[1] - upto) + 0.5 * (upto - below - own_ties.double())
 
 
+def scores(query: Tensor, gallery: Tensor) -> Tensor:
+    """All of them, (Q, G) float32: for as many queries as a person looks at."""
+    return _similarity(query, gallery)
+
+
 def top_k(query: Tensor, gallery: Tensor, k: int, tile: int = 4096) -> tuple[Tensor, Tensor]:
     """Scores (Q, k) float32, highest first, and gallery indices (Q, k) int64; k is cut to G.
 
@@ -125,18 +133,54 @@ def _top_k_rows(query: Tensor, gallery: Tensor, k: int, tile: int) -> tuple[Tens
 
 
 def evaluate(
-    query: Tensor, gallery: Tensor, query_group: Tensor, gallery_group: Tensor, permutations: int, seed: int = 0
-) -> dict[str, float | int | None]:
-    """summary() of the ranks, with the permutation test's p, or None when permutations is 0."""
+    query: Tensor,
+    gallery: Tensor,
+    query_group: Tensor,
+    gallery_group: Tensor,
+    permutations: int,
+    seed: int = 0,
+    resamples: int = 0,
+) -> dict[str, Any]:
+    """summary() of the ranks, with the permutation test's p, None when permutations is 0, and, of so many resamples, the
+    intervals `ci`."""
     ranks = best_rank(query, gallery, query_group, gallery_group)
     result = summary(ranks, len(gallery), None)
+    if resamples:
+        result["ci"] = intervals(ranks, query_group, resamples, seed)
     if permutations:
         result["p"] = permutation_p(query, gallery, query_group, gallery_group, permutations, seed)
     return result
 
 
+def intervals(ranks: Tensor, group: Tensor, resamples: int, seed: int) -> dict[str, list[float]]:
+    """95% bootstrap intervals [low, high] of what summary() gives, from ranks (Q,) and their groups (Q,).
+
+    Whole groups are drawn with replacement: the captions of one clip are no independent queries.
+    """
+    kept = ~ranks.isnan()
+    values, order = ranks[kept].cpu().sort()
+    groups, own = group[kept].cpu()[order].unique(return_inverse=True)
+    rng, found = np.random.default_rng(seed), []
+    for _ in range(resamples):
+        drawn = torch.from_numpy(rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups))))
+        weight = drawn[own].double()  # how often each query was drawn
+        before = weight.cumsum(0)
+        middle = [values[torch.searchsorted(before, place, right=right)] for place, right in _halves(before[-1])]
+        recall = [100 * weight[values <= k].sum() / before[-1] for k in (1, 5, 10)]
+        found.append(torch.stack([*recall, sum(middle) / 2, (weight * values).sum() / before[-1]]))
+    limits = torch.stack(found).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
+    return {name: limits[:, i].tolist() for i, name in enumerate(("R@1", "R@5", "R@10", "MedR", "MeanR"))}
+
+
+def _halves(total: Tensor) -> tuple[tuple[Tensor, bool], tuple[Tensor, bool]]:
+    """Where the two middle ones of so many sorted values are, for searchsorted in their cumulated counts."""
+    return ((total / 2).ceil(), False), ((total / 2).floor(), True)
+
+
 @torch.no_grad()
 def _similarity(query: Tensor, items: Tensor) -> Tensor:
+    if items.ndim == 1:  # scores that are there already
+        return query[:, items].float()
     return (query.double() @ items.double().T).float()
 
 

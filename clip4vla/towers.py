@@ -112,6 +112,30 @@ def encode_text(tower: TextTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]
     return text_global_pool(x, tokens, tower.pool_type, eos_token_id=tower.eos_id), x
 
 
+def words_there(tower: TextTransformer, tokens: Tensor) -> Tensor:
+    """Which of token numbers (B, L) are words of the captions, [SOS] and [EOS] included, (B, L) bool."""
+    if tower.pool_type in ("argmax", "eos"):  # what follows the [EOS] is padding, whatever its number
+        end = tokens.argmax(1) if tower.pool_type == "argmax" else (tokens == tower.eos_id).int().argmax(1)
+        return torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]
+    return tokens != tower.pad_id
+
+
+def freeze_first(tower: TextTransformer | VisionTransformer, blocks: int, name: str) -> None:
+    """Freeze the first so many blocks of a tower and what lies before them."""
+    held = tower.transformer.resblocks
+    if not 0 <= blocks <= len(held):
+        raise UserError(f"model.freeze_layers: {name}: {blocks} is not between 0 and its {len(held)} blocks")
+    last = {"ln_post", "proj", "ln_final", "text_projection"}  # what lies behind the blocks
+    for part, module in tower.named_children():
+        if part not in last and part != "transformer":
+            module.requires_grad_(False)
+    for part, parameter in tower.named_parameters(recurse=False):
+        if part not in last:
+            parameter.requires_grad_(False)
+    for block in held[:blocks]:
+        block.requires_grad_(False)
+
+
 def image_statistics(clip: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of RGB in 0..1 that the vision tower was trained with."""
     name, _, tag = clip.partition("/")

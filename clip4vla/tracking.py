@@ -68,7 +68,7 @@ def start_run(cfg: RunConfig, ds: dict[str, Any]) -> None:
     """Make the run folder; write config.yaml (every setting, versions, git commit) and the merged ds.json."""
     if distributed.rank():
         return
-    header = f"# git {_git_commit()}\n" + "".join(f"# {name} {version}\n" for name, version in versions().items())
+    header = f"# git {git_commit()}\n" + "".join(f"# {name} {version}\n" for name, version in versions().items())
     try:
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
         Path(cfg.run_dir, "config.yaml").write_text(header + yaml.safe_dump(to_dict(cfg), sort_keys=False))
@@ -97,7 +97,8 @@ def _installed(name: str) -> bool:
         return False
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
+    """Of this program, or `unknown`."""
     here = Path(__file__).parent
     try:
         return subprocess.run(

@@ -41,7 +41,8 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
             losses, features = accumulation.step(run, micros, cfg)
         step += 1
         meter.add(losses, features, micros)
-        saving, evaluating = checkpoints.due(step), cfg.eval.every and step % cfg.eval.every == 0
+        evaluating = cfg.eval.every and step % cfg.eval.every == 0
+        saving = checkpoints.due(step) or (evaluating and cfg.eval.select)  # the best one is to be there
         stopped = stop.anywhere()
         if saving or stopped or evaluating or step % cfg.train.log_every == 0:
             tracker.rows_of(meter.rows(step, run))  # stops if a loss is not finite, so such a state is never saved
@@ -51,7 +52,7 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
         if evaluating:
             watch.at(f"step {step}: evaluation")
             with engine.whole_weights(run):
-                held_out.start(run.module, f"val-{step:08d}")
+                held_out.start(run.module, step)
         if not meter.pending:
             meter.restart()  # the rates are those of training alone
         if stopped or ((saving or evaluating) and stop.now()):  # these take long: signals that came meanwhile count

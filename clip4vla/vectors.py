@@ -63,7 +63,9 @@ def obstacle(folders: list[ShardFolder], cfg: RunConfig, model: CLIP4VLA) -> str
     for tower in ("text", "vision"):
         if tower in model.cfg.train_towers.split("+"):
             return f"the {tower} tower trains (model.train_towers={model.cfg.train_towers}), so its vectors change"
-    if not (cfg.loss.at or cfg.loss.av or cfg.loss.tv):
+    if cfg.loss.tm and (cfg.model.fusion, cfg.model.words) == ("local_local", "all"):
+        return "model.fusion=local_local reads every word, and vectors are of whole captions"
+    if not (cfg.loss.at or cfg.loss.av or cfg.loss.tv or cfg.loss.tm):
         return "no loss needs text or vision"
     for folder in folders:
         try:

@@ -10,7 +10,6 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 import torchaudio.functional as AF
 from matplotlib.axes import Axes
@@ -19,15 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 from clip4vla.config import SpectrogramConfig
-from clip4vla.report import HEAD, captions_list, data_uri, encoded, spectrogram_png
+from clip4vla.exhibits import data_uri, encoded, grey, ogg, original_sound, spectrogram_jpeg
+from clip4vla.report import HEAD
 from clip4vla.shards import ShardFolder, write_text
 from clip4vla.spectrogram import decode, mel_filters
 from data_prep.check_shard import Finding, Tally
-from data_prep.manifest import inside
-from data_prep.media import read_clip
 
 SHOWN = 10  # findings of a folder that are printed; the page has them all
-LISTEN = 10.0  # s of sound in a player
 REPEATS = ("audio", "picture")
 ROW = ("folder", "clips", "hours", "shards", "MB", "no sound", "no frames", "no captions")
 ROW += ("same audio", "same picture", "findings")
@@ -255,11 +252,10 @@ def _card(clip: Clip) -> str:
         )
     if fbank := clip.members.get("fbank"):
         cfg = SpectrogramConfig(**clip.folder.fingerprint["spectrogram"])
-        grey = _mid(fbank)[: meta["n_rows"]]
-        sound, origin = _sound(clip, torch.from_numpy(grey), cfg)
-        parts.append(
-            f'<img class="spectrogram" alt="spectrogram" src="{data_uri(spectrogram_png(grey), "image/png")}">'
-        )
+        rows = grey(fbank)[: meta["n_rows"]]
+        sound, origin = _sound(clip, torch.from_numpy(rows), cfg)
+        seen = data_uri(spectrogram_jpeg(rows, 672, 224), "image/jpeg")
+        parts.append(f'<img class="spectrogram" alt="spectrogram" src="{seen}">')
         parts.append(
             f'<audio controls preload="none" src="{data_uri(sound, "audio/ogg")}"></audio><p class="note">{origin}</p>'
         )
@@ -268,7 +264,7 @@ def _card(clip: Clip) -> str:
     named |= {"label": meta["label"], "seconds": round(meta["duration"], 2), "segments": meta["n_segments"]}
     facts = " · ".join(f"{name} {value}" for name, value in (named | {"frames": meta["n_frames"]}).items() if value)
     return (
-        f'<article class="card"><div class="media">{"".join(parts)}</div>{captions_list(texts)}'
+        f'<article class="card"><div class="media">{"".join(parts)}</div>{_captions(texts)}'
         f'<p class="id">{escape(meta["id"])}<br>{escape(facts)}</p></article>'
     )
 
@@ -285,32 +281,18 @@ def _contact_sheet(data: bytes, n_frames: int) -> bytes:
     return encoded(lambda buffer: sheet.save(buffer, "JPEG", quality=85))
 
 
-def _mid(data: bytes) -> np.ndarray:
-    """The 8-bit spectrogram (rows, mel); of left, mid, right the middle."""
-    with Image.open(io.BytesIO(data)) as image:
-        pixels = np.array(image)
-    return pixels if pixels.ndim == 2 else pixels[..., 1]
-
-
-def _sound(clip: Clip, grey: Tensor, cfg: SpectrogramConfig) -> tuple[bytes, str]:
+def _sound(clip: Clip, rows: Tensor, cfg: SpectrogramConfig) -> tuple[bytes, str]:
     """Ogg of the clip's middle, mono, and where it is from: the medium, or the spectrogram if that is gone."""
-    wave, origin = original_sound(clip, cfg.sample_rate), "the original sound"
+    wave, origin = original_sound(clip.folder, clip.meta, cfg.sample_rate), "the original sound"
     if wave is None:
-        wave, origin = griffin_lim(decode(grey, cfg), cfg), "rebuilt from the spectrogram: what the model hears"
-    length = int(LISTEN * cfg.sample_rate)
-    wave = wave[max(0, len(wave) - length) // 2 :][:length]
-    return encoded(lambda b: soundfile.write(b, wave.numpy(), cfg.sample_rate, format="OGG", subtype="VORBIS")), origin
+        wave, origin = griffin_lim(decode(rows, cfg), cfg), "rebuilt from the spectrogram: what the model hears"
+    return ogg(wave, cfg.sample_rate), origin
 
 
-def original_sound(clip: Clip, rate: int) -> Tensor | None:
-    """The waveform (T,) at `rate` Hz from the medium; None if that is gone, damaged or outside media_root."""
-    media = clip.meta["media"]["audio"]
-    try:
-        path = Path(clip.folder.media_root, inside(media or ""))
-        heard = read_clip(path, clip.meta["start"], clip.meta["end"], None, LISTEN)
-    except (ValueError, OverflowError):
-        return None
-    return None if heard.wave is None else AF.resample(heard.wave.mean(0), heard.rate, rate)
+def _captions(captions: list[str]) -> str:
+    items = [f'<p class="caption">{escape(caption)}</p>' for caption in captions]
+    more = f"<details><summary>{len(items) - 3} more</summary>{''.join(items[3:])}</details>" if items[3:] else ""
+    return "".join(items[:3]) + more
 
 
 def griffin_lim(decibels: Tensor, cfg: SpectrogramConfig) -> Tensor:

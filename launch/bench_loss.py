@@ -6,8 +6,8 @@ gradients it returns, each in a process of its own that has run a small loss bef
 
 On two gloo ranks (--world 2): NCE_at + NCE_av + NCE_aa of one step against three ClipLoss(local_loss=True,
 gather_with_grad=True) on the same features (its NCE_aa is its plain loss), text and vision frozen as in pre-training, or all
-towers trained. Bytes are counted at the collectives: those of the tensors that a rank puts in (`put_in`, as the formula in
-losses.py counts), and those that it sends if each collective is the ring algorithm (`on_the_wire`; a gather of b rows sends
+towers trained. Bytes are counted at the collectives: those of the tensors that a rank puts in (`put_in`, as in
+losses.bytes_sent), and those that it sends if each collective is the ring algorithm (`on_the_wire`; a gather of b rows sends
 them W - 1 times). gather_with_grad sums gradients by scatters on gloo; with NCCL it reduce-scatters the same bytes.
 """
 
@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clip4vla import distributed
 from clip4vla.batch import Labels
 from clip4vla.config import LossConfig
-from clip4vla.losses import info_nce, objective
+from clip4vla.losses import bytes_sent, info_nce, objective
 from launch.bench import count
 
 SCALE = 50.0
@@ -175,13 +175,9 @@ def traffic(b: int, dim: int, world: int) -> dict[str, Any]:
         name: {how: counted["ours"][how] / bytes_[how] for how in ("put_in", "on_the_wire")}
         for name, bytes_ in peer.items()
     }
-    head = {"bytes_ratio": ratios["frozen_clip"]["put_in"], "bytes_formula_error": ours - formula(b, b * world, dim)}
+    error = ours - bytes_sent(LossConfig(), b, b * world, dim)
+    head = {"bytes_ratio": ratios["frozen_clip"]["put_in"], "bytes_formula_error": error}
     return head | {"ratios": ratios, "bytes": counted, "n": b * world, "dim": dim, "world": world}
-
-
-def formula(b: int, n: int, dim: int, terms: int = 3) -> int:
-    """Of losses.py, for all features and three terms in fp32, without groups."""
-    return 4 * b * dim * len(FEATURES) + b * terms + 12 * b * terms + 8 * n * terms
 
 
 def count_bytes(rank: int, world: int, port: int, b: int, dim: int) -> dict[str, dict[str, float]]:

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from clip4vla.config import DataConfig, UserError, load
+from clip4vla.media import read_clip
 from clip4vla.spectrogram import crop, decode, encode, log_mel
 from data_prep.manifest import Row
-from data_prep.media import read_clip
 from data_prep.pictures import jpeg, png
 from data_prep.shard import sample
 from launch.bench import count

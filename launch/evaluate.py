@@ -2,30 +2,42 @@
 
 laptop    python launch/evaluate.py configs/pretrain/stamps.yaml
 two ranks deepspeed --num_accelerators 2 launch/evaluate.py configs/pretrain/stamps.yaml eval.types=[both,0.3]
+table     python launch/evaluate.py --table RUN [RUN ...] [--csv]: evaluated runs beside the paper's Tables 1 and 2
 """
 
+import argparse
+import sys
+
 from clip4vla.cli import cli, command_line
-from clip4vla.config import RunConfig, UserError
+from clip4vla.config import RunConfig
 
 
 @cli
 def main() -> None:
+    if "--table" in sys.argv:
+        return print_tables()
     cfg, _ = command_line(RunConfig, "configs/pretrain/stamps.yaml", __doc__)
     from clip4vla import distributed  # after the settings are read: a typing error shows at once
-    from clip4vla.checkpoints import newest_checkpoint
+    from clip4vla.build import weights_to_evaluate
     from clip4vla.evaluation import check_evaluation, evaluate, write_report
-    from clip4vla.model import CLIP4VLA
 
     device = distributed.setup()
     check_evaluation(cfg)
-    checkpoint = newest_checkpoint(cfg.run_dir)
-    if checkpoint is None:
-        raise UserError(f"run_dir {cfg.run_dir}: no checkpoint there; train first, or name the run with run_dir=FOLDER")
-    model = CLIP4VLA.from_checkpoint(checkpoint).to(device)
-    result = evaluate(model, cfg, cfg.data.test, "test", print, with_examples=True)
+    model, origin = weights_to_evaluate(cfg)
+    result = evaluate(model.to(device), cfg, origin, print)
     if result:
-        print(f"report: {write_report(cfg, checkpoint, *result)}")
+        print(f"report: {write_report(cfg, origin, *result)}")
     distributed.barrier()
+
+
+def print_tables() -> None:
+    from clip4vla.tables import tables
+
+    parser = argparse.ArgumentParser(description="Evaluated runs beside the paper's Tables 1 and 2, as Markdown.")
+    parser.add_argument("--table", nargs="+", metavar="RUN", required=True, help="run folders")
+    parser.add_argument("--csv", action="store_true", help="CSV instead")
+    args = parser.parse_args()
+    print(tables(args.table, args.csv), end="")
 
 
 if __name__ == "__main__":

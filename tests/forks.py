@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -64,6 +65,7 @@ class Job:
 
 def _script(words: list[str], env: dict[str, str], files: list[str]) -> None:
     """In the fork: what `python WORDS` does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored if a shell runs the tests with `&`
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)

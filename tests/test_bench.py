@@ -1,5 +1,6 @@
 """launch/bench.py: one JSON object, both sides doing the same work, and arithmetic that follows from the measured figures."""
 
+import itertools
 import json
 import math
 import statistics
@@ -12,7 +13,7 @@ from conftest import ROOT, TINY, run
 sys.path.insert(0, str(ROOT))
 
 from clip4vla.config import DataConfig, UserError, load  # noqa: E402
-from data_prep.media import frame_times, read_clip  # noqa: E402
+from clip4vla.media import frame_times, read_clip  # noqa: E402
 from launch.bench_plan import markdown  # noqa: E402
 from launch.bench_prep import VIDEOS, peer_frames, prepare, psnr  # noqa: E402
 
@@ -192,6 +193,20 @@ def test_the_ratios_of_loader_follow_from_its_rounds(loader):
 def test_fewer_clips_than_a_batch_are_refused_in_one_line():
     done = run("launch/bench.py", "loader", "--clips", 8, "--batch", 16)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "fewer than a batch" in done.stderr
+
+
+def test_all_sides_of_storage_give_the_same_bytes_and_only_the_remote_ones_ask_the_server():
+    done = run("launch/bench.py", "storage", "--clips", 16, "--batch", 8, "--rounds", 1)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["same_bytes"] is True
+    asked, rates = figures["requests_per_clip"], figures["clips_per_s"]
+    near = {f"{how}/{name}" for how in ("read", "loader") for name in ("disk", "cache")}
+    assert {side for side, requests in asked.items() if not requests} == near
+    assert set(rates) == set(asked) and asked["read/one_by_one"] == 1 > asked["read/s3"]  # neighbours share a request
+    for how, name in itertools.product(("read", "loader"), ("cache", "s3", "faults", "far")):
+        assert figures[f"{how}_{name}_ratio"] == pytest.approx(rates[f"{how}/{name}"] / rates[f"{how}/disk"], rel=1e-3)
+    assert figures["concurrency_ratio"] == pytest.approx(rates["read/far"] / rates["read/one_by_one"], rel=1e-3)
 
 
 ENGINE = {  # what each must print, and what holds on any machine

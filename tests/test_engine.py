@@ -91,7 +91,7 @@ def tiny(**settings) -> CLIP4VLA:
 
 def test_no_decay_on_biases_norms_embeddings_and_temperature():
     model = tiny(train_towers="text+vision+audio", learn_temperature=True)
-    decayed, plain = engine.parameter_groups(model)
+    decayed, plain = engine.parameter_groups(model, {})
     names = {id(p): name for name, p in model.named_parameters()}
     for group, matrices in ((decayed, True), (plain, False)):
         for p in group["params"]:

@@ -3,7 +3,7 @@
 import torch
 
 from clip4vla.config import RunConfig
-from clip4vla.evaluation import directions, rank
+from clip4vla.zero_shot import directions, rank
 
 CFG = RunConfig()
 

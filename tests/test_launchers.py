@@ -240,6 +240,15 @@ def test_only_a_job_in_which_no_rank_moves_is_hung_and_the_silent_ranks_are_name
     assert line.endswith("; the others (2) at start-up")
 
 
+def test_the_judge_does_not_hear_who_lacks_the_token(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", os.fdopen(os.pipe()[0]))
+    judge, stranger = Judge(2), Rank(socket.socketpair()[0])
+    posing = {"token": "guessed", "rank": 1, "host": "h", "limit": 0, "code": 1, "error": "boom"}
+    for line in (b"GET / HTTP/1.0\r", json.dumps(posing).encode(), b'{"over": true}'):
+        judge._hear(stranger, line)
+    assert not judge.ranks and judge.error is None
+
+
 def test_a_judge_that_cannot_be_reached_is_one_line(monkeypatch):
     for name, value in zip(distributed.NAMES, "001", strict=True):
         monkeypatch.setenv(name, value)

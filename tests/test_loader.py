@@ -64,6 +64,22 @@ def test_shares_hold_in_every_batch_and_seeds_differ():
     assert order.batch(0) != TrainOrder([[500], [100]], [0.8, 0.2], 96, 1, 1).batch(0)
 
 
+def test_epochs_and_seeds_have_windows_and_samples_of_their_own():
+    order = TrainOrder([[100] * 8], [1.0], 100, 0, 2)
+    others = [TrainOrder([[100] * 8], [1.0], 100, seed, 2) for seed in range(10)]
+    for batches in ([order.batch(8 * epoch) for epoch in range(10)], [other.batch(0) for other in others]):
+        assert len({frozenset(p.shard for p in batch) for batch in batches}) > 4  # a window of two of the eight shards
+    halves = [TrainOrder([[100]], [1.0], 50, seed, 1).batch(0) for seed in range(10)]
+    assert len({frozenset(p.entry for p in batch) for batch in halves}) == 10
+
+
+def test_every_part_of_a_batch_has_samples_of_every_source():
+    order = TrainOrder([[500], [500]], [0.5, 0.5], 96, 0, 1)
+    for k in range(5):
+        parts = [order.batch(k)[start : start + 24] for start in range(0, 96, 24)]  # as micro-batches are cut
+        assert all({p.source for p in part} == {0, 1} for part in parts)
+
+
 def test_shuffling_mixes_shards_within_the_window():
     order = TrainOrder([[100] * 8], [1.0], 50, 0, 4)
     assert len({p.shard for p in order.batch(0)}) == 4  # a window of four shards
@@ -137,6 +153,21 @@ def test_ranks_slices_add_up_to_the_global_batch(sample_shards, monkeypatch):
             assert torch.equal(part.segments, whole.segments[index])
             assert torch.equal(part.hidden_rows, whole.hidden_rows[index])
         monkeypatch.undo()
+
+
+def test_a_clip_has_another_mask_in_every_epoch_and_another_caption_in_some(sample_shards):
+    sizes = [[s.samples for s in f.shards] for f in loader(sample_shards).folders]
+    ours = loader(sample_shards, TrainOrder(sizes, [1, 1], 36, 0, 2), needs=("fbank",))
+    first, second = (ours.batch(k) for k in range(2))
+    drawn = []
+    for batch in (first, second):
+        hidden = [batch.hidden_channels[batch.segment_clip == i] for i in range(36)]
+        drawn.append({name: (c, h) for name, c, h in zip(batch.ids, batch.captions, hidden, strict=True)})
+    both = [(drawn[0][name], drawn[1][name]) for name in drawn[0].keys() & drawn[1].keys()]
+    assert len(both) >= 18 and not any(torch.equal(a[1], b[1]) for a, b in both if len(a[1]))
+    assert 0 < sum(a[0] != b[0] for a, b in both)
+    again = ours.batch(1)
+    assert all(torch.equal(getattr(again, f), getattr(second, f)) for f in ("hidden_rows", "hidden_channels", "tokens"))
 
 
 def test_frames_that_no_loss_needs_are_not_read(sample_shards):

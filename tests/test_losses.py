@@ -10,25 +10,25 @@ from conftest import free_port
 from clip4vla import distributed, losses
 from clip4vla.batch import Labels
 from clip4vla.config import LossConfig
-from clip4vla.losses import info_nce, objective
+from clip4vla.losses import Term, info_nce, info_nces, objective, scored_nce
 
 N, D = 12, 16
 
 
-def brute_force(a, b, scale, valid, group=None, intra=False):
-    """Row by row, with Python loops over what each equation names."""
+def brute_force(a, b, scale, valid, group=None, intra=False, one_way=False, scored=False):
+    """Row by row, with Python loops over what each equation names; `scored` is another way to the same."""
     n, total = len(a), 0
     rows = [i for i in range(n) if valid[i]]
     if not rows:
         return (a * 0).sum()
-    for first, second in ((a, b), (b, a)):
+    for first, second in ((a, b), (b, a))[: 1 if one_way else 2]:
         for i in rows:
             others = [j for j in rows if j != i and (group is None or group[j] != group[i])]
             terms = [scale * first[i] @ second[i]] + [scale * first[i] @ second[j] for j in others]
             if intra:
                 terms += [scale * first[i] @ first[k] for k in others]
             total = total - torch.log(torch.exp(terms[0]) / sum(torch.exp(t) for t in terms))
-    return total / (2 * len(rows))
+    return total / ((1 if one_way else 2) * len(rows))
 
 
 def features(dtype=torch.float64):
@@ -43,16 +43,20 @@ CASES = {
     "missing": {"valid": torch.tensor([1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1]).bool()},
     "missing intra": {"valid": torch.tensor([0, 0, 0, 0, 1, 1, 0, 1, 1, 1, 1, 1]).bool(), "intra": True},
     "groups": {"group": torch.tensor([0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 7, 0]), "intra": True},
+    "one way": {"valid": torch.tensor([1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1]).bool(), "one_way": True},
     "one row": {"valid": torch.arange(N) == 5, "intra": True},
     "none": {"valid": torch.zeros(N).bool()},
 }
+
+
+CASES |= {f"scored {name}": {**case, "scored": True} for name, case in CASES.items() if "intra" not in case}
 
 
 def expected(case):
     a, b = (x.clone().requires_grad_() for x in features()[:2])
     scale = torch.tensor([20.0], dtype=torch.float64, requires_grad=True)
     kwargs = {"valid": torch.ones(N).bool()} | CASES[case]
-    loss = brute_force(a, b, scale[0], kwargs["valid"], kwargs.get("group"), kwargs.get("intra", False))
+    loss = brute_force(a, b, scale[0], **kwargs)
     loss.backward()
     zero = torch.zeros_like
     return [loss.detach(), *(x.grad if x.grad is not None else zero(x) for x in (a, b, scale))]
@@ -64,10 +68,12 @@ def ours(case, dtype, rank=0, world=1):
     a, b = (x[rows].clone().requires_grad_() for x in features(dtype)[:2])
     scale = torch.tensor([20.0], dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     kwargs = {"valid": torch.ones(N).bool()} | CASES[case]
-    group = kwargs.get("group")
-    loss = info_nce(
-        a, b, scale, kwargs["valid"][rows], None if group is None else group[rows], kwargs.get("intra", False)
-    )
+    kwargs = {name: value[rows] if torch.is_tensor(value) else value for name, value in kwargs.items()}
+    if kwargs.pop("scored", False):  # as a head that knows how to compare each of its captions with all clips
+        loss = scored_nce(a @ distributed.gather_with_gradient(b).T, scale, **kwargs)
+    else:
+        group = kwargs.pop("group", None)
+        (loss,) = info_nces([a, b], scale, [Term(0, 1, **kwargs)], group)
     loss.backward()
     return loss.detach(), a.grad, b.grad, scale.grad
 
@@ -111,7 +117,7 @@ def test_ranks_give_the_full_batch_gradient(world, tmp_path):
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         for case in CASES:
-            if dtype == torch.float32 and case == "one row":
+            if dtype == torch.float32 and case.endswith("one row"):
                 continue  # its gradient is exactly 0, of which rounding has no relative size
             want = expected(case)
             got = [part[case, dtype] for part in parts]
@@ -150,6 +156,19 @@ def test_objective_is_the_weighted_sum_and_leaves_out_what_is_missing():
     close(got["av"], brute_force(vision, audio, 10, has_audio & has_frames), 1e-9)
     close(got["aa"], brute_force(audio, masked, 10, has_audio, intra=True), 1e-9)
     close(got["loss"], got["at"] + 2 * got["av"] + 0.5 * got["aa"], 1e-9)
+
+
+def test_text_and_media_take_part_with_any_medium_that_is_compared():
+    text, media = features()[:2]
+    has_frames, has_audio = torch.arange(N) % 3 > 0, torch.arange(N) % 4 > 0
+    labels = Labels(torch.arange(N) // 2, torch.arange(N) != 5, has_frames, has_audio)
+    cfg = LossConfig(at=0, av=0, aa=0, tm=2, exclude_same_group=True, directions="text_to_media")
+    scale = torch.tensor([10.0], dtype=torch.float64)
+    for modalities, there in (("v", has_frames), ("a", has_audio), ("av", has_frames | has_audio)):
+        want = brute_force(text, media, 10, there & labels.has_text, labels.group, one_way=True)
+        for named in ({"text": text, "media": media}, {"text": text, "scores": text @ media.T}):
+            got = objective(named | {"scale": scale}, labels, cfg, modalities)
+            close(got["loss"], 2 * want, 1e-9)
 
 
 def test_finite_differences():

@@ -1,4 +1,4 @@
-"""data_prep/media.py against the ffmpeg program, on a real video in several containers and codecs, and on damaged ones."""
+"""media.py against the ffmpeg program, on a real video in several containers and codecs, and on damaged ones."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from scipy.signal import correlate
 sys.path.insert(0, str(ROOT))
 
 from clip4vla.config import FramesConfig  # noqa: E402
-from data_prep.media import frame_times, read_clip  # noqa: E402
+from clip4vla.media import frame_times, read_clip  # noqa: E402
 
 # name: what ffmpeg makes of the 720p original (h264, P frames only, 5.1 sound)
 FILES = {
@@ -103,7 +103,7 @@ def test_frames_are_those_that_ffmpeg_shows_at_these_times(videos, name, interva
 def test_skipping_gives_the_frames_of_decoding_everything(videos):
     cfg = FramesConfig(fps=0, size=64)
     for name in ("b_frames.mp4", "vp9.webm", "hevc.mov"):
-        import data_prep.media as media
+        import clip4vla.media as media
 
         ours = read_clip(videos / name, 2.2, 4.9, cfg)
         plain = media._read(videos / name, 2.2, 4.9, cfg, np.inf, skip=False)

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, ranks
+from conftest import ROOT, TINY, ranks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from traffic import made_up
 
-from clip4vla import CLIP4VLA, flops
+from clip4vla import CLIP4VLA, flops, losses
 from clip4vla.batch import Batch
 from clip4vla.build import Setup
 from clip4vla.config import RunConfig, SpectrogramConfig, load
@@ -61,7 +61,7 @@ def test_useful_flops_are_those_that_torch_counts(towers, aa):
 
 @pytest.fixture(scope="module")
 def traffic(sample_shards, tmp_path_factory):
-    """For each case (ZeRO stage, micro-batches, words) bytes counted and the last row; then audio_space on two ranks."""
+    """For each case (ZeRO stage, micro-batches, words) bytes of a step, of its losses, the last row; then audio_space."""
     folder = tmp_path_factory.mktemp("traffic")
     (folder / "tiny.json").write_text(json.dumps(TINY))
     words = [
@@ -83,8 +83,8 @@ def traffic(sample_shards, tmp_path_factory):
 
 CASES = [
     (0, 1, []),
-    (1, 1, ["train.precision=bf16"]),
-    (2, 2, ["loss.aa=0"]),
+    (1, 1, ["train.precision=bf16", "loss.tv=1", "loss.exclude_same_group=false"]),
+    (2, 2, ["loss.aa=0", "train.negatives=micro"]),
     (3, 1, []),
     (3, 3, ["init_from=[{folder}/0]"]),  # the audio tower alone trains
 ]
@@ -92,9 +92,11 @@ CASES = [
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: f"ZeRO-{CASES[i][0]}, {CASES[i][1]} micro-batches")
 def test_comm_bytes_are_those_that_pass_through_the_collectives(traffic, case):
-    counted, row = traffic[0][case]
-    known = {"rel": 0.03} if CASES[case][:2] == (3, 3) else {"abs": 3000}  # norms, agreements, this row; padding
+    counted, of_losses, row = traffic[0][case]
+    known = {"rel": 0.03} if CASES[case][:2] == (3, 3) else {"abs": 200}  # norms, agreements, this row; padding
     assert counted == pytest.approx(row["comm_bytes"], **known)
+    cfg = load(RunConfig, ROOT / "configs/pretrain/sample.yaml", [w for w in CASES[case][2] if w.startswith("loss.")])
+    assert of_losses == losses.bytes_sent(cfg.loss, 6, 12, TINY["embed_dim"])
 
 
 def test_alignment_and_uniformity_of_two_ranks_against_pairs_one_by_one(traffic):

@@ -1,38 +1,54 @@
 """The page as a browser sees it: headless chromium loads it, and a script in a copy of it reports what it finds."""
 
+import dataclasses
+import html
 import io
+import itertools
 import json
+import math
 import re
 import shutil
+import statistics
 import subprocess
-import wave
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from clip4vla.report import Exhibit, Hit, Query, run_plot, spectrogram_png, write
+from clip4vla.exhibits import Exhibit, ogg, spectrogram_jpeg
+from clip4vla.queries_page import Hit, Query
+from clip4vla.report import run_plot, write
 
 EVIL = "<script>alert(1)</script> \"quoted\" & 'single' <img src=x onerror=alert(2)>"
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --virtual-time-budget=3000 --enable-logging=stderr --v=0"
+    "--disable-component-update --disable-sync --enable-logging=stderr --v=0"
 ).split()
 PROBE = """<script>addEventListener("load", () => {
   const all = [...document.querySelectorAll("*")], some = name => [...document.querySelectorAll(name)];
-  const shown = () => some(".card").filter(card => card.offsetHeight).length;
+  const item = id => document.getElementById(id), shown = () => some(".card").length;
   const found = {
     images: some("img").length, loaded: some("img").filter(image => image.naturalWidth).length,
-    players: some("audio").length, scripts: some("script").length, right: some(".hit.right .mark").length,
+    players: some("audio").length, scripts: some("script:not([type])").length,
+    right: some(".hit.right .mark").length, landed: some(".hit.right .head b").map(place => place.textContent),
     captions: some(".caption").map(caption => caption.textContent), text: document.querySelector("main").innerText,
     outside: all.filter(item => /^https?:/.test(item.src || item.href)).length, cards: shown(),
     wide: document.documentElement.scrollWidth > innerWidth };
-  const set = (id, key, value) => { if (document.getElementById(id)) {
-    document.getElementById(id)[key] = value; document.getElementById(id).dispatchEvent(new Event("change")); } };
-  set("failures", "checked", true); found.failed = shown();
-  set("direction", "value", "audio_to_text/vb"); found.both = shown();
-  set("failures", "checked", false); found.direction = shown();
-  document.title = JSON.stringify(found); });</script>"""
+  const set = (id, key, value) => {
+    item(id)[key] = value; item(id).dispatchEvent(new Event(item(id).oninput ? "input" : "change")); };
+  const titles = () => some(".asked .id").map(title => title.textContent.split(":")[0]);
+  if (item("sort")) {
+    item("next").click(); found.second = [titles(), item("page").textContent, item("next").disabled]; item("previous").click();
+    found.sorted = Object.fromEntries([...item("sort").options].map(option => {
+      set("sort", "value", option.value); return [option.textContent, titles()]; }));
+    set("sort", "value", ""); set("search", "value", "NUMBER 11"); found.searched = titles(); set("search", "value", "");
+    set("failures", "checked", true); found.failed = item("shown").textContent;
+    set("direction", "value", "audio_to_text/vb"); found.both = titles();
+    set("failures", "checked", false); found.direction = titles(); }
+  top.postMessage(found, "*"); });</script>"""
+FRAME = """<!doctype html><title></title><style>body { margin: 0 } iframe { border: 0; height: 900px; width: %dpx }</style>
+<script>onmessage = message => { document.title = JSON.stringify(message.data); };</script><iframe src="%s"></iframe>"""
 
 
 def encoded(image, kind):
@@ -42,20 +58,15 @@ def encoded(image, kind):
 
 
 def exhibit(number, captions=None):
-    """A clip with a picture, a sweep as its sound, and that sweep's line as its spectrogram."""
-    rng = np.random.default_rng(number)
-    small = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-    grey = rng.integers(20, 60, (224 * (1 + number % 3), 224), dtype=np.uint8)
+    """A clip with a picture, the line of a sweep as its spectrogram, and a sound that is its own."""
+    small = Image.fromarray(np.random.default_rng(number).integers(0, 256, (5, 5, 3), dtype=np.uint8))
+    grey = np.full((224 * (1 + number % 3), 224), 40 + number, np.uint8)
     rows = np.arange(len(grey))
     grey[rows, rows * 223 // len(grey)] = 250
-    sound = io.BytesIO()
-    with wave.open(sound, "wb") as file:
-        file.setparams((1, 2, 16000, 0, "NONE", ""))
-        phase = np.cumsum(np.linspace(100, 4000, 8000)) * 2 * np.pi / 16000
-        file.writeframes((np.sin(phase) * 9000).astype("<i2").tobytes())
     texts = captions or [f"A thing, number {number}.", f"Ding numéro {number}, как бы ни было"]
     picture = encoded(small.resize((224, 224), Image.Resampling.BICUBIC), "JPEG")
-    return Exhibit(f"animals/thing_{number}", texts, picture, encoded(Image.fromarray(grey), "PNG"), sound.getvalue())
+    sound = ogg(torch.sin(torch.arange(4000) * (0.1 + number / 50)), 16000)
+    return Exhibit(f"animals/thing_{number}", texts, picture, spectrogram_jpeg(grey), sound)
 
 
 def rows(n=400):
@@ -75,49 +86,58 @@ def summary_row(recall, p=0.0005):
     return numbers | {"n_queries": 1234, "n_gallery": 87, "p": p}
 
 
-def query(direction, rank, captions=None, n_hits=5):
-    hits = [Hit(exhibit(i, captions if i == 2 else None), 0.9 - i / 10, i + 1 == rank) for i in range(n_hits)]
-    return Query(direction, exhibit(7, captions), rank, hits)
+def query(direction, asked, rank, text="", ranks=None):
+    """The first five exhibits are found, the right one at its rank: behind them as the sixth hit if that is below."""
+    hits = [
+        Hit(i, {"av": 0.9 - i / 10, "v": 0.3 + rank / 1000, "a": float("nan")}, i + 1 == rank, EVIL if i == 2 else "")
+        for i in range(5)
+    ]
+    hits += [Hit(asked, {"av": 0.4 - rank / 100, "v": 0.1, "a": 0.2}, True)] if rank > 5 else []
+    return Query(direction, asked, text, rank, ranks or {}, hits)
+
+
+EXHIBITS = [*map(exhibit, range(23)), exhibit(23, [f"caption {i}" for i in range(20)])]
+EXHIBITS += [dataclasses.replace(EXHIBITS[0], title="animals/thing_24", captions=[EVIL])]
+QUERIES = [
+    query("text_to_audio/nb", 7, 1, EXHIBITS[7].captions[0], {"av": 1, "v": 2, "a": 900}),
+    query("text_to_audio/nb", 24, 17.5, EVIL, {"av": 17.5, "v": 3, "a": float("nan")}),
+    query("audio_to_text/vb", 8, 2, "", {"av": 2, "v": 2, "a": 1}),
+    query("audio_to_text/vb", 23, 1, "", {"av": 1, "v": 40, "a": 5}),
+    query("vision_to_audio/nb", 9, float("nan")),
+    *(query("video_to_text", i, 100.0 - i, "", {"av": 100.0 - i, "v": 2.0 * i, "a": 50.0}) for i in range(10, 23)),
+    *(query("text_to_video", i, 1, f"A {99 - i}", {"av": 1.0, "v": 1.0, "a": 60.0 - i}) for i in range(5)),
+]
 
 
 def page(path):
     directions = [
         f"{a}_to_{b}/{s}" for a in ("text", "audio") for b in ("audio", "text", "vision") if a != b for s in "ab"
     ]
-    queries = [
-        query("text_to_audio/nb", 1, [EVIL]),
-        query("text_to_audio/nb", 17.5, [f"caption {i}" for i in range(20)]),
-        query("audio_to_text/vb", 2),
-        query("audio_to_text/vb", 1),
-        query("vision_to_audio/nb", float("nan")),
-    ]
     metrics = {"text_to_audio/nb": summary_row(45.0), **{name: summary_row(8.0, None) for name in directions}}
+    metrics["text_to_audio/nb"]["ci"] = {"R@1": [41.26, 48.74], "MedR": [4.0, 5.5]}
     config = {"run_dir": "runs/<b>", "model": {"clip": "ViT-B-32", "fusion": "global_global"}, "seed": 0, "steps": 4000}
-    write(
-        path, f"Retrieval {EVIL}", config, {"pretrain/stamps": rows(), "clip": rows(3), "empty": []}, metrics, queries
-    )
+    runs = {"pretrain/stamps": rows(), "clip": rows(3), "empty": []}
+    write(path, f"Retrieval {EVIL}", config, runs, metrics, EXHIBITS, QUERIES)
 
 
-def browse(path, folder, width=1400):
-    """(what the probe found, console lines) of a copy of the page in chromium."""
+def chromium(address, folder, *flags):
+    """(the document after its load event, console lines)"""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not browser:
         pytest.fail("no chromium found: apt-get install chromium")
-    copy = folder / f"probe_{width}.html"
-    copy.write_text(path.read_text(encoding="utf-8").replace("</main>", f"</main>{PROBE}"), encoding="utf-8")
-    command = [
-        browser,
-        *FLAGS,
-        f"--window-size={width},900",
-        f"--user-data-dir={folder}/profile",
-        "--dump-dom",
-        str(copy),
-    ]
+    command = [browser, *FLAGS, *flags, f"--user-data-dir={folder}/profile", "--dump-dom", str(address)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     title = re.search(r"<title>(\{.*?\})</title>", done.stdout, re.DOTALL)
     assert title, done.stderr[-2000:]
-    found = json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&nbsp;", " ").replace("&amp;", "&"))
-    return found, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(html.unescape(title[1])), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def browse(path, folder, width=1400):
+    """(what the probe found, console lines) of a copy of the page in a frame: no window is as narrow as a phone."""
+    copy, frame = folder / "probe.html", folder / f"frame_{width}.html"
+    copy.write_text(path.read_text(encoding="utf-8").replace("</main>", f"</main>{PROBE}"), encoding="utf-8")
+    frame.write_text(FRAME % (width, copy.name), encoding="utf-8")
+    return chromium(frame, folder, "--virtual-time-budget=3000", "--window-size=1400,900")
 
 
 @pytest.fixture(scope="module")
@@ -127,28 +147,96 @@ def site(tmp_path_factory):
     return folder / "new" / "report.html", folder
 
 
-@pytest.mark.parametrize("width", [1400, 500])
-def test_everything_loads_and_fits_without_console_errors(site, width):
-    found, console = browse(*site, width)
-    assert console == []
-    assert found["images"] == found["loaded"] == 3 + 5 * 5 * 2 + 2 + 1  # curves, hits, two sounds and a picture asked
-    assert found["players"] == 5 * 5 + 2
-    assert found["outside"] == 0 and not found["wide"]
-    assert found["right"] == 3
-    assert "no right answer in the gallery" in found["text"] and "✗ right answer at rank 17.5 of 87" in found["text"]
-    assert "45.0" in found["text"] and "0.0005" in found["text"] and "model.fusion" in found["text"]
+@pytest.fixture(scope="module")
+def seen(site):
+    return browse(*site)
 
 
-def test_captions_stay_text(site):
-    found, console = browse(*site)
-    assert found["captions"].count(EVIL) == 2 and EVIL in found["text"]
+def test_everything_loads_and_fits_without_console_errors(site, seen):
+    first, asked = QUERIES[:20], {"text": 0, "audio": 1, "vision": 2, "video": 2}  # pictures of what was asked
+    for found, console in (seen, browse(*site, 390)):
+        assert console == [] and found["outside"] == 0 and not found["wide"]
+        images = sum(2 * len(query.hits) + asked[query.direction.split("_")[0]] for query in first)
+        assert found["images"] == found["loaded"] == 3 + images  # and the curves
+        assert found["players"] == sum(len(query.hits) + bool(asked[query.direction.split("_")[0]]) for query in first)
+        assert found["right"] == 19 and found["cards"] == 20
+        assert found["landed"] == [f"{query.rank:g}" for query in first if query.rank == query.rank]
+        assert (
+            "no right answer in the gallery" in found["text"] and "✗ right answer at rank 17.5 of 87" in found["text"]
+        )
+        assert "av 0.225 · v 0.100 · a 0.200" in found["text"] and "v: 3" in found["text"] and "a –" in found["text"]
+        assert "45.0 [41.3, 48.7]" in found["text"] and "4.5 [4.0, 5.5]" in found["text"]
+        assert "0.0005" in found["text"] and "model.fusion" in found["text"]
+
+
+def test_each_picture_and_sound_is_in_the_page_once(site):
+    uris = re.findall(r"data:(?:image/jpeg|audio/ogg);base64,[^<\"]+", site[0].read_text(encoding="utf-8"))
+    assert len(uris) == len(set(uris)) == 3 * (len(EXHIBITS) - 1)  # the last is like the first
+
+
+def test_captions_stay_text(seen):
+    found, console = seen
+    assert (
+        found["captions"].count(EVIL) == 2 + 20 and EVIL in found["text"]
+    )  # asked, its right answer, and found by each query
     assert found["scripts"] == 2  # the page's own and the probe
     assert console == []
 
 
-def test_filters_by_direction_and_failure(site):
-    found, _ = browse(*site)
-    assert (found["cards"], found["failed"], found["both"], found["direction"]) == (5, 3, 1, 2)
+def test_filters_by_direction_failure_and_text(seen):
+    found, _ = seen
+    assert found["failed"] == "16 of 23"
+    assert found["direction"] == ["animals/thing_8", "animals/thing_23"] and found["both"] == ["animals/thing_8"]
+    assert found["searched"] == ["animals/thing_11"]
+
+
+def test_pages_and_orders(seen):
+    found, _ = seen
+    titles = [EXHIBITS[query.exhibit].title for query in QUERIES]
+    assert found["second"] == [titles[20:], "page 2 of 2", True]
+
+    def order(key):
+        known = [query for query in QUERIES if key(query) == key(query)]
+        rest = [query for query in QUERIES if key(query) != key(query)]
+        return [EXHIBITS[query.exhibit].title for query in sorted(known, key=key) + rest][:20]
+
+    def margin(query):
+        right, wrong = ([hit.scores["av"] for hit in query.hits if hit.right is which] for which in (True, False))
+        return max(right) - max(wrong) if right else math.nan
+
+    def gain(one, other):
+        return lambda query: query.ranks.get(one, math.nan) - query.ranks.get(other, math.nan)
+
+    expected = {"as asked": titles[:20]}
+    expected |= {"rank, worst first": order(lambda q: -q.rank), "rank, best first": order(lambda q: q.rank)}
+    expected |= {"margin, smallest first": order(margin), "margin, largest first": order(lambda q: -margin(q))}
+    for one, other in itertools.permutations(("av", "v", "a"), 2):
+        expected[f"gain of {one} over {other}"] = order(gain(one, other))
+    by_text = found["sorted"].pop("text, A–Z")
+    assert by_text[:6] == ["animals/thing_24", *titles[:-6:-1]]  # "<script>", "A 95", "A 96", ...
+    assert found["sorted"] == expected
+
+
+def test_a_thousand_queries_stay_fast(tmp_path):
+    """Both bounds are some twenty times what an idle machine takes; all cards at once would take longer."""
+    exhibits = [Exhibit(f"video {i}", [f"caption {j} of {i}" for j in range(20)], *[bytes([i % 256, i // 256]) * 500] * 3)
+                for i in range(1000)]  # fmt: skip
+    ranks = np.random.default_rng(0).integers(1, 6, 1000).tolist()
+    queries = [query("text_to_video", i, rank, f"words {i}", {"av": rank, "v": 1}) for i, rank in enumerate(ranks)]
+    write(tmp_path / "many.html", "Many", {}, {}, {}, exhibits, queries)
+    probe = """<script>const ready = performance.now(); addEventListener("load", () => {
+      const times = [...document.getElementById("sort").options].map(option => {
+        const begin = performance.now(), sort = document.getElementById("sort");
+        sort.value = option.value; sort.dispatchEvent(new Event("change"));
+        document.body.getBoundingClientRect();  // lays it out
+        return performance.now() - begin; });
+      document.title = JSON.stringify({ ready, times, shown: document.getElementById("shown").textContent,
+        cards: document.querySelectorAll(".card").length }); });</script>"""
+    text = (tmp_path / "many.html").read_text(encoding="utf-8")
+    (tmp_path / "timed.html").write_text(text.replace("</main>", f"</main>{probe}"), encoding="utf-8")
+    found, _ = chromium(tmp_path / "timed.html", tmp_path)
+    assert found["cards"] == 20 and found["shown"] == "1,000 of 1,000" and len(found["times"]) == 8
+    assert found["ready"] < 10_000 and statistics.median(found["times"]) < 2000
 
 
 def test_the_probe_notices_what_it_is_to_notice(site, tmp_path):
@@ -164,18 +252,9 @@ def test_the_probe_notices_what_it_is_to_notice(site, tmp_path):
 
 
 def test_a_page_with_nothing_but_a_title_loads(tmp_path):
-    write(tmp_path / "report.html", "Nothing yet", {}, {}, {}, [])
+    write(tmp_path / "report.html", "Nothing yet", {}, {}, {}, [], [])
     found, console = browse(tmp_path / "report.html", tmp_path)
     assert found["text"].strip() == "Nothing yet" and console == []
-
-
-def test_spectrograms_run_to_the_right_with_low_frequencies_below():
-    grey = np.zeros((300, 224), np.uint8)
-    grey[290, 10] = 255  # late and low
-    with Image.open(io.BytesIO(spectrogram_png(grey))) as image:
-        pixels = np.asarray(image.convert("RGB")).sum(-1)
-    assert pixels.shape == (224, 300)
-    assert np.unravel_index(pixels.argmax(), pixels.shape) == (223 - 10, 290)
 
 
 def test_a_plot_has_a_panel_for_what_the_rows_have():

@@ -12,7 +12,7 @@ from scipy.stats import kstest, rankdata
 from sklearn.metrics import label_ranking_average_precision_score, top_k_accuracy_score
 
 from clip4vla.config import UserError
-from clip4vla.retrieval import _group_ranks, best_rank, evaluate, permutation_p, summary, top_k
+from clip4vla.retrieval import _group_ranks, best_rank, evaluate, intervals, permutation_p, summary, top_k
 
 
 def brute_force(query, gallery, query_group, gallery_group):
@@ -122,6 +122,35 @@ def test_permuted_ranks_equal_the_brute_force(case):
     for column, group in enumerate(groups):
         expected = brute_force(query, gallery, np.full(len(query), group), gallery_group)
         np.testing.assert_array_equal(ranks[:, column], expected)
+
+
+def test_scores_that_are_there_already_rank_as_the_vectors_that_gave_them():
+    query, gallery, query_group, gallery_group = random_case()
+    scores, columns = (query.double() @ gallery.double().T).float(), torch.arange(len(gallery))
+    groups = query_group, gallery_group
+    assert evaluate(scores, columns, *groups, 99, 0, 50) == evaluate(query, gallery, *groups, 99, 0, 50)
+    for got, want in zip(top_k(scores, columns, 7, 60), top_k(query, gallery, 7, 60), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_intervals_are_those_of_resampled_groups():
+    """Against numpy on repeated queries, with the same draws; and they cover the truth as often as they say."""
+    ranks = torch.tensor([1, 2, 3.5, 8, torch.nan, 20, 1, 1, 4, 12], dtype=torch.float64)
+    group = torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 4, 5])
+    rng, found = np.random.default_rng(3), []
+    for _ in range(200):
+        times = rng.multinomial(6, np.full(6, 1 / 6))
+        found.append(np.concatenate([np.repeat(ranks[group == g].numpy(), n) for g, n in enumerate(times)]))
+    found = [values[~np.isnan(values)] for values in found]
+    got = intervals(ranks, group, 200, 3)
+    for name, how in (("R@5", lambda v: 100 * (v <= 5).mean()), ("MedR", np.median), ("MeanR", np.mean)):
+        assert got[name] == pytest.approx(np.quantile([how(v) for v in found], [0.025, 0.975]))
+    inside = 0
+    for seed in range(200):
+        draw = np.random.default_rng(seed).integers(1, 11, 100)
+        low, high = intervals(torch.from_numpy(draw).double(), torch.arange(100), 200, seed)["R@5"]
+        inside += low <= 50 <= high
+    assert 175 <= inside <= 199
 
 
 def test_p_is_uniform_without_signal_and_small_with_it():

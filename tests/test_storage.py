@@ -252,6 +252,18 @@ def test_damaged_entries_are_read_again_and_count_as_no_damage(server, samples, 
         assert len(requests(server, ".tar")) == expected
 
 
+def test_what_comes_damaged_from_its_source_is_not_kept(server, tmp_path):
+    make(tmp_path / "x")
+    tar = tmp_path / "x/s-000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[SIZE] ^= 0xFF  # in its first sample
+    tar.write_bytes(data)
+    s3.put(tmp_path / "x", "flipped", server.port)
+    folder = ShardFolder.open(url(server, name="flipped"), DataSources(cache=str(tmp_path / "cache"), timeout=5))
+    assert [place for place, got in zip(EVERY, folder.read(EVERY), strict=True) if isinstance(got, Damaged)] == [(1, 0)]
+    assert len(list(tmp_path.glob("cache/ranges/??/*"))) == len(EVERY) - 1
+
+
 def test_a_replaced_shard_is_never_served_from_the_cache(server, tmp_path):
     cfg = DataSources(cache=str(tmp_path / "cache"), timeout=5)
     for seed in (1, 2):

@@ -1,6 +1,7 @@
 """Bytes that each step of real runs passes into collectives: python tests/traffic.py OUT JSON, a list of (words, ds.json).
 
-Writes a list of (bytes of the last whole step, last row of metrics.jsonl), and audio_space of what each rank made up.
+Writes a list of (bytes of the last whole step, those of its losses, last row of metrics.jsonl), and audio_space of what each
+rank made up.
 """
 
 import json
@@ -23,6 +24,7 @@ SENT = {  # collective: which argument a rank puts in
     "all_to_all_single": (1, "input"),
 }
 steps = [0]  # bytes of each step, the one under way last
+of_losses = [0]  # of these, what the losses' forward passes put in (their backward passes put in nothing)
 
 
 def counted(name: str):
@@ -41,20 +43,28 @@ def counted(name: str):
 for name in SENT:
     setattr(dist, name, counted(name))
 
-from clip4vla import distributed, meter  # noqa: E402  (DeepSpeed keeps the functions that it finds)
+from clip4vla import accumulation, distributed, meter  # noqa: E402  (DeepSpeed keeps the functions that it finds)
 from clip4vla.batch import Labels  # noqa: E402
 from clip4vla.config import RunConfig, load  # noqa: E402
 from clip4vla.train import train  # noqa: E402
 
-add = meter.Meter.add
+add, objective = meter.Meter.add, accumulation.objective
 
 
 def add_and_turn_over(self, *args):
     steps.append(0)
+    of_losses.append(0)
     add(self, *args)
 
 
-meter.Meter.add = add_and_turn_over
+def counted_objective(*args):
+    before = steps[-1]
+    values = objective(*args)
+    of_losses[-1] += steps[-1] - before
+    return values
+
+
+meter.Meter.add, accumulation.objective = add_and_turn_over, counted_objective
 
 
 def made_up(rank: int) -> tuple[dict[str, torch.Tensor], list[Labels]]:
@@ -73,7 +83,7 @@ if __name__ == "__main__":
         train(cfg, ds)
         distributed.barrier()
         lines = Path(cfg.run_dir, "metrics.jsonl").read_text().splitlines()
-        results.append((steps[-2], json.loads(lines[-1])))
+        results.append((steps[-2], of_losses[-2], json.loads(lines[-1])))
     space = meter.audio_space(*made_up(distributed.rank()))
     if distributed.rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps([results, space]))

@@ -1,0 +1,39 @@
+"""Which checkpoint of a run is the best: by a metric of its evaluations on data.val, never on data.test."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from clip4vla.config import RunConfig, UserError
+
+LOWER = ("MedR", "MeanR")  # is better
+
+
+def value(metrics: dict[str, dict[str, Any]], select: str) -> float:
+    """What eval.select picks of metrics by direction, such that more is better; UserError if it is not there."""
+    direction, _, name = select.rpartition("/")
+    if not isinstance(metrics.get(direction, {}).get(name), int | float):
+        raise UserError(
+            f"eval.select={select}: no such number; there is {', '.join(metrics)}, each with R@1, R@5, MeanR, ..."
+        )
+    return -metrics[direction][name] if name in LOWER else metrics[direction][name]
+
+
+def best(cfg: RunConfig) -> str:
+    """The step-NNNNNNNN whose evaluation on data.val is best (of equal ones the first), "" without any."""
+    found = {file.parent.name: value(json.loads(file.read_text()), cfg.eval.select) for file in _evaluations(cfg)}
+    top = max(sorted(found), key=found.get, default="")
+    return top.replace("val", "step")
+
+
+def kept(cfg: RunConfig) -> set[str]:
+    """The step-NNNNNNNN that may not be removed: the best one, and one that is still being evaluated."""
+    if not cfg.eval.select:
+        return set()
+    names = [file.parent.name for file in _evaluations(cfg)]
+    begun = [folder.name for folder in Path(cfg.run_dir, "eval").glob("val-*") if folder.name > max(names, default="")]
+    return {best(cfg), *(name.replace("val", "step") for name in begun)} - {""}
+
+
+def _evaluations(cfg: RunConfig) -> list[Path]:
+    return [*Path(cfg.run_dir, "eval").glob("val-*/metrics.json")]

@@ -1,0 +1,200 @@
+"""Zero-shot retrieval: every clip embedded once, ranked in six directions between text, video and audio, by type token and
+subset."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip4vla import distributed, retrieval
+from clip4vla.config import RunConfig
+from clip4vla.exhibits import Exhibit, exhibit
+from clip4vla.loader import Loader, number
+from clip4vla.model import CLIP4VLA
+from clip4vla.queries_page import Hit, Query
+from clip4vla.watchdog import watch
+
+SHOWN = ("text_to_audio/nb", "text_to_audio/vb", "text_to_video", "audio_to_video", "audio_to_text", "video_to_audio")
+
+
+@dataclass
+class Side:
+    """Things of one kind to rank or to rank for: n unit vectors, answer groups, names that make them unique, subset tags."""
+
+    kind: str  # text, video or audio
+    vectors: Tensor  # n D
+    group: Tensor  # n
+    clip: list[int]
+    text: list[str]
+    tags: list[tuple[str, ...]]
+
+    def pick(self, keep: list[int]) -> "Side":
+        """The rows numbered in keep."""
+        parts = [[values[i] for i in keep] for values in (self.clip, self.text, self.tags)]
+        return Side(self.kind, self.vectors[keep], self.group[keep], *parts)
+
+    def tagged(self, tag: str) -> "Side":
+        """The rows of a subset; pictures belong to all of them."""
+        return self.pick([i for i, tags in enumerate(self.tags) if not tag or self.kind == "video" or tag in tags])
+
+
+class Found(NamedTuple):
+    """What the ranks found, on rank 0's CPU."""
+
+    clips: dict[int, dict]
+    vectors: dict[str, dict]
+
+
+def types(cfg: RunConfig) -> list[str]:
+    """The type tokens to evaluate, the main one first."""
+    return cfg.eval.types or [cfg.model.audio_type]
+
+
+def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
+    """(json of the clips, vectors). Clips are numbered by their place in the loader's order: `video` and
+    `audio/TYPE` map clip numbers to vectors (D,), `text` maps (clip number, caption number) to them."""
+    mine: dict[str, dict] = {name: {} for name in ("clips", "video", "text", *(f"audio/{t}" for t in types(cfg)))}
+    for k, batch in enumerate(loader.batches(0, len(loader.order))):
+        watch.at(f"evaluation: batch {k}")
+        batch, index = batch.to(loader.device), loader.numbers(k)
+        captions = [c["captions"][:1] if cfg.eval.captions == "first" else c["captions"] for c in batch.meta]
+        flat = [(i, j) for i, texts in zip(index, captions, strict=True) for j in range(len(texts))]
+        tokens = loader.tokenize([text for texts in captions for text in texts] or [""]).to(loader.device)
+        texts = F.normalize(model.encode_text(tokens)[0].float(), dim=-1)
+        mine["clips"] |= {i: meta for i, meta in zip(index, batch.meta, strict=True) if meta["id"]}
+        mine["text"] |= {name: vector.clone() for name, vector in zip(flat, texts.cpu(), strict=False)}
+        mine["video"] |= _where(batch.has_frames, index, model.encode_vision(batch))
+        for audio_type in types(cfg):
+            mine[f"audio/{audio_type}"] |= _where(batch.has_audio, index, model.encode_audio(batch, audio_type))
+    found = distributed.merge(mine)
+    return Found({}, {}) if distributed.rank() else Found(found.pop("clips"), found)
+
+
+def directions(clips: dict[int, dict], vectors: dict[str, dict], audio_type: str) -> Iterator[tuple[str, Side, Side]]:
+    """(name, queries, gallery): six directions, and their subsets by audio type and language, e.g. text_to_audio/vb-fr.
+
+    A picture or caption of one item counts once, however many clips carry it. Directions without an answer are left out.
+    """
+    video, audio = (
+        _media(kind, clips, vectors[key]) for kind, key in (("video", "video"), ("audio", f"audio/{audio_type}"))
+    )
+    text = _texts(clips, vectors["text"], video, lambda clip, j: tuple(clip.get("caption_langs", [])[j : j + 1]))
+    spoken = _texts(clips, vectors["text"], audio, lambda clip, _: _tags(clip))
+    for a, b in ((text, video), (spoken, audio), (video, audio)):
+        seen = []
+        for tag in ("", *sorted({tag for tags in a.tags + b.tags for tag in tags})):
+            few = [_once(side.tagged(tag), clips) for side in (a, b)]
+            rows = [side.clip for side in few]
+            if rows in seen or not set(few[0].group.tolist()) & set(few[1].group.tolist()):
+                continue  # the same things under another name, or nothing to find
+            seen.append(rows)
+            ending = f"/{tag}" if tag else ""
+            yield f"{a.kind}_to_{b.kind}{ending}", *few
+            yield f"{b.kind}_to_{a.kind}{ending}", *reversed(few)
+
+
+def _media(kind: str, clips: dict[int, dict], vectors: dict[int, Tensor]) -> Side:
+    tags = [_tags(clips[i]) if kind == "audio" else () for i in vectors]
+    return Side(kind, _stack(vectors), _groups(clips, vectors), list(vectors), [""] * len(vectors), tags)
+
+
+def _texts(clips: dict[int, dict], vectors: dict, media: Side, tags: Callable[[dict, int], tuple[str, ...]]) -> Side:
+    """The captions of the clips that have this medium."""
+    rows = {(i, j): vector for (i, j), vector in vectors.items() if i in set(media.clip)}
+    index = [i for i, _ in rows]
+    text = [clips[i]["captions"][j] for i, j in rows]
+    return Side("text", _stack(rows), _groups(clips, index), index, text, [tags(clips[i], j) for i, j in rows])
+
+
+def _stack(vectors: dict[Any, Tensor]) -> Tensor:
+    return torch.stack(list(vectors.values())) if vectors else torch.zeros(0, 1)
+
+
+def _groups(clips: dict[int, dict], index: Any) -> Tensor:
+    return torch.tensor([number(clips[i]["group"]) for i in index], dtype=torch.int64)
+
+
+def _once(side: Side, clips: dict[int, dict]) -> Side:
+    """Each sound, and the first of equal pictures or captions of one item; clips of one video are groups of their own."""
+    names = [
+        (i, i, text) if side.kind == "audio" else (clips[i].get("item"), clips[i]["group"], text)
+        for i, text in zip(side.clip, side.text, strict=True)
+    ]
+    return side.pick(list({name: row for row, name in reversed(list(enumerate(names)))}.values())[::-1])
+
+
+def _tags(clip: dict) -> tuple[str, ...]:
+    return (clip["audio_type"], *([f"{clip['audio_type']}-{clip['lang']}"] if clip.get("lang") else []))
+
+
+def _where(there: Tensor, index: list[int], vectors: Tensor) -> dict[int, Tensor]:
+    """The vectors that are there, each with memory of its own: a view would be pickled with its whole batch."""
+    return {i: v.clone() for i, v, ok in zip(index, vectors.cpu(), there.tolist(), strict=True) if ok}
+
+
+def rank(query: Side, gallery: Side, cfg: RunConfig) -> dict[str, Any]:
+    """What retrieval.evaluate gives for one direction."""
+    return retrieval.evaluate(
+        query.vectors, gallery.vectors, query.group, gallery.group, cfg.eval.permutations, cfg.seed, cfg.eval.bootstrap
+    )
+
+
+def ranked(found: Found, cfg: RunConfig) -> dict[str, dict[str, dict]]:
+    """Metrics by type token and direction."""
+    return {
+        audio_type: {title: rank(query, gallery, cfg) for title, query, gallery in directions(*found, audio_type)}
+        for audio_type in types(cfg)
+    }
+
+
+def account(found: Found, cfg: RunConfig) -> dict[str, Any]:
+    """For the manifest: how captions and clips count."""
+    which = "the first caption" if cfg.eval.captions == "first" else "every caption"
+    words = "equal captions and pictures of one item count once; a right answer is any clip of the query's group"
+    return {"protocol": f"{which} of a clip is a query; {words}"}
+
+
+def examples(found: Found, loader: Loader, cfg: RunConfig) -> tuple[list[Exhibit], list[Query]]:
+    """Queries spread over the directions, each with its five best results and its right one; and what these refer to."""
+    pairs = list(directions(*found, types(cfg)[0]))
+    chosen = [pair for title in SHOWN for pair in pairs if pair[0] == title] or pairs
+    numbers: dict[tuple[int, bool], int] = {}  # of exhibits, by clip and whether its sound takes part
+    queries = []
+    for n, (title, query, gallery) in enumerate(chosen):
+        count = len(range(n, cfg.eval.report_queries, len(chosen)))
+        answered = torch.isin(query.group, gallery.group).nonzero()[:, 0]
+        spread = answered[torch.linspace(0, len(answered) - 1, min(count, len(answered))).long()]
+        ranks = retrieval.best_rank(query.vectors[spread], gallery.vectors, query.group[spread], gallery.group)
+        for q, place in zip(spread.tolist(), ranks.tolist(), strict=True):
+            hits = [
+                Hit(_number(numbers, gallery, g), {"": score}, right, gallery.text[g])
+                for g, score, right in _found(query, q, gallery)
+            ]
+            queries.append(Query(title, _number(numbers, query, q), query.text[q], place, {}, hits))
+    return [_exhibit(loader, found.clips, *name) for name in numbers], queries
+
+
+def _found(query: Side, q: int, gallery: Side) -> list[tuple[int, float, bool]]:
+    """(gallery row, score, whether it is right) of the five best, and of the best right one if it is not among them."""
+    vector = query.vectors[q : q + 1]
+    scores, rows = retrieval.top_k(vector, gallery.vectors, 5)
+    right = (gallery.group == query.group[q]).nonzero()[:, 0]
+    if not torch.isin(rows, right).any():
+        score, best = retrieval.top_k(vector, gallery.vectors[right], 1)
+        scores, rows = torch.cat([scores, score], 1), torch.cat([rows, right[best]], 1)
+    return list(zip(rows[0].tolist(), scores[0].tolist(), torch.isin(rows[0], right).tolist(), strict=True))
+
+
+def _number(numbers: dict[tuple[int, bool], int], side: Side, row: int) -> int:
+    return numbers.setdefault((side.clip[row], side.kind == "audio"), len(numbers))
+
+
+def _exhibit(loader: Loader, clips: dict[int, dict], clip: int, heard: bool) -> Exhibit:
+    """The clip, without its sound where that takes no part."""
+    place = loader.order.places[clip]
+    shown = exhibit(loader.folders[place.source], place, clips[clip])
+    return shown if heard else dataclasses.replace(shown, spectrogram=None, audio=None)

@@ -1,0 +1,114 @@
+"""launch/finetune_retrieval.py: every head on ranks, ZeRO stages, resume with dropout, learning rates by tower, freezing."""
+
+import json
+import runpy
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, TINY, ranks, trace
+from safetensors.torch import load_file
+
+from clip4vla import engine
+from clip4vla.config import ModelConfig, SpectrogramConfig
+from clip4vla.model import CLIP4VLA
+
+SCRIPT = "launch/finetune_retrieval.py"
+
+
+@pytest.fixture(scope="module")
+def words(tiny, sample_shards):
+    """Words of a tiny fine-tuning run: picture, sound and text of spoken names."""
+    return [
+        *tiny, "loss.tm=1", "loss.at=0", "loss.av=0", "loss.aa=0", f"data.train={sample_shards}/speech_fr/train",
+        "model.train_towers=text+vision+audio", "model.fusion_layers=2", "eval.task=retrieval", "train.max_steps=4",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("head", ["global_global", "global_local", "local_local"])
+def test_any_ranks_and_zero_stages_give_the_same_losses(words, tmp_path, head):
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
+    )
+    found = []
+    for n, more in ((1, []), (2, []), (2, ["--deepspeed_config", tmp_path / "ds.json"])):
+        run_dir = tmp_path / f"{len(found)}"
+        done = ranks(n, SCRIPT, *words, f"run_dir={run_dir}", f"model.fusion={head}", "model.fusion_dropout=0", *more)
+        assert done.returncode == 0, done.stderr
+        found.append(trace(run_dir))
+    for other in found[1:]:
+        for step, losses in found[0].items():
+            assert other[step] == pytest.approx(losses, rel=1e-5)
+    assert len(found[0]) == 4 and found[0][4] < found[0][1]
+
+
+def test_a_run_with_dropout_goes_on_to_the_last_bit(words, tmp_path):
+    words = [*words, "model.fusion=global_local", f"run_dir={tmp_path}", "train.accumulate=2", "train.keep=4"]
+    assert ranks(2, SCRIPT, *words).returncode == 0
+    undisturbed = trace(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints/step-00000004")
+    done = ranks(2, SCRIPT, *words)
+    assert done.returncode == 0 and "2 done of 4" in done.stdout, done.stderr
+    assert trace(tmp_path) == undisturbed
+    gentle = ranks(2, SCRIPT, *words, "model.fusion_dropout=0", f"run_dir={tmp_path / 'other'}", "train.max_steps=1")
+    assert gentle.returncode == 0 and trace(tmp_path / "other")[1] != undisturbed[1]  # it was there
+
+
+def test_learning_rates_by_tower_and_frozen_blocks(words, tmp_path):
+    words = [*words, f"run_dir={tmp_path}", "model.fusion=local_local", "train.keep=4"]
+    done = ranks(1, SCRIPT, *words, "train.lr_scale={vision: 0, head: 2}", "model.freeze_layers={text: 1, audio: 0}")
+    assert done.returncode == 0, done.stderr
+    early, late = (load_file(tmp_path / f"checkpoints/step-0000000{step}/model.safetensors") for step in (2, 4))
+    changed = {name for name in early if not torch.equal(early[name], late[name])}
+    assert not [name for name in changed if name.startswith("vision.")]
+    still = {name for name in early if name.startswith("text.")} - changed
+    assert still == {
+        name for name in early if name.startswith(("text.token_", "text.positional", "text.transformer.resblocks.0."))
+    }
+    assert "audio.trunk.transformer.resblocks.0.ln_1.weight" in changed and "audio.trunk.conv1.weight" not in changed
+    assert {"head.score.weight", "head.encoder.type_embedding", "head.encoder.blocks.1.ln_1.weight"} <= changed
+
+
+def test_groups_have_their_share_of_the_learning_rate():
+    model = CLIP4VLA(
+        TINY, ModelConfig(train_towers="text+audio", fusion="global_local", fusion_layers=1), SpectrogramConfig()
+    )
+    model.freeze()
+    groups = engine.parameter_groups(model, {"text": 0.1, "head": 3})
+    run = SimpleNamespace(optimizer=SimpleNamespace(param_groups=groups))
+    engine.set_learning_rate(run, 2.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {
+        (names[id(p)].split(".")[0], round(group["lr"], 9), group.get("weight_decay"))
+        for group in groups
+        for p in group["params"]
+    }
+    rates = {"text": 0.2, "audio": 2.0, "head": 6.0}
+    assert found == {(tower, rate, decay) for tower, rate in rates.items() for decay in (None, 0.0)}
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (["loss.tm=0"], "loss.tm is 0"),
+        (["train.max_steps=0"], "nothing to train"),
+        (["train.lr_scale={tex: 1}"], "'tex' is none of text, vision, audio, head"),
+        (["model.freeze_layers={text: 3}"], "text: 3 is not between 0 and its 2 blocks"),
+        (["model.freeze_layers={head: 1}"], "'head' is none of the towers of model.train_towers"),
+        (["model.modalities=v"], "model.train_towers: no loss runs the audio tower"),
+        (["model.fusion=local_local", "train.accumulate=2"], "set train.negatives=micro"),
+        (["train.compile=aot_eager"], "set train.compile=off"),
+        (["eval.select=text_to_video/R@1"], "set eval.every"),
+        (["loss={tm: 0, tv: 1}", "model.fusion=global_local"], "loss.tm is 0"),
+        (["model.fusion=local_local", "model.max_frames=1"], "the shards have up to 12 frames"),
+    ],
+)
+def test_mistakes_are_one_line(words, wrong, said, monkeypatch, capsys):
+    """In this process: what is refused is refused before there is anything to undo."""
+    monkeypatch.setattr("sys.argv", [SCRIPT, *map(str, words), *wrong])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(SCRIPT, run_name="__main__")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and said in line

@@ -1,0 +1,190 @@
+"""text_video.py and its parts on real clips: ranks, silent clips, what is left out, the manifest, the best checkpoint."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ranks, run
+from test_finetune import SCRIPT, words  # noqa: F401
+
+from clip4vla import selection
+from clip4vla.checkpoints import chosen_checkpoint, superseded
+from clip4vla.config import RunConfig, UserError, load
+from clip4vla.model import CLIP4VLA
+
+HEADS = ("global_global", "global_local", "local_local")
+
+
+@pytest.fixture(scope="module")
+def tuned(words, tmp_path_factory):  # noqa: F811
+    """{head: words that evaluate a run with it}, after two steps."""
+    found = {}
+    for head in HEADS:
+        folder = tmp_path_factory.mktemp(head)
+        more = [
+            *words,
+            f"model.fusion={head}",
+            f"run_dir={folder}",
+            "train.max_steps=2",
+            "eval.bootstrap=20",
+            "eval.captions=all",
+        ]
+        assert ranks(1, SCRIPT, *more).returncode == 0
+        found[head] = (folder, more)
+    return found
+
+
+def evaluated(tuned, head, *more, n=1):
+    """(metrics, manifest) of an evaluation."""
+    folder, words = tuned[head]  # noqa: F811
+    done = ranks(n, "launch/evaluate.py", *words, *more)
+    assert done.returncode == 0, done.stderr
+    return tuple(json.loads((folder / f"eval/test/{name}.json").read_text()) for name in ("metrics", "manifest"))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_two_ranks_give_the_numbers_of_one(tuned, sample_shards, head):
+    test = f"data.test=[{sample_shards}/speech_fr/train, {sample_shards}/pictures/test]"
+    one, two = (evaluated(tuned, head, test, n=n) for n in (1, 2))
+    assert one == two
+    metrics, manifest = one
+    assert set(metrics) == {f"{way}{kind}" for way in ("text_to_video", "video_to_text") for kind in ("", "/v", "/a")}
+    row = metrics["text_to_video"]
+    assert row["n_queries"] > row["n_gallery"] == 20 and row["ci"]["R@5"][0] <= row["R@5"] <= row["ci"]["R@5"][1]
+    found = {
+        json.dumps([metrics[f"{way}{kind}"] for way in ("text_to_video", "video_to_text")]) for kind in ("", "/v", "/a")
+    }
+    assert len(found) == 3  # not the same thing three times
+
+
+def looks(folder, model):
+    """{id: y^g} of a shard folder's clips, one by one, by PIL: independent of the loader, DALI and packing."""
+    import io
+
+    from PIL import Image
+
+    from clip4vla.shards import ShardFolder
+
+    shards, found, heard = ShardFolder.open(str(folder)), {}, set()
+    for s, shard in enumerate(shards.shards):
+        for e in range(shard.samples):
+            sample = shards.read([(s, e)])[0]
+            meta = json.loads(sample["json"])
+            strip = np.array(Image.open(io.BytesIO(sample["frames"])).convert("RGB"))
+            frames = torch.from_numpy(strip).view(-1, 224, 224, 3).permute(0, 3, 1, 2)
+            with torch.no_grad():
+                unit = F.normalize(model.encode_frames(frames), dim=-1)
+            found[meta["id"]] = F.normalize(unit.mean(0), dim=0).numpy()
+            heard |= {meta["id"]} if meta["has_audio"] else set()
+    return found, heard
+
+
+def test_silent_clips_take_the_sound_of_the_training_clip_that_looks_most_like_them(tuned, sample_shards):
+    folder, _ = tuned["global_global"]
+    both = f"data.test=[{sample_shards}/speech_fr/val, {sample_shards}/pictures/test, {sample_shards}/pictures/val]"
+    found = {
+        how: evaluated(tuned, "global_global", both, f"eval.silent={how}") for how in ("nearest", "zero", "exclude")
+    }
+    silent = found["nearest"][1]["silent"]
+    model = CLIP4VLA.from_checkpoint(folder / "checkpoints/step-00000002")
+    train, heard = looks(sample_shards / "speech_fr/train", model)
+    wanted = {}
+    for split in ("test", "val"):
+        for name, look in looks(sample_shards / f"pictures/{split}", model)[0].items():
+            wanted[name] = max(heard, key=lambda donor, look=look: float(train[donor] @ look))
+    assert silent["donors"] == wanted and silent["clips"] == silent["filled"] == len(wanted) == 4
+    assert found["zero"][1]["silent"]["filled"] == 0 and found["zero"][1]["n_ids"] == found["nearest"][1]["n_ids"]
+    left_out = found["exclude"][1]["left_out"]["silent"]
+    assert sorted(left_out) == sorted(wanted)
+    sizes = {how: metrics["text_to_video"]["n_gallery"] for how, (metrics, _) in found.items()}
+    assert sizes == {"nearest": 6, "zero": 6, "exclude": 2}
+    assert found["nearest"][0]["text_to_video/v"] == found["zero"][0]["text_to_video/v"]
+    assert found["nearest"][0]["video_to_text/a"] != found["zero"][0]["video_to_text/a"]
+
+
+def test_one_medium_alone_and_all_captions_or_the_first(tuned, sample_shards):
+    test = f"data.test=[{sample_shards}/speech_fr/train]"
+    for kind in "va":
+        alone, manifest = evaluated(tuned, "local_local", test, f"model.modalities={kind}", "model.train_towers=text")
+        assert set(alone) == {"text_to_video", "video_to_text"} and manifest["settings"]["model"]["modalities"] == kind
+        assert alone == evaluated_before(tuned, test, kind)
+    first, manifest = evaluated(tuned, "local_local", test, "eval.captions=first")
+    assert first["text_to_video"]["n_queries"] == first["text_to_video"]["n_gallery"] == 18
+    assert manifest["protocol"].startswith(
+        "the first caption of a clip is a query of its own (18 for 18 clips, 1 each)"
+    )
+
+
+def evaluated_before(tuned, test, kind):
+    """What the fused run says of one medium."""
+    metrics, _ = evaluated(tuned, "local_local", test)
+    return {way: metrics[f"{way}/{kind}"] for way in ("text_to_video", "video_to_text")}
+
+
+def test_the_manifest_names_what_was_used(tuned, sample_shards, tmp_path):
+    folder, words = tuned["global_local"]  # noqa: F811
+    shards = tmp_path / "test"
+    shutil.copytree(sample_shards / "speech_fr/train", shards)
+    index = json.loads((shards / "index.json").read_text())
+    (tar, *_) = sorted(shards.glob("*.tar"))
+    with tar.open("r+b") as stream:  # one sample's spectrogram is damaged
+        key, members = index["shards"][0]["entries"][3]
+        offset, size, _ = members["fbank.jpg"]
+        stream.seek(offset + size // 2)
+        stream.write(b"damage")
+    _, manifest = evaluated(tuned, "global_local", f"data.test={shards}", "data.max_damage=1")
+    assert manifest["missing"] == [f"{index['source']}/{key}"] and manifest["n_ids"] == len(manifest["ids"]) == 17
+    assert manifest["sources"][str(shards)]["shards_sha256"][tar.name] == index["shards"][0]["sha256"]
+    weights = (folder / "checkpoints/step-00000002/model.safetensors").read_bytes()
+    assert (
+        manifest["checkpoint"]["sha256"] == hashlib.sha256(weights).hexdigest() and manifest["checkpoint"]["step"] == 2
+    )
+    assert load(RunConfig, None, []).eval.silent == manifest["settings"]["eval"]["silent"]
+
+
+def test_the_best_checkpoint_on_val_is_kept_and_evaluated(words, sample_shards, tmp_path):  # noqa: F811
+    """Whatever keep says; data.test takes no part in the choice."""
+    select = [
+        "eval.select=text_to_video/MeanR",
+        "eval.every=1",
+        "train.keep=1",
+        "train.save_every=100",
+        "train.lr=3e-3",
+    ]
+    words = [*words, *select, f"run_dir={tmp_path}", f"data.val={sample_shards}/speech_fr/train", "eval.bootstrap=0"]
+    assert ranks(2, SCRIPT, *words).returncode == 0
+    mean = {
+        f.parent.name[-1]: json.loads(f.read_text())["text_to_video"]["MeanR"]
+        for f in tmp_path.glob("eval/val-*/m*s.json")
+    }
+    assert set(mean) == set("1234")
+    best = min(sorted(mean), key=mean.get)
+    assert {p.name[-1] for p in (tmp_path / "checkpoints").glob("step-*")} == {best, "4"}
+    done = run("launch/evaluate.py", *words, f"data.test={sample_shards}/pictures/test")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "eval/test/manifest.json").read_text())["checkpoint"]["step"] == int(best)
+
+
+def test_selection(tmp_path):
+    cfg = load(
+        RunConfig, None, [f"run_dir={tmp_path}", "eval.select=text_to_video/R@1", "train.keep=1", "eval.every=2"]
+    )
+    names = [f"step-{i:08d}" for i in (2, 4, 6, 8)]
+    for name, recall in zip(names, (3.0, 9.0, 9.0, None), strict=True):
+        folder = tmp_path / "eval" / name.replace("step", "val")
+        folder.mkdir(parents=True)
+        if recall is not None:  # the last one is still being ranked
+            (folder / "metrics.json").write_text(json.dumps({"text_to_video": {"R@1": recall, "p": None}}))
+    assert selection.best(cfg) == names[1]  # of equal ones the first
+    assert superseded([*names, "step-00000009"], cfg) == [names[0], names[2]]
+    (tmp_path / "checkpoints" / names[1]).mkdir(parents=True)
+    assert chosen_checkpoint(cfg).name == names[1]
+    cfg.eval.select = ""
+    assert superseded(names, cfg) == names[:3]
+    for wrong in ("R@1", "text_to_audio/R@1", "text_to_video/p"):
+        with pytest.raises(UserError, match="no such number"):
+            selection.value({"text_to_video": {"R@1": 1.0, "p": None}}, wrong)
