@@ -72,6 +72,7 @@ class DataConfig:
     annotations: str = setting("", "annotation file or folder; empty: media_root")
     media_root: str = setting("", "folder with the media; paths in manifests are relative to it and stay inside")
     cut: bool = setting(False, "files named after a whole video hold the annotated interval alone")
+    languages: list[str] = setting([], "captions of these languages are kept, e.g. en; empty: all")
     clips_per_video: int = setting(0, "howto100m: clips taken of a video, spread over it; 0: all", low=0)
     out: str = setting("", "folder that receives SOURCE/SPLIT/{*.tar, index.json, quarantine.jsonl}")
     preset: Literal["paper", "official"] = setting("paper", "defaults as in the paper, or as in the authors' code")

@@ -8,8 +8,9 @@ A product of (m, k) by (k, n) is 2 m k n FLOPs. Useful is what the gradient of t
     a tower                   once if it is frozen, three times if it trains (its convolution twice: pixels get no gradient),
                               not at all where frozen vectors stand for it; segments again for their masked view
     a similarity matrix       3 * 2 b N D; one for each term, two more for NCE_aa
-    a head                    transformer over the frames and segments of each clip, or over those and the words of each pair
-                              of a caption and a clip of the global batch, of average length; it always trains
+    a head                    transformer over the frames and segments of each clip; or over those and the words of each pair of
+                              a caption and a clip of the global batch, whose last block gives the first place alone; of
+                              average length; it always trains
 
 Left out: norms, activations and softmax. Not useful: padding, activations and tiles computed again, the second forward pass
 of accumulation. MFU = useful FLOPs / (seconds * FLOP/s of a large bf16 matrix product, measured when the run starts).
@@ -88,16 +89,19 @@ class Work:
         """Of the head."""
         if not self.loss.tm or isinstance(self.head, GlobalToGlobal):
             return 0.0
-        clips, modalities = sum(map(len, micros)), self.cfg.model.modalities
-        length = sum(
-            len(m.frame_clip) * ("v" in modalities) + len(m.segment_clip) * ("a" in modalities) for m in micros
-        )
-        length, sequences = length / clips, clips
-        if isinstance(self.head, LocalToLocal):
-            length += 1 if self.head.eos else sum(int((m.tokens != 0).sum()) for m in micros) / clips
-            sequences *= clips * distributed.world() / self.parts
-        per_token, per_pair = _transformer(self.head.encoder.blocks)
-        return 3 * sequences * (per_token * length + per_pair * length**2)
+        kinds = {"v": "frame_clip", "a": "segment_clip"}
+        owners = [(getattr(m, kinds[kind]), len(m)) for m in micros for kind in self.cfg.model.modalities]
+        clips = sum(map(len, micros))
+        length = sum(int((owner < count).sum()) for owner, count in owners) / clips
+        blocks, d = self.head.encoder.blocks, self.dim
+        if not isinstance(self.head, LocalToLocal):
+            per_token, per_pair = _transformer(blocks)
+            return 3 * clips * (per_token * length + per_pair * length**2)
+        length += 1 if self.head.eos else sum(int((m.tokens != 0).sum()) for m in micros) / clips
+        per_token, per_pair = _transformer(blocks[:-1]) if len(blocks) > 1 else (0, 0)
+        last = 4 * d * (d + 1) * length + 20 * d**2  # keys and values of all, the rest of the first place
+        pairs = clips * clips * distributed.world() / self.parts
+        return 3 * pairs * (per_token * length + per_pair * length**2 + last)
 
 
 def _transformer(blocks: nn.ModuleList) -> tuple[float, float]:
@@ -133,9 +137,9 @@ def bytes_sent(model: CLIP4VLA, cfg: RunConfig, stage: int, width: int, vectors:
         return 0
     gradients = elements(model, trained=True) * width
     batch, dim = cfg.train.batch_size, model.clip_config["embed_dim"]
-    total = losses.bytes_sent(cfg.loss, batch // world, batch, dim) + gradients * (micros if stage >= 2 else 1)
-    if cfg.loss.tm and isinstance(model.head, LocalToLocal):
-        total += _pairs_bytes(model, cfg, batch, width)
+    scored = bool(cfg.loss.tm) and isinstance(model.head, LocalToLocal)
+    total = losses.bytes_sent(cfg.loss, batch // world, batch, dim, scored) + gradients * (micros if stage >= 2 else 1)
+    total += _sequence_bytes(model, cfg, batch, width) if scored else 0
     if stage < 3:
         return total + (gradients // world if stage else 0)
     run = towers_run(cfg, vectors) + ["head"] * bool(cfg.loss.tm)
@@ -144,13 +148,12 @@ def bytes_sent(model: CLIP4VLA, cfg: RunConfig, stage: int, width: int, vectors:
     return total + micros * (2 * weights + gradients if twice else weights) // world
 
 
-def _pairs_bytes(model: CLIP4VLA, cfg: RunConfig, n: int, width: int) -> int:
-    """Beside losses.bytes_sent, without the D numbers of text and media there: each clip's sequence and the scores, both ways."""
-    world, d = distributed.world(), model.clip_config["embed_dim"]
-    kinds = {"v": cfg.model.max_frames, "a": model.spectrogram.max_segments}
-    places = sum(kinds[kind] for kind in cfg.model.modalities)
-    forth, back = places * (d * width + 1) + 4 * n, places * d * width + 4 * n
-    return n // world * (forth - 8 * d - 12) + n * (back - 8)
+def _sequence_bytes(model: CLIP4VLA, cfg: RunConfig, n: int, width: int) -> int:
+    """What local_local gathers of own clips, vectors and which of them are there, and the gradient of everybody's vectors."""
+    room = {"v": cfg.model.max_frames, "a": model.spectrogram.max_segments}
+    places = sum(room[kind] for kind in cfg.model.modalities)
+    vectors = places * model.clip_config["embed_dim"] * width
+    return n // distributed.world() * (vectors + places) + n * vectors
 
 
 def matrix_rate(device: torch.device, side: int = 8192, repeats: int = 20) -> float:

@@ -157,7 +157,9 @@ class LocalToLocal(nn.Module):
         In tiles of some TOKENS, whose activations are computed again for the gradient: memory does not grow with C B.
         """
         captions, clips = words.there.sum(1).argsort(), sum(part.there.sum(1) for part in parts).argsort()
-        pairs = max(1, TOKENS[words.there.device.type] // sum(self.encoder.room.values()))  # as many tiles on any rank: ZeRO-3
+        pairs = max(
+            1, TOKENS[words.there.device.type] // sum(self.encoder.room.values())
+        )  # as many tiles on any rank: ZeRO-3
         height = max(1, math.isqrt(pairs))
         strips = [
             torch.cat([self._pick(words, parts, rows, columns) for columns in clips.split(pairs // height)], 1)

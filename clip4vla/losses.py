@@ -10,6 +10,7 @@ The engine averages gradients over ranks, so values are scaled by the world size
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -38,13 +39,19 @@ def features_used(cfg: LossConfig) -> list[str]:
     return [name for name in ("text", "vision", "audio", "masked", "media") if name in used]
 
 
-def bytes_sent(cfg: LossConfig, b: int, n: int, dim: int) -> int:
+def bytes_sent(cfg: LossConfig, b: int, n: int, dim: int, scored: bool = False) -> int:
     """Bytes that each of several ranks puts into collectives for its b of n rows; F features of width D, T terms, fp32:
 
     4 b D F (features) + b T (valid) + 12 b T (positives, log-sum-exps) + 8 N T (columns' maxima and sums) + 8 b (groups, if any)
+
+    scored: the term of text and media has scores instead: 4 b N (they) + 4 N N (their gradient) + b (valid) + 8 b (groups)
     """
+    if scored:
+        rest = bytes_sent(replace(cfg, tm=0.0), b, n, dim)
+        return rest + 4 * n * (b + n) + b * (1 + 8 * cfg.exclude_same_group)
     terms = sum(bool(getattr(cfg, term)) for term in PAIRS)
-    return b * (4 * dim * len(features_used(cfg)) + 13 * terms + 8 * cfg.exclude_same_group) + 8 * n * terms
+    groups = 8 * cfg.exclude_same_group * bool(terms)
+    return b * (4 * dim * len(features_used(cfg)) + 13 * terms + groups) + 8 * n * terms
 
 
 class Term(NamedTuple):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from open_clip.transformer import QuickGELU, Transformer, VisionTransformer
-from torch import Tensor
+from open_clip.transformer import QuickGELU, VisionTransformer
+from torch import Tensor, nn
 
 from clip4vla import accumulation, distributed, engine, flops
 from clip4vla.batch import Batch
@@ -20,6 +20,7 @@ from clip4vla.build import Setup, prepare, train_loader
 from clip4vla.checkpoints import Checkpoints
 from clip4vla.config import RunConfig, UserError
 from clip4vla.engine import GIB
+from clip4vla.fusion import TOKENS, GlobalToGlobal, LocalToLocal
 from clip4vla.loader import Loader
 from clip4vla.losses import PAIRS
 from clip4vla.meter import peak_memory
@@ -108,26 +109,33 @@ def activations(cfg: RunConfig, setup: Setup, micro: Batch) -> int:
     sequences = {
         "audio": (*_patched(model.audio.trunk, micro.segments), len(micro.segments) * views),
         "vision": (*_patched(model.vision, micro.frames), len(micro.frames)),
-        "text": (model.text.transformer, micro.tokens.shape[1], 0, len(micro)),
+        "text": (model.text.transformer.resblocks, micro.tokens.shape[1], 0, len(micro)),
     }
     total = 0
     for name in flops.towers_run(cfg, bool(setup.vectors)):
         if flops.elements(getattr(model, name), trained=True):
             blocks, tokens, pixels, count = sequences[name]
             total += count * (tokens * _kept(blocks, cfg.train.recompute) + pixels)
+    if cfg.loss.tm and not isinstance(model.head, GlobalToGlobal):  # of local_local a tile at a time
+        tile = (
+            TOKENS[setup.device.type]
+            if isinstance(model.head, LocalToLocal)
+            else len(micro.segments) + len(micro.frames)
+        )
+        total += tile * _kept(model.head.encoder.blocks, recompute=False)
     return total * setup.width
 
 
-def _patched(tower: VisionTransformer, pictures: Tensor) -> tuple[Transformer, int, int]:
+def _patched(tower: VisionTransformer, pictures: Tensor) -> tuple[nn.ModuleList, int, int]:
     """(blocks, tokens, numbers) of a picture (n, C, 224, 224)."""
-    return tower.transformer, math.prod(tower.grid_size) + 1, math.prod(pictures.shape[1:])
+    return tower.transformer.resblocks, math.prod(tower.grid_size) + 1, math.prod(pictures.shape[1:])
 
 
-def _kept(blocks: Transformer, recompute: bool) -> int:
+def _kept(blocks: nn.ModuleList, recompute: bool) -> int:
     """Numbers kept for a token: 4 widths before the blocks; in each inputs and outputs of norms and attention (9), and of
     the activation (8, with QuickGELU 12); or a block's input and, of one block at a time, all."""
     block = 21 if any(isinstance(m, QuickGELU) for m in blocks.modules()) else 17
-    return blocks.width * (4 + (blocks.layers + block if recompute else blocks.layers * block))
+    return blocks[0].attn.embed_dim * (4 + (len(blocks) + block if recompute else len(blocks) * block))
 
 
 def disk(cfg: RunConfig, setup: Setup) -> str:

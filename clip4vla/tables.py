@@ -57,7 +57,7 @@ def tables(runs: Sequence[str], as_csv: bool = False) -> str:
     for run in runs:
         metrics, manifest = (_read(run, name) for name in ("metrics.json", "manifest.json"))
         try:
-            source, split = _data_set(metrics, manifest)
+            source, split = _data_set(manifest)
             title, paper, gallery = PAPER.get(source, (source, [], NONE))
             old = [[f"{m} (paper)", modalities, *cells, *[NONE] * 5, gallery] for m, modalities, *cells in paper]
             found.setdefault(f"{title}, {split}", old).extend(_rows(run, metrics, manifest["settings"]))
@@ -83,12 +83,10 @@ def _command(run: str) -> str:
     return f"run: python launch/evaluate.py {config if config.is_file() else 'CONFIG.yaml'} run_dir={run}"
 
 
-def _data_set(metrics: dict[str, Any], manifest: dict[str, Any]) -> tuple[str, str]:
+def _data_set(manifest: dict[str, Any]) -> tuple[str, str]:
     """(source, split), joined by + where the gallery holds several."""
     sources = manifest["sources"]
     source = "+".join(dict.fromkeys(entry["source"] for entry in sources.values()))
-    if source == "msrvtt" and metrics["text_to_video"]["n_gallery"] <= 1000:  # the full test split has 2,990 clips
-        source = "msrvtt_1ka"
     return source, "+".join(dict.fromkeys(entry["split"] for entry in sources.values()))
 
 

@@ -5,6 +5,8 @@ media of model.modalities. Every caption of a clip is a query of its own (eval.c
 round the best-ranked caption of a clip counts. C captions, B clips, D width.
 """
 
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ NAMES = {kind: name for name, kind in KINDS.items()}
 CAPTIONS = 32  # that a rank compares with all clips at a time
 CLIPS = 256  # that go through a head at a time
 HITS = 5  # shown of a query
+THREADS = 4  # that make exhibits, whose decoding leaves Python's lock
 
 
 class Compared(NamedTuple):
@@ -88,7 +91,9 @@ def _embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> dict[str, dict]:
         mine["clips"] |= {i: meta for i, meta in described.items() if meta["id"]}
         mine["text"] |= _captions(model, loader, described, 1 if cfg.eval.captions == "first" else None)
         for part in model.media(batch):
-            mine[NAMES[part.kind]] |= {i: vectors for i, vectors in zip(index, _rows(part), strict=True) if len(vectors)}
+            mine[NAMES[part.kind]] |= {
+                i: vectors for i, vectors in zip(index, _rows(part), strict=True) if len(vectors)
+            }
         if "a" in cfg.model.modalities and cfg.eval.silent == "nearest":
             there = (batch.has_frames & ~batch.has_audio).tolist()
             looks = model.encode_vision(batch).cpu()  # also where none is silent: under ZeRO-3 all ranks run the tower
@@ -209,9 +214,15 @@ def examples(found: Found, loader: Loader, cfg: RunConfig) -> tuple[list[exhibit
         asked = numbers.setdefault(clip, len(numbers))
         by_kind = {k: float(r[q]) for k, r in ranks.items()}
         queries.append(Query("text_to_video", asked, text, by_kind[kinds[0]], by_kind, hits))
-    return [_exhibit(loader, found, clip) for clip in numbers], queries
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(lambda clip: _exhibit(loader, found, clip, cfg.model.modalities), numbers)), queries
 
 
-def _exhibit(loader: Loader, found: Found, clip: int) -> exhibits.Exhibit:
-    place = loader.order.places[clip]
-    return exhibits.exhibit(loader.folders[place.source], place, found.clips[clip])
+def _exhibit(loader: Loader, found: Found, clip: int, modalities: str) -> exhibits.Exhibit:
+    """The clip without the medium that takes no part; its title says whose sound a silent one was given."""
+    place, meta = loader.order.places[clip], found.clips[clip]
+    shown = exhibits.exhibit(loader.folders[place.source], place, meta)
+    if meta["id"] in found.filled:
+        shown.title += f" (silent: sound of {found.filled[meta['id']]})"
+    unseen = {"v": {"spectrogram": None, "audio": None}, "a": {"picture": None}, "av": {}}[modalities]
+    return dataclasses.replace(shown, **unseen)

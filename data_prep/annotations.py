@@ -28,7 +28,8 @@ MIN_SECONDS, MIN_WORDS = 10, 5  # of a clip of HowTo100M
 def read(cfg: DataConfig) -> tuple[list[Row], list[Skipped]]:
     """Rows of the data set and what could not become one, both in file order.
 
-    Raises UserError if a folder, an annotation file or a column is not there, or if nothing at all can be used.
+    Raises UserError if a folder, an annotation file or a column is not there, or if no row, or of cfg.languages
+    no caption, is left.
     """
     root, place = Path(cfg.media_root), Path(cfg.annotations or cfg.media_root)
     if not root.is_dir():
@@ -46,6 +47,8 @@ def read(cfg: DataConfig) -> tuple[list[Row], list[Skipped]]:
         first = [f"{item.where}: {item.reason}" for item in skipped[:1]]
         why = "; ".join([*(f"{count} {why}" for why, count in counts.items()), *first, "is it the right folder?"])
         raise UserError(f"media_root={cfg.media_root}: nothing in {cfg.dataset}'s layout; {why}")
+    if cfg.languages:
+        tables.only(rows, cfg.languages)
     return rows, skipped
 
 
@@ -241,7 +244,7 @@ def msrvtt_1ka(place: Path, media: MediaFolder) -> Found:
         if split == "train" and name not in told:
             raise ValueError(f"{name} has no sentence in {path.name}")
         texts = told[name] if split == "train" else [line["sentence"]]
-        return tables.whole_row("msrvtt", split, name, media.find(name), texts)
+        return tables.whole_row("msrvtt_1ka", split, name, media.find(name), texts)
 
     trained = ((where, "train", line) for where, line in tables.read_csv(train, "video_id"))
     tested = ((where, "test", line) for where, line in tables.read_csv(test, "video_id", "sentence"))

@@ -161,6 +161,19 @@ def captions(texts: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(filter(None, map(clean, texts))))
 
 
+def only(rows: list[Row], languages: list[str]) -> None:
+    """Takes captions of other languages away; a row left without captions stays, as its frames and sound are there.
+
+    Raises UserError if that leaves no caption at all.
+    """
+    known = {lang for row in rows for lang in row.caption_langs}
+    if known and not known & set(languages):
+        raise UserError(f"languages={','.join(languages)}: no caption is in them; there are {', '.join(sorted(known))}")
+    for row in rows:
+        kept = [i for i, lang in enumerate(row.caption_langs) if lang in languages]
+        row.captions, row.caption_langs = ([texts[i] for i in kept] for texts in (row.captions, row.caption_langs))
+
+
 def clean(text: Any) -> str:
     """Without HTML entities and doubled white space."""
     return "" if text is None else " ".join(html.unescape(str(text)).split())

@@ -44,6 +44,15 @@ def tiny(sample_shards, tmp_path_factory):
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def tuning(tiny, sample_shards):
+    """Words of a tiny fine-tuning run: picture, sound and text of spoken names."""
+    return [
+        *tiny, "loss.tm=1", "loss.at=0", "loss.av=0", "loss.aa=0", f"data.train={sample_shards}/speech_fr/train",
+        "model.train_towers=text+vision+audio", "model.fusion_layers=2", "eval.task=retrieval", "train.max_steps=4",
+    ]  # fmt: skip
+
+
 def trace(run_dir: Path) -> dict[int, tuple[float, ...]]:
     """Losses by step; json prints floats so that they come back to the last bit."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip4vla.config import DataConfig, UserError  # noqa: E402
+from clip4vla.config import DataConfig, UserError, load  # noqa: E402
 from data_prep.annotations import merge, read  # noqa: E402
 from data_prep.manifest import PICTURES, SOUNDS, VIDEOS  # noqa: E402
 
@@ -284,6 +284,7 @@ def test_msrvtt_1ka(prepare):
         ("video6513", "train", ["a woman"]),
         ("video7010", "test", ["a person, connecting"]),
     ]
+    assert {row.source for row in rows} == {"msrvtt_1ka"}  # never taken for the full split
     assert reasons(skipped) == {
         "MSRVTT_data.json: sentence 5": "malformed: no caption",
         "MSRVTT_train.9k.csv:4": "malformed: video5 has no sentence in MSRVTT_data.json",
@@ -326,6 +327,29 @@ def test_vatex(prepare):
         f"{name}: {rows[1].id}": f"malformed: duplicate of {name}: {rows[1].id}",
         "goneeeeeeee_000003_000013": "missing: no file named goneeeeeeee",
     }
+
+
+def test_captions_of_the_languages_that_are_asked_for_are_kept(prepare):
+    both, chinese, none = "abcdefghijk_000000_000010", "abcdefghijk_000010_000020", "abcdefghijk_000020_000030"
+    clips = [
+        {"videoID": both, "enCap": ["A man.", "B."], "chCap": ["一个人。"]},
+        {"videoID": chinese, "enCap": [], "chCap": ["一个人。"]},
+        {"videoID": none},
+    ]
+    files = {"vatex_training_v1.0.json": clips}
+    for languages, wanted in (
+        (["en"], [["A man.", "B."], [], []]),
+        (["zh", "fr"], [["一个人。"], ["一个人。"], []]),
+        ([], [["A man.", "B.", "一个人。"], ["一个人。"], []]),
+    ):
+        rows, skipped = prepare("vatex", files, ["abcdefghijk.mp4"], languages=languages)
+        assert [row.id for row in rows] == [both, chinese, none] and not skipped  # a clip without captions stays
+        assert [row.captions for row in rows] == wanted
+        for row in rows:
+            assert row.caption_langs == ["zh" if text == "一个人。" else "en" for text in row.captions]
+    with pytest.raises(UserError, match="^languages=eng: no caption is in them; there are en, zh$"):
+        prepare("vatex", files, ["abcdefghijk.mp4"], languages=["eng"])
+    assert load(DataConfig, ROOT / "configs/data/vatex.yaml").languages == ["en"]
 
 
 def test_cut_files_named_after_the_whole_video(prepare):

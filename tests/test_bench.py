@@ -214,6 +214,10 @@ ENGINE = {  # what each must print, and what holds on any machine
     "start": ([], ("seconds", "compilers")),
     "resume": ([], ("save_ratio", "load_ratio")),
     "scale": (["--batch", 8], ("model_error", "table", "check")),
+    "fusion": (
+        ["--captions", 40, "--clips", 9, "--compared", 4],
+        ["time_ratio", "pairs_per_s", "minutes_for_1000_x_1000"],
+    ),
 }
 
 
@@ -227,6 +231,8 @@ def test_benches_of_the_engine_print_their_keys(name, tmp_path):
     assert figures["bench"] == name and set(keys) <= set(figures)
     if name == "step":
         assert figures["loss_difference"] < 1e-2  # both sides do the same
+    if name == "fusion":
+        assert figures["difference"] < 1e-5
     if name == "scale":
         assert [row["gpus"] for row in figures["table"]] == [2**i for i in range(13)]
         assert figures["table"][-1]["efficiency"] < figures["table"][0]["efficiency"] == 1

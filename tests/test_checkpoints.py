@@ -40,8 +40,16 @@ from clip4vla.watchdog import watch
 
 def work(passed):
     parts, pieces = [], []
-    universal.convert(Path(sys.argv[1]), parts.append)
-    mirror.download(sys.argv[2], Path(sys.argv[3]), passed=pieces.append)
+
+    def noting(places):
+        def tell(place):
+            places.append(place)
+            passed(place)
+
+        return tell
+
+    universal.convert(Path(sys.argv[1]), noting(parts))
+    mirror.download(sys.argv[2], Path(sys.argv[3]), passed=noting(pieces))
     for second in range(8):
         time.sleep(1)
         passed(f"second {second}")
@@ -153,12 +161,12 @@ def test_in_the_background_by_the_clock_and_pruned(undisturbed, words, tmp_path)
         "train.save_every=1000",
         "train.save_minutes=1e-6",
         "train.keep=1",
-        "train.keep_every=4",
+        "train.keep_every=3",
     ]
     (tmp_path / "r/checkpoints/step-00000099-good").mkdir(parents=True)  # the user's: neither resumed nor removed
     _go(2, *words, *more, f"run_dir={tmp_path / 'r'}")
     assert trace(tmp_path / "r") == trace(undisturbed)
-    assert steps(tmp_path / "r") == [4, 8, 10] and (tmp_path / "r/checkpoints/step-00000099-good").exists()
+    assert steps(tmp_path / "r") == [6, 10] and (tmp_path / "r/checkpoints/step-00000099-good").exists()
     assert (tmp_path / "r/checkpoints/latest").read_text() == "step-00000010"
     for step in steps(tmp_path / "r"):
         ours, theirs = (folder / f"checkpoints/step-{step:08d}" for folder in (tmp_path / "r", undisturbed))
@@ -262,9 +270,9 @@ def test_checkpoints_are_copied_to_object_storage_and_resumed_from_there(undistu
 
 
 def test_the_mirror_keeps_the_newest_copy_and_what_the_run_keeps_whatever_was_left_there(tmp_path):
-    """A copy so slow that its checkpoint is removed here before it is done; and copies of an earlier job on another disk."""
+    """A copy so slow that its checkpoint is removed here before it is done; and copies of another job, one of them newer."""
     folder, url = tmp_path / "r/checkpoints", tmp_path / "mirror"
-    for step in (1, 2, 3, 4, 5, 6):
+    for step in (1, 2, 3, 4, 5, 6, 7):
         (folder / f"step-{step:08d}").mkdir(parents=True)
         (folder / f"step-{step:08d}/config.json").write_text("{}")
         upload(folder / f"step-{step:08d}", str(url)) if step not in (5, 6) else None
@@ -280,7 +288,7 @@ def test_the_mirror_keeps_the_newest_copy_and_what_the_run_keeps_whatever_was_le
     copies = Mirror(cfg, prune)
     copies.update()
     copies.close(print)
-    assert sorted(path.name for path in url.iterdir()) == ["mine", *(f"step-0000000{step}" for step in (2, 4, 5))]
+    assert sorted(path.name for path in url.iterdir()) == ["mine", *(f"step-0000000{step}" for step in (2, 4, 5, 7))]
 
 
 def test_export_gives_one_file_of_weights_in_any_precision(undisturbed, tmp_path):

@@ -105,6 +105,8 @@ SMALLER = {  # what lets a command run on the sample, which has three of the lan
     "data_prep/shard.py configs/data/stamps.yaml": "media_root=tests/sample",
     "launch/pretrain.py --deepspeed_config ds.json": "train.max_steps=2 train.batch_size=24 "
     "data.train=[data/stamps/speech_fr/train,data/stamps/sounds/train]",
+    "configs/finetune/stamps_retrieval.yaml": "train.max_steps=2 train.batch_size=12 eval.every=1 "
+    "data.train=[data/stamps/speech_fr/train] data.val=data/stamps/speech_fr/train data.test=data/stamps/speech_es/train",
     "python launch/evaluate.py\n": "data.test=[data/stamps/pictures/test,data/stamps/speech_fr/test,data/stamps/sounds/test]",
 }
 

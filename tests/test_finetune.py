@@ -17,24 +17,15 @@ from clip4vla.model import CLIP4VLA
 SCRIPT = "launch/finetune_retrieval.py"
 
 
-@pytest.fixture(scope="module")
-def words(tiny, sample_shards):
-    """Words of a tiny fine-tuning run: picture, sound and text of spoken names."""
-    return [
-        *tiny, "loss.tm=1", "loss.at=0", "loss.av=0", "loss.aa=0", f"data.train={sample_shards}/speech_fr/train",
-        "model.train_towers=text+vision+audio", "model.fusion_layers=2", "eval.task=retrieval", "train.max_steps=4",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("head", ["global_global", "global_local", "local_local"])
-def test_any_ranks_and_zero_stages_give_the_same_losses(words, tmp_path, head):
+def test_any_ranks_and_zero_stages_give_the_same_losses(tuning, tmp_path, head):
     (tmp_path / "ds.json").write_text(
         json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
     )
     found = []
     for n, more in ((1, []), (2, []), (2, ["--deepspeed_config", tmp_path / "ds.json"])):
         run_dir = tmp_path / f"{len(found)}"
-        done = ranks(n, SCRIPT, *words, f"run_dir={run_dir}", f"model.fusion={head}", "model.fusion_dropout=0", *more)
+        done = ranks(n, SCRIPT, *tuning, f"run_dir={run_dir}", f"model.fusion={head}", "model.fusion_dropout=0", *more)
         assert done.returncode == 0, done.stderr
         found.append(trace(run_dir))
     for other in found[1:]:
@@ -43,8 +34,8 @@ def test_any_ranks_and_zero_stages_give_the_same_losses(words, tmp_path, head):
     assert len(found[0]) == 4 and found[0][4] < found[0][1]
 
 
-def test_a_run_with_dropout_goes_on_to_the_last_bit(words, tmp_path):
-    words = [*words, "model.fusion=global_local", f"run_dir={tmp_path}", "train.accumulate=2", "train.keep=4"]
+def test_a_run_with_dropout_goes_on_to_the_last_bit(tuning, tmp_path):
+    words = [*tuning, "model.fusion=global_local", f"run_dir={tmp_path}", "train.accumulate=2", "train.keep=4"]
     assert ranks(2, SCRIPT, *words).returncode == 0
     undisturbed = trace(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints/step-00000004")
@@ -55,8 +46,20 @@ def test_a_run_with_dropout_goes_on_to_the_last_bit(words, tmp_path):
     assert gentle.returncode == 0 and trace(tmp_path / "other")[1] != undisturbed[1]  # it was there
 
 
-def test_learning_rates_by_tower_and_frozen_blocks(words, tmp_path):
-    words = [*words, f"run_dir={tmp_path}", "model.fusion=local_local", "train.keep=4"]
+def test_a_run_goes_on_with_its_learning_rates_on_other_ranks(tuning, tmp_path):
+    words = [*tuning, "model.fusion=local_local", "model.fusion_dropout=0", "train.lr_scale={text: 0.1, audio: 2}"]
+    words += [f"run_dir={tmp_path}", "train.keep=4"]
+    assert ranks(2, SCRIPT, *words).returncode == 0
+    undisturbed = trace(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints/step-00000004")
+    done = ranks(1, SCRIPT, *words)
+    assert done.returncode == 0 and "2 done of 4" in done.stdout, done.stderr
+    for step, losses in trace(tmp_path).items():
+        assert losses == pytest.approx(undisturbed[step], rel=1e-5)
+
+
+def test_learning_rates_by_tower_and_frozen_blocks(tuning, tmp_path):
+    words = [*tuning, f"run_dir={tmp_path}", "model.fusion=local_local", "train.keep=4"]
     done = ranks(1, SCRIPT, *words, "train.lr_scale={vision: 0, head: 2}", "model.freeze_layers={text: 1, audio: 0}")
     assert done.returncode == 0, done.stderr
     early, late = (load_file(tmp_path / f"checkpoints/step-0000000{step}/model.safetensors") for step in (2, 4))
@@ -104,9 +107,9 @@ def test_groups_have_their_share_of_the_learning_rate():
         (["model.fusion=local_local", "model.max_frames=1"], "the shards have up to 12 frames"),
     ],
 )
-def test_mistakes_are_one_line(words, wrong, said, monkeypatch, capsys):
+def test_mistakes_are_one_line(tuning, wrong, said, monkeypatch, capsys):
     """In this process: what is refused is refused before there is anything to undo."""
-    monkeypatch.setattr("sys.argv", [SCRIPT, *map(str, words), *wrong])
+    monkeypatch.setattr("sys.argv", [SCRIPT, *map(str, tuning), *wrong])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(SCRIPT, run_name="__main__")

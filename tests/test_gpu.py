@@ -1,5 +1,5 @@
 """What only a GPU can show: every precision under every shipped DeepSpeed config, torch.compile, NCCL, mixed decoding,
-embed.py, and the loss at N = 32768.
+embed.py, fine-tuning with each head, and the loss at N = 32768.
 
 python -m pytest -m gpu tests/test_gpu.py        # on a machine with one GPU; with two, NCCL too
 """
@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, ranks, run, trace
+from test_finetune import SCRIPT
 from test_train import SHIPPED
 
 from clip4vla.config import DataSources, MaskConfig
@@ -70,6 +71,27 @@ def test_ranks_on_nccl_give_the_losses_of_one(tiny, on_cpu, tmp_path, path):
     assert done.returncode == 0, done.stderr
     ours = trace(tmp_path / "r")
     assert totals(ours) == pytest.approx(totals(on_cpu), rel=1e-3)
+
+
+@pytest.mark.parametrize("head", ["global_global", "global_local", "local_local"])
+def test_every_head_is_tuned_and_evaluated_in_bf16(tuning, sample_shards, tmp_path, head):
+    """Silent pictures take a sound, captions meet clips in tiles of the GPU's size, and every number is there."""
+    test = f"data.test=[{sample_shards}/speech_fr/train, {sample_shards}/pictures/test]"
+    words = [
+        *tuning, f"run_dir={tmp_path}", f"model.fusion={head}", "model.fusion_dropout=0", "train.precision=bf16", test,
+    ]  # fmt: skip
+    done = run(SCRIPT, *words)
+    assert done.returncode == 0, done.stderr
+    losses = totals(trace(tmp_path))
+    assert len(losses) == 4 and all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    done = run("launch/evaluate.py", *words)
+    assert done.returncode == 0, done.stderr
+    metrics, manifest = (
+        json.loads((tmp_path / f"eval/test/{name}.json").read_text()) for name in ("metrics", "manifest")
+    )
+    assert set(metrics) == {f"{way}{kind}" for way in ("text_to_video", "video_to_text") for kind in ("", "/v", "/a")}
+    assert all(row["n_queries"] and row["R@1"] <= row["R@10"] for row in metrics.values())
+    assert manifest["silent"]["filled"] == 2
 
 
 def test_mixed_decoding_gives_the_pictures_of_the_cpu(sample_shards, tmp_path):

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from traffic import made_up
 
-from clip4vla import CLIP4VLA, flops, losses
+from clip4vla import CLIP4VLA, flops, fusion, losses
 from clip4vla.batch import Batch
 from clip4vla.build import Setup
 from clip4vla.config import RunConfig, SpectrogramConfig, load
@@ -28,9 +28,10 @@ def batch(clips=4, segments=7, frames=9, length=12, silent=0):
     heard = clips - silent
     return Batch(
         ids=[str(i) for i in range(clips)], captions=[""] * clips, tokens=tokens,
-        frames=torch.randint(0, 256, (frames, 3, 224, 224), dtype=torch.uint8), frame_clip=torch.arange(frames) % clips,
+        frames=torch.randint(0, 256, (frames, 3, 224, 224), dtype=torch.uint8),
+        frame_clip=(torch.arange(frames) % clips).sort().values,
         segments=torch.randint(0, 256, (segments, 1, 224, 224), dtype=torch.uint8),
-        segment_clip=torch.arange(segments) % heard, segment_rows=torch.full((segments,), 200),
+        segment_clip=(torch.arange(segments) % heard).sort().values, segment_rows=torch.full((segments,), 200),
         hidden_rows=torch.arange(224).expand(segments, 224) < 50, hidden_channels=torch.zeros(segments, 224, dtype=torch.bool),
         audio_type=torch.zeros(clips, dtype=torch.int64), group=torch.arange(clips), has_text=torch.ones(clips, dtype=torch.bool),
         has_frames=torch.ones(clips, dtype=torch.bool), has_audio=torch.arange(clips) < heard, meta=[{}] * clips,
@@ -59,6 +60,21 @@ def test_useful_flops_are_those_that_torch_counts(towers, aa):
     assert work.flops([whole]) == work.flops([whole.padded(32)])
 
 
+@pytest.mark.parametrize("head", ["global_local", "local_local"])
+def test_useful_flops_of_a_head(head, monkeypatch):
+    """Without padding and without what is computed again; torch's counter sees no more."""
+    monkeypatch.setattr(fusion, "checkpoint", lambda run, *args, use_reentrant, **kwargs: run(*args, **kwargs))
+    cfg = load(RunConfig, None, [f"model.fusion={head}", "model.fusion_layers=2", "loss={at: 0, av: 0, aa: 0, tm: 1}"])
+    model = CLIP4VLA(TINY, cfg.model, SpectrogramConfig()).train()
+    model.freeze()
+    whole = batch(segments=8, frames=8)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        features = model(whole, cfg.loss, cfg.mask)
+        scores = features["scores"] if "scores" in features else features["text"] @ features["media"].T
+        scores.exp().sum().backward()
+    assert flops.Work(model, cfg).flops([whole]) == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
 @pytest.fixture(scope="module")
 def traffic(sample_shards, tmp_path_factory):
     """For each case (ZeRO stage, micro-batches, words) bytes of a step, of its losses, the last row; then audio_space."""
@@ -81,12 +97,23 @@ def traffic(sample_shards, tmp_path_factory):
     return json.loads((folder / "out.json").read_text())
 
 
+TUNED = [
+    "loss.at=0",
+    "loss.av=0",
+    "loss.aa=0",
+    "loss.tm=1",
+    "model.fusion_layers=2",
+    "model.train_towers=text+vision+audio",
+]
 CASES = [
     (0, 1, []),
     (1, 1, ["train.precision=bf16", "loss.tv=1", "loss.exclude_same_group=false"]),
     (2, 2, ["loss.aa=0", "train.negatives=micro"]),
     (3, 1, []),
     (3, 3, ["init_from=[{folder}/0]"]),  # the audio tower alone trains
+    (1, 2, [*TUNED, "model.fusion=global_local"]),
+    (2, 1, [*TUNED, "model.fusion=local_local", "loss.exclude_same_group=false"]),
+    (3, 1, [*TUNED, "model.fusion=local_local", "model.modalities=v", "model.train_towers=text+vision"]),
 ]
 
 
@@ -96,7 +123,9 @@ def test_comm_bytes_are_those_that_pass_through_the_collectives(traffic, case):
     known = {"rel": 0.03} if CASES[case][:2] == (3, 3) else {"abs": 200}  # norms, agreements, this row; padding
     assert counted == pytest.approx(row["comm_bytes"], **known)
     cfg = load(RunConfig, ROOT / "configs/pretrain/sample.yaml", [w for w in CASES[case][2] if w.startswith("loss.")])
-    assert of_losses == losses.bytes_sent(cfg.loss, 6, 12, TINY["embed_dim"])
+    scored = "model.fusion=local_local" in CASES[case][2]
+    backward = 4 * 12 * 12 if scored else 0  # of the scores; those of other terms are in no collective
+    assert of_losses == losses.bytes_sent(cfg.loss, 6, 12, TINY["embed_dim"], scored) - backward
 
 
 def test_alignment_and_uniformity_of_two_ranks_against_pairs_one_by_one(traffic):

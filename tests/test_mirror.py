@@ -10,7 +10,7 @@ import s3
 
 from clip4vla import storage
 from clip4vla.config import DataSources, UserError
-from clip4vla.mirror import MANIFEST, download, newest_upload, remove, upload
+from clip4vla.mirror import MANIFEST, download, newest_upload, remove, upload, uploads
 
 
 @pytest.fixture
@@ -62,6 +62,14 @@ def test_a_copy_interrupted_anywhere_is_not_complete(server, checkpoint, tmp_pat
             assert newest_upload(mirror, cfg) == f"{mirror}/step-00000001", (whole, done)
         upload(checkpoint, mirror, cfg)
         assert newest_upload(mirror, cfg) == f"{mirror}/step-00000002"
+
+
+def test_a_removal_that_is_interrupted_leaves_no_copy_that_counts(server, checkpoint):
+    cfg, mirror = DataSources(timeout=5, retries=0), f"s3://{s3.BUCKET}/removed"
+    upload(checkpoint, mirror, cfg)
+    with server.faults(refused="POST"), pytest.raises(OSError, match="InternalError|500"):  # s3fs removes many by POST
+        remove(f"{mirror}/{checkpoint.name}", cfg)
+    assert uploads(mirror, cfg) == [checkpoint.name] and newest_upload(mirror, cfg) is None
 
 
 def test_a_copy_that_was_tampered_with_is_refused(server, checkpoint, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
-from clip4vla.config import DataConfig, RunConfig, load, to_dict
+from clip4vla.config import DataConfig, RunConfig, describe, load, to_dict
 from clip4vla.tables import tables
 
 YAMLS = sorted((ROOT / "configs/finetune").rglob("*.yaml"))
@@ -27,7 +27,9 @@ SCORE = {
 }
 
 
-def evaluated(place: Path, source: str = "msrvtt", split: str = "test", words: tuple[str, ...] = (), **metrics) -> str:
+def evaluated(
+    place: Path, source: str = "msrvtt_1ka", split: str = "test", words: tuple[str, ...] = (), **metrics
+) -> str:
     """A run folder as launch/evaluate.py leaves it."""
     settings = to_dict(load(RunConfig, None, ["eval.task=retrieval", *words]))
     manifest = {"sources": {f"data/{source}/{split}": {"source": source, "split": split}}, "settings": settings}
@@ -57,10 +59,9 @@ def test_a_row_for_each_modality_with_intervals_below_those_of_the_paper(tmp_pat
 
 
 def test_runs_of_one_data_set_share_a_table_and_other_sets_have_their_own(tmp_path):
-    full = both(n_gallery=2990)
     runs = [
         evaluated(tmp_path / "clip|1", "audiocaps", words=("model.modalities=a",), **both()),
-        evaluated(tmp_path / "full", **full),
+        evaluated(tmp_path / "full", "msrvtt", **both()),
         evaluated(tmp_path / "clip2", "audiocaps", **both()),
         evaluated(tmp_path / "stamps", "speech_fr", "val", **both()),
         evaluated(tmp_path / "vatex", "vatex", **both()),
@@ -152,6 +153,34 @@ def test_its_shards_are_those_that_a_data_config_makes_and_selection_is_on_val(p
     assert not set(data.test) & {*data.train, *data.val}, "what is tested on is neither trained nor selected on"
     assert bool(cfg.eval.select) == bool(cfg.eval.every) == bool(data.val)
     assert cfg.eval.every % cfg.train.save_every == 0, "what is evaluated is there to be kept"
+
+
+DOCS = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+COMMANDS = re.findall(r"^(?:    )?((?:python|deepspeed) .+)", "\n".join(DOCS.values()), re.M)
+
+
+def test_commands_and_settings_of_the_docs_are_there():
+    """That scripts, files, flags and settings exist; what they do, other tests show."""
+    assert len(COMMANDS) > 12
+    for words in (
+        shlex.split(line.replace("CONFIG", "configs/finetune/msrvtt_retrieval.yaml"), comments=True)
+        for line in COMMANDS
+    ):
+        script = next(word for word in words if word.endswith(".py"))
+        text, after = (ROOT / script).read_text(), words[words.index(script) + 1 :]
+        for flag in (word for word in after if word.startswith("--")):
+            assert flag in text or flag.strip("-").replace("-", "_") in text, (words, flag)
+        config = next((word for word in after if word.endswith(".yaml")), None)
+        kind = DataConfig if script.startswith("data_prep/shard") else RunConfig
+        load(kind, config and ROOT / config, [word for word in after if "=" in word])
+    known = {key for cls in (RunConfig, DataConfig) for key, _, _ in describe(cls)} | {
+        "data.train",
+        "data.val",
+        "data.test",
+    }
+    for name, text in DOCS.items():
+        named = re.findall(r"`((?:model|train|eval|loss|mask|data|track)\.\w+)", text)
+        assert len(named) > 10 and not set(named) - known, (name, set(named) - known)
 
 
 def test_baselines_differ_in_the_model_and_its_training_alone():

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ranks, run
-from test_finetune import SCRIPT, words  # noqa: F401
+from test_finetune import SCRIPT
 
-from clip4vla import selection
+from clip4vla import evaluation, selection, text_video
 from clip4vla.checkpoints import chosen_checkpoint, superseded
 from clip4vla.config import RunConfig, UserError, load
 from clip4vla.model import CLIP4VLA
@@ -20,13 +20,13 @@ HEADS = ("global_global", "global_local", "local_local")
 
 
 @pytest.fixture(scope="module")
-def tuned(words, tmp_path_factory):  # noqa: F811
+def tuned(tuning, tmp_path_factory):
     """{head: words that evaluate a run with it}, after two steps."""
     found = {}
     for head in HEADS:
         folder = tmp_path_factory.mktemp(head)
         more = [
-            *words,
+            *tuning,
             f"model.fusion={head}",
             f"run_dir={folder}",
             "train.max_steps=2",
@@ -40,7 +40,7 @@ def tuned(words, tmp_path_factory):  # noqa: F811
 
 def evaluated(tuned, head, *more, n=1):
     """(metrics, manifest) of an evaluation."""
-    folder, words = tuned[head]  # noqa: F811
+    folder, words = tuned[head]
     done = ranks(n, "launch/evaluate.py", *words, *more)
     assert done.returncode == 0, done.stderr
     return tuple(json.loads((folder / f"eval/test/{name}.json").read_text()) for name in ("metrics", "manifest"))
@@ -126,7 +126,7 @@ def evaluated_before(tuned, test, kind):
 
 
 def test_the_manifest_names_what_was_used(tuned, sample_shards, tmp_path):
-    folder, words = tuned["global_local"]  # noqa: F811
+    folder, words = tuned["global_local"]
     shards = tmp_path / "test"
     shutil.copytree(sample_shards / "speech_fr/train", shards)
     index = json.loads((shards / "index.json").read_text())
@@ -146,7 +146,7 @@ def test_the_manifest_names_what_was_used(tuned, sample_shards, tmp_path):
     assert load(RunConfig, None, []).eval.silent == manifest["settings"]["eval"]["silent"]
 
 
-def test_the_best_checkpoint_on_val_is_kept_and_evaluated(words, sample_shards, tmp_path):  # noqa: F811
+def test_the_best_checkpoint_on_val_is_kept_and_evaluated(tuning, sample_shards, tmp_path):
     """Whatever keep says; data.test takes no part in the choice."""
     select = [
         "eval.select=text_to_video/MeanR",
@@ -155,7 +155,7 @@ def test_the_best_checkpoint_on_val_is_kept_and_evaluated(words, sample_shards, 
         "train.save_every=100",
         "train.lr=3e-3",
     ]
-    words = [*words, *select, f"run_dir={tmp_path}", f"data.val={sample_shards}/speech_fr/train", "eval.bootstrap=0"]
+    words = [*tuning, *select, f"run_dir={tmp_path}", f"data.val={sample_shards}/speech_fr/train", "eval.bootstrap=0"]
     assert ranks(2, SCRIPT, *words).returncode == 0
     mean = {
         f.parent.name[-1]: json.loads(f.read_text())["text_to_video"]["MeanR"]
@@ -188,3 +188,48 @@ def test_selection(tmp_path):
     for wrong in ("R@1", "text_to_audio/R@1", "text_to_video/p"):
         with pytest.raises(UserError, match="no such number"):
             selection.value({"text_to_video": {"R@1": 1.0, "p": None}}, wrong)
+
+
+@pytest.mark.parametrize(
+    "head, modalities", [("global_local", "av"), ("local_local", "av"), ("local_local", "v"), ("global_global", "a")]
+)
+def test_the_page_shows_what_the_metrics_count(tuned, sample_shards, head, modalities):
+    """Of all queries; a silent clip says whose sound it was given, and a medium that takes no part is not shown."""
+    folder, (config, *more) = tuned[head]
+    test = f"data.test=[{sample_shards}/speech_fr/train, {sample_shards}/pictures/test]"
+    cfg = load(RunConfig, config, [*more, test, f"model.modalities={modalities}", "eval.report_queries=1000"])
+    model = CLIP4VLA.from_checkpoint(folder / "checkpoints/step-00000002")
+    model.cfg = cfg.model
+    loader, found = evaluation.embedded(model, cfg, cfg.data.test, "data.test")
+    metrics = text_video.ranked(found, cfg)[cfg.model.audio_type]
+    shown, queries = text_video.examples(found, loader, cfg)
+    assert len(queries) == len(found.captions) == metrics["text_to_video"]["n_queries"] > 20
+    names, groups = ([clip[key] for clip in found.clips.values()] for key in ("id", "group"))
+    compared = found.compared
+    assert list(compared) == list(dict.fromkeys([modalities, *modalities]))
+    scores = {
+        k: c.query if c.gallery.ndim == 1 else c.query.double() @ c.gallery.double().T for k, c in compared.items()
+    }
+    for row, (query, (clip, caption)) in enumerate(zip(queries, found.captions, strict=True)):
+        assert (query.direction, query.text) == ("text_to_video", found.clips[clip]["captions"][caption])
+        main = [hit.scores[modalities] for hit in query.hits]
+        assert main == sorted(main, reverse=True) and query.rank == query.ranks[modalities]
+        assert any(hit.right for hit in query.hits)
+        assert main[:5] == pytest.approx(scores[modalities][row].topk(5).values.tolist())
+        for hit in query.hits:
+            column = names.index(shown[hit.exhibit].title.split(" (")[0])
+            assert hit.right == (groups[column] == found.clips[clip]["group"])
+            assert hit.scores == pytest.approx({k: float(s[row, column]) for k, s in scores.items()})
+    for kind in compared:
+        ranks = np.array([query.ranks[kind] for query in queries])
+        counted = metrics["text_to_video" + f"/{kind}" * (kind != modalities)]
+        assert (100 * np.mean(ranks <= 1), ranks.mean()) == pytest.approx((counted["R@1"], counted["MeanR"]))
+    silent = {clip["id"] for clip in found.clips.values() if not clip["has_audio"]}
+    assert found.filled.keys() == (silent if "a" in modalities else set()) and len(silent) == 2
+    for exhibit in shown:
+        name = exhibit.title.split(" (")[0]
+        donor = found.filled.get(name)
+        assert exhibit.title == (f"{name} (silent: sound of {donor})" if donor else name)
+        assert (exhibit.picture is not None) == ("v" in modalities)
+        heard = "a" in modalities and name not in silent
+        assert (exhibit.spectrogram is not None) == (exhibit.audio is not None) == heard

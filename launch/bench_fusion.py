@@ -1,0 +1,103 @@
+"""Benchmark `fusion`: scoring pairs of captions and clips with Local to Local, at ViT-B/32 size, as an evaluation does.
+
+Ours against the plain way: a batch of pairs, each padded to 32 words, 12 frames and 6 segments, through every layer for
+every place, as the paper's code does. Same weights, same pairs, alternated; `difference` is the largest one of their scores.
+Captions have 5-32 words, clips 4-12 frames and 1-6 segments, uniformly. `seconds` is for all --captions and --clips, and
+grows with the number of captions, which are scored in groups.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip4vla import fusion, towers
+from clip4vla.config import ModelConfig
+from clip4vla.fusion import AUDIO, TEXT, VISION, LocalToLocal, Sequence
+from clip4vla.text_video import CAPTIONS
+from launch.bench import count
+
+ROOM = {TEXT: (5, 32), VISION: (4, 12), AUDIO: (1, 6)}  # fewest and most of a caption or clip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
+    parser.add_argument("--captions", type=count, default=32)
+    parser.add_argument("--clips", type=count, default=1000)
+    parser.add_argument("--compared", type=count, default=128, help="clips of which the plain way scores the captions")
+    parser.add_argument("--rounds", type=count, default=3, help="medians are over so many rounds")
+    parser.add_argument("--clip", default="ViT-B-32-quickgelu", help="open_clip's name, or its configuration as .json")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """The figures."""
+    torch.manual_seed(0)
+    config = towers.describe_clip(args.clip)
+    cfg = ModelConfig(fusion="local_local", fusion_layers=min(4, config["text_cfg"]["layers"]))
+    dim = config["embed_dim"]
+    head = fusion.build(towers.build_clip(config).text, cfg, dim, ROOM[AUDIO][1]).eval().to(args.device)
+    words, *parts = (_random(kind, args.captions if kind == TEXT else args.clips, dim, args.device) for kind in ROOM)
+    few = [part.pick(torch.arange(min(args.compared, args.clips), device=args.device)) for part in parts]
+    sides = {"ours": lambda: score(head, words, few), "plain": lambda: plain(head, words, few)}
+    scores = {name: side() for name, side in sides.items()}
+    rounds = {name: [] for name in sides}
+    for _ in range(args.rounds):
+        for name, side in sides.items():
+            rounds[name].append(_seconds(side, args.device))
+    medians = {name: statistics.median(values) for name, values in rounds.items()}
+    seconds = _seconds(lambda: score(head, words, parts), args.device)
+    return {
+        "time_ratio": medians["ours"] / medians["plain"],
+        "difference": float((scores["ours"] - scores["plain"]).abs().max()),
+        "seconds": seconds,
+        "pairs_per_s": args.captions * args.clips / seconds,
+        "minutes_for_1000_x_1000": 1e6 / (args.captions * args.clips) * seconds / 60,
+        "median": medians,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "settings": vars(args) | {"layers": cfg.fusion_layers, "width": dim},
+    }
+
+
+def score(head: LocalToLocal, words: Sequence, parts: list[Sequence]) -> Tensor:
+    """As text_video.py does on one rank: captions of like length in groups."""
+    groups = words.there.sum(1).argsort(stable=True).split(CAPTIONS)
+    scores = torch.cat([head(words.pick(group), parts) for group in groups])
+    return scores[torch.cat(groups).argsort()]
+
+
+def plain(head: LocalToLocal, words: Sequence, parts: list[Sequence]) -> Tensor:
+    """Scores (C, B), a caption with all clips at a time."""
+    absent = ~torch.cat([part.there for part in parts], 1)
+    rows = []
+    for vectors, there in zip(words.vectors, words.there, strict=True):
+        one = Sequence(TEXT, vectors.expand(len(absent), -1, -1), there.expand(len(absent), -1))
+        x = torch.cat([part.vectors for part in head.encoder.embed([one, *parts])], 1)
+        mask = torch.zeros(x.shape[:2], device=x.device).masked_fill_(torch.cat([~one.there, absent], 1), -torch.inf)
+        heads = head.encoder.blocks[0].attn.num_heads
+        mask = mask[:, None, None].expand(-1, heads, x.shape[1], -1).flatten(0, 1)
+        for block in head.encoder.blocks:
+            x = block(x, attn_mask=mask)
+        rows.append(head.score(x[:, 0])[:, 0])
+    return torch.stack(rows)
+
+
+def _random(kind: int, rows: int, dim: int, device: str) -> Sequence:
+    low, most = ROOM[kind]
+    there = torch.arange(most) < torch.randint(low, most + 1, (rows, 1))
+    return Sequence(kind, torch.randn(rows, most, dim).to(device), there.to(device))
+
+
+def _seconds(call: Any, device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
