@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from clip4vla import distributed, fusion, retrieval
-from clip4vla.config import RunConfig
+from clip4vla.config import RunConfig, UserError
 from clip4vla.loader import EvalOrder, Loader, Place, open_folders
 from clip4vla.model import CLIP4VLA
 from clip4vla.watchdog import watch
@@ -39,6 +39,8 @@ def _looks(model: CLIP4VLA, loader: Loader) -> tuple[list[Place], Tensor]:
         ]
         mine |= {i: v.clone() for i, v, ok in zip(index, vectors, both, strict=True) if ok}
     found = distributed.merge({"looks": mine})["looks"]
+    if not found:
+        raise UserError("eval.silent=nearest: no clip of data.train has both frames and sound: take zero or exclude")
     return [loader.order.places[i] for i in found], torch.stack(list(found.values()))
 
 

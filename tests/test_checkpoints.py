@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import s3
@@ -15,8 +16,8 @@ from conftest import job, ranks, run, trace, wait_for
 from safetensors.torch import load_file
 
 from clip4vla import CLIP4VLA, storage
-from clip4vla.checkpoints import Mirror
-from clip4vla.config import RunConfig, TrainConfig
+from clip4vla.checkpoints import Checkpoints, Mirror
+from clip4vla.config import RunConfig, TrainConfig, UserError
 from clip4vla.mirror import remove, upload
 from clip4vla.universal import load_tensors
 
@@ -152,6 +153,17 @@ def test_bf16_with_all_towers_goes_on_with_one_rank_instead_of_two(words, zero, 
     assert apart < 0.01 * moved
     for step, values in trace(tmp_path / "r").items():
         assert values == pytest.approx(losses[step], rel=1e-2)
+
+
+def test_a_state_without_zero_goes_on_without_zero_alone():
+    def fit(theirs: int, ours: int) -> None:
+        run = SimpleNamespace(layout={"zero_stage": ours, "sample order": "a"})
+        Checkpoints.must_fit(run, {"zero_stage": theirs, "sample order": "a"}, Path("r"))
+
+    fit(0, 0), fit(1, 3)
+    for theirs, ours in ((0, 1), (2, 0)):
+        with pytest.raises(UserError, match=f"zero_stage {theirs} there and {ours} here"):
+            fit(theirs, ours)
 
 
 def test_in_the_background_by_the_clock_and_pruned(undisturbed, words, tmp_path):

@@ -143,6 +143,14 @@ def test_a_server_that_hangs_or_is_gone_is_one_line_within_bounded_time():
             assert time.monotonic() - start < 2 and "\n" not in str(said.value)
 
 
+def test_an_answer_that_is_late_is_not_waited_for_but_asked_for_again(server, samples):
+    folder = ShardFolder.open(url(server), DataSources(timeout=0.5, retries=2))
+    server.seen.clear()
+    with server.faults(slow=1, delay=20):
+        (late,) = folder.read([(0, 0)])
+    assert isinstance(late, Damaged) and "no answer in 0.5 s" in late.reason and len(requests(server, ".tar")) > 1
+
+
 def test_many_ranges_that_hang_end_together(server, samples):
     cfg = DataSources(timeout=0.5, retries=1)
     folders = [ShardFolder.open(url(server, scheme), cfg) for scheme in ("s3", "http")]

@@ -106,6 +106,13 @@ def test_silent_clips_take_the_sound_of_the_training_clip_that_looks_most_like_t
     assert found["nearest"][0]["video_to_text/a"] != found["zero"][0]["video_to_text/a"]
 
 
+def test_without_a_training_clip_that_could_give_its_sound_it_says_so(tuned, sample_shards):
+    _, words = tuned["global_global"]
+    mute = [f"data.{part}=[{sample_shards}/pictures/{split}]" for part, split in (("train", "train"), ("test", "test"))]
+    done = run("launch/evaluate.py", *words, *mute)
+    assert done.returncode == 2 and "no clip of data.train has both frames and sound" in done.stderr
+
+
 def test_one_medium_alone_and_all_captions_or_the_first(tuned, sample_shards):
     test = f"data.test=[{sample_shards}/speech_fr/train]"
     for kind in "va":
