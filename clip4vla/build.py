@@ -7,18 +7,17 @@ import torch
 
 from clip4vla import distributed, engine, provenance
 from clip4vla.checkpoints import checkpoint_to_resume, chosen_checkpoint, newest_checkpoint
-from clip4vla.config import RunConfig, SpectrogramConfig, UserError, to_dict
+from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig, UserError, to_dict
 from clip4vla.evaluation import check_evaluation
 from clip4vla.flops import towers_run
 from clip4vla.loader import Loader, TrainOrder, check_fingerprint, open_folders
 from clip4vla.losses import PAIRS
-from clip4vla.model import CLIP4VLA, needed_towers
+from clip4vla.model import CLIP4VLA, must_have_room, needed_towers
 from clip4vla.shards import ShardFolder
 from clip4vla.towers import describe_clip, tokenizer
 from clip4vla.vectors import open_vectors
 
 TOWERS = ("text", "vision", "audio")
-HEAD = ("fusion", "fusion_layers", "words", "max_tokens", "max_frames")  # settings that shape its weights
 
 
 class Setup(NamedTuple):
@@ -104,9 +103,7 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
     1. the newest complete checkpoint of this run, here or at train.mirror; 2. init_from;
     3. the CLIP weights that model.clip names; 4. scratch.
     """
-    frames = fingerprint["frames"]["max_frames"]
-    if cfg.model.fusion != "global_global" and frames > cfg.model.max_frames:
-        raise UserError(f"model.max_frames={cfg.model.max_frames}: the shards have up to {frames} frames in a clip")
+    must_have_room(cfg.model, fingerprint)
     spectrogram = SpectrogramConfig(**fingerprint["spectrogram"])
     if resume:
         model = CLIP4VLA.from_checkpoint(resume)
@@ -149,7 +146,8 @@ def weights_to_evaluate(cfg: RunConfig) -> tuple[CLIP4VLA, dict[str, Any]]:
     if not cfg.train.max_steps:
         fingerprint = open_folders(cfg.data.test, "data.test", cfg.data)[0].fingerprint
         model, origin = build_model(cfg, fingerprint, None)
-        return model.eval(), {"folder": origin, "step": 0}
+        there = Path(origin, "model.safetensors").is_file()
+        return model.eval(), provenance.of_checkpoint(Path(origin)) if there else {"folder": origin, "step": 0}
     checkpoint = chosen_checkpoint(cfg)
     if checkpoint is None:
         raise UserError(
@@ -179,21 +177,23 @@ def _load_initial(model: CLIP4VLA, source: str, cfg: RunConfig, spectrogram: Spe
         model.log_scale.data.copy_(other.log_scale.data)
     if not heard:
         model.start_audio()
-    if _head(other) == _head(model):
+    same = all(getattr(other.cfg, name) == getattr(cfg.model, name) for name in _shapes_head(cfg.model))
+    if same and other.spectrogram.max_segments == model.spectrogram.max_segments:
         model.head.load_state_dict(other.head.state_dict())
     else:
         model.start_head()
     return folder
 
 
-def _head(model: CLIP4VLA) -> list:
-    """What its weights are the weights of."""
-    return [*(getattr(model.cfg, name) for name in HEAD), model.spectrogram.max_segments]
+def _shapes_head(cfg: ModelConfig) -> list[str]:
+    """The settings that the head's weights depend on."""
+    names = ["fusion", *(["fusion_layers", "max_frames"] if cfg.fusion != "global_global" else [])]
+    return names + {"all": ["words", "max_tokens"], "eos": ["words"]}[cfg.words] * (cfg.fusion == "local_local")
 
 
 def _same_head(model: CLIP4VLA, cfg: RunConfig, folder: Path) -> None:
     """UserError if the checkpoint's head is not this run's."""
-    for name in HEAD if cfg.model.fusion != "global_global" else HEAD[:1]:
+    for name in _shapes_head(cfg.model):
         theirs, ours = getattr(model.cfg, name), getattr(cfg.model, name)
         if theirs != ours:
             raise UserError(

@@ -39,10 +39,15 @@ def _complete(folder: Path) -> list[Path]:
 
 
 def chosen_checkpoint(cfg: RunConfig) -> Path | None:
-    """The complete checkpoint to evaluate: the best one by eval.select, else the newest."""
-    best = selection.best(cfg) if cfg.eval.select else ""
+    """The complete checkpoint to evaluate: the best one by eval.select (UserError if it is not there), else the newest."""
+    if not cfg.eval.select:
+        return newest_checkpoint(cfg.run_dir)
+    best = selection.best(cfg)
     folder = Path(cfg.run_dir, "checkpoints", best)
-    return folder if best and folder.is_dir() else newest_checkpoint(cfg.run_dir)
+    if not best or not folder.is_dir():
+        missing = f"{folder} is gone" if best else f"{cfg.run_dir}/eval has no evaluation on data.val"
+        raise UserError(f"eval.select={cfg.eval.select}: {missing}; eval.select= evaluates the newest checkpoint")
+    return folder
 
 
 def superseded(names: Iterable[str], cfg: RunConfig) -> list[str]:

@@ -98,7 +98,7 @@ class ModelConfig:
     modalities: Literal["v", "a", "av"] = setting("av", "which media towers are used beside text")
     fusion: Literal["global_global", "global_local", "local_local"] = setting("global_global", "retrieval head")
     fusion_layers: int = setting(4, "blocks of the head, started from the text tower's first ones", low=1)
-    fusion_dropout: float = setting(0.1, "in the head's blocks", low=0)
+    fusion_dropout: float = setting(0.1, "on what the head's blocks read", low=0)
     words: Literal["all", "eos"] = setting("all", "what of a caption local_local reads (official: both exist)")
     max_frames: int = setting(12, "frames of a clip that a head has positions for", low=1)
     mean: Literal["unit", "raw"] = setting("unit", "mean of vision and audio brought to unit length, or not (official)")
@@ -208,7 +208,7 @@ class EvalConfig:
         "nearest", "retrieval: clips without sound take that of the most similar training clip, none, or are left out"
     )
     select: str = setting("", "metric on data.val, e.g. text_to_video/R@1, whose best checkpoint is kept and evaluated")
-    bootstrap: int = setting(1000, "resamples of the queries for 95% intervals; 0: none", low=0)
+    bootstrap: int = setting(1000, "resamples, of groups of queries, for 95% intervals; 0: none", low=0)
     every: int = setting(0, "steps between evaluations on data.val; 0: never", low=0)
     clips: int = setting(0, "the first so many clips of each folder of data.val; 0: all", low=0)
     batch_size: int = setting(128, "clips in a batch, over all ranks", low=1)

@@ -120,17 +120,17 @@ def start(model: nn.Module, ds: dict[str, Any], train: TrainConfig) -> Any:
 
 
 def parameter_groups(model: nn.Module, lr_scale: dict[str, float]) -> list[dict[str, Any]]:
-    """Trainable parameters with weight decay, and without: biases, norms, embeddings, temperature; by their lr_scale."""
+    """Trainable parameters with weight decay, and without: biases, norms, embeddings, temperature; each by tower."""
     for name in set(lr_scale) - set(PARTS):
         raise UserError(f"train.lr_scale: {name!r} is none of {', '.join(PARTS)}")
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}  # not by rate: a run may go on with other rates
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             plain = parameter.ndim < 2 or name.endswith(NO_DECAY)
-            groups.setdefault((lr_scale.get(name.split(".")[0], 1.0), plain), []).append(parameter)
+            groups.setdefault((name.split(".")[0], plain), []).append(parameter)
     return [
-        {"params": groups[scale, plain], "lr_scale": scale} | ({"weight_decay": 0.0} if plain else {})
-        for scale, plain in sorted(groups)
+        {"params": groups[part, plain], "lr_scale": lr_scale.get(part, 1.0)} | ({"weight_decay": 0.0} if plain else {})
+        for part, plain in sorted(groups)
     ]
 
 

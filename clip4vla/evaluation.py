@@ -15,7 +15,7 @@ from clip4vla import distributed, provenance, report, selection, text_video, zer
 from clip4vla.audio_encoder import type_mix
 from clip4vla.config import RunConfig, UserError
 from clip4vla.loader import EvalOrder, Loader, check_fingerprint, open_folders
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import CLIP4VLA, must_have_room
 from clip4vla.shards import write_text
 from clip4vla.towers import tokenizer
 from clip4vla.tracking import read_rows
@@ -74,6 +74,7 @@ def embedded(model: CLIP4VLA, cfg: RunConfig, sources: dict[str, float], key: st
     """(loader, what the task's embed() gives) of the clips of these folders, the first `most` of each unless that is 0."""
     folders = open_folders(sources, key, cfg.data)
     check_fingerprint(model.config(), folders[0].fingerprint, "the model", folders[0].url)
+    must_have_room(cfg.model, folders[0].fingerprint)
     loader = eval_loader(cfg, folders, next(model.parameters()).device, most)
     training = model.training
     with torch.no_grad():
@@ -107,10 +108,21 @@ def check_evaluation(cfg: RunConfig) -> None:
             type_mix(audio_type, key="eval.types")
     if cfg.eval.batch_size % distributed.world():
         raise UserError(f"eval.batch_size={cfg.eval.batch_size} does not divide by {distributed.world()} ranks")
+    media = cfg.model.modalities
+    if cfg.eval.task == "zero_shot" and (cfg.model.fusion, media) != ("global_global", "av"):
+        raise UserError(
+            f"eval.task=zero_shot knows no model.fusion={cfg.model.fusion}, model.modalities={media}: take retrieval"
+        )
     if cfg.eval.select and not cfg.eval.every:
         raise UserError(f"eval.select={cfg.eval.select}: nothing is evaluated on data.val: set eval.every")
+    if cfg.eval.select and cfg.eval.task == "retrieval":
+        endings = ["", *(f"/{kind}" for kind in media if len(media) > 1)]
+        names = [f"{way}{ending}" for way in ("text_to_video", "video_to_text") for ending in endings]
+        selection.value(
+            {name: dict.fromkeys(selection.HIGHER + selection.LOWER, 0.0) for name in names}, cfg.eval.select
+        )
     if cfg.eval.every:
-        open_folders(cfg.data.val, "data.val", cfg.data)
+        must_have_room(cfg.model, open_folders(cfg.data.val, "data.val", cfg.data)[0].fingerprint)
 
 
 def eval_loader(cfg: RunConfig, folders: list, device: torch.device, most: int = 0) -> Loader:

@@ -187,6 +187,13 @@ class CLIP4VLA(nn.Module):
         return model.eval()
 
 
+def must_have_room(cfg: ModelConfig, fingerprint: dict[str, Any]) -> None:
+    """UserError if a head has too few positions for the frames of shards with this fingerprint."""
+    frames = fingerprint["frames"]["max_frames"]
+    if cfg.fusion != "global_global" and frames > cfg.max_frames:
+        raise UserError(f"model.max_frames={cfg.max_frames}: the shards have up to {frames} frames in a clip")
+
+
 def needed_towers(loss: LossConfig, modalities: str) -> list[str]:
     """The towers that these losses run, with media of these modalities."""
     needs = {

@@ -143,19 +143,15 @@ def _table(metrics: dict[str, dict[str, Any]]) -> str:
     head = "".join(
         f"<th>{name}" for name in ("", "R@1 %", "R@5 %", "R@10 %", "MedR", "MeanR", "queries", "gallery", "p")
     )
-    note = (
-        "Grey: chance, for one right answer in the gallery. p: permutation test of the mean reciprocal rank, one-sided."
-    )
-    note += (
-        " In brackets: 95% interval, bootstrap over queries." if any("ci" in row for row in metrics.values()) else ""
-    )
+    note = "Grey: chance, with as many right answers as there are. p: permutation test of the mean reciprocal rank, one-sided."
+    note += " In brackets: 95% interval, bootstrap over groups." if any("ci" in row for row in metrics.values()) else ""
     return f'<div class="scroll"><table><thead><tr>{head}</thead>{bodies}</table></div><p class="note">{note}</p>'
 
 
 def _metrics_row(subset: str, row: dict[str, Any]) -> str:
     recall = "".join(
         f'<td class="bar" style="--w:{row[f"R@{k}"]:.1f}%">{_number(row, f"R@{k}")}'
-        f"<small>{min(100.0, 100 * k / row['n_gallery']):.1f}</small></td>"
+        f"<small>{row['chance'][f'R@{k}']:.1f}</small></td>"
         for k in (1, 5, 10)
     )
     p = "–" if row["p"] is None else f"{row['p']:.2g}"

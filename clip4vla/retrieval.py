@@ -141,15 +141,25 @@ def evaluate(
     seed: int = 0,
     resamples: int = 0,
 ) -> dict[str, Any]:
-    """summary() of the ranks, with the permutation test's p, None when permutations is 0, and, of so many resamples, the
-    intervals `ci`."""
+    """summary() of the ranks, `chance`, the permutation test's p, None when permutations is 0, and, of so many resamples,
+    the intervals `ci`."""
     ranks = best_rank(query, gallery, query_group, gallery_group)
-    result = summary(ranks, len(gallery), None)
+    result = summary(ranks, len(gallery), None) | {"chance": chance(query_group, gallery_group)}
     if resamples:
         result["ci"] = intervals(ranks, query_group, resamples, seed)
     if permutations:
         result["p"] = permutation_p(query, gallery, query_group, gallery_group, permutations, seed)
     return result
+
+
+def chance(query_group: Tensor, gallery_group: Tensor) -> dict[str, float]:
+    """R@1, R@5, R@10 (percent) of a gallery in random order: 1 - C(G - r, k) / C(G, k) with r right answers, over the queries."""
+    counts = dict(zip(*(x.tolist() for x in gallery_group.unique(return_counts=True)), strict=True))
+    right, size = np.array([counts[g] for g in query_group.tolist() if g in counts]), len(gallery_group)
+    missed = {
+        k: np.prod([np.clip((size - right - i) / max(size - i, 1), 0, None) for i in range(k)], 0) for k in (1, 5, 10)
+    }
+    return {f"R@{k}": 100 * float(1 - missed[k].mean()) for k in missed}
 
 
 def intervals(ranks: Tensor, group: Tensor, resamples: int, seed: int) -> dict[str, list[float]]:

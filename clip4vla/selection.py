@@ -6,16 +6,15 @@ from typing import Any
 
 from clip4vla.config import RunConfig, UserError
 
-LOWER = ("MedR", "MeanR")  # is better
+HIGHER, LOWER = ("R@1", "R@5", "R@10"), ("MedR", "MeanR")  # is better
 
 
 def value(metrics: dict[str, dict[str, Any]], select: str) -> float:
     """What eval.select picks of metrics by direction, such that more is better; UserError if it is not there."""
     direction, _, name = select.rpartition("/")
-    if not isinstance(metrics.get(direction, {}).get(name), int | float):
-        raise UserError(
-            f"eval.select={select}: no such number; there is {', '.join(metrics)}, each with R@1, R@5, MeanR, ..."
-        )
+    if direction not in metrics or name not in HIGHER + LOWER:
+        directions, names = ", ".join(metrics), ", ".join(HIGHER + LOWER)
+        raise UserError(f"eval.select={select}: no such number; there is {directions}, each with {names}")
     return -metrics[direction][name] if name in LOWER else metrics[direction][name]
 
 

@@ -23,7 +23,8 @@ def nearest(model: CLIP4VLA, loader: Loader, cfg: RunConfig, looks: dict[int, Te
     order = EvalOrder(sizes, cfg.eval.batch_size)
     order.places = sorted(set(donors.values()))
     heard = _sounds(model, loader.over(folders, order, ["fbank"]), cfg)
-    return {i: heard[order.places.index(place)] for i, place in donors.items()}
+    numbers = {i: order.places.index(place) for i, place in donors.items()}
+    return {i: heard[n] for i, n in numbers.items() if n in heard}  # a damaged donor is listed, and gives nothing
 
 
 def _looks(model: CLIP4VLA, loader: Loader) -> tuple[list[Place], Tensor]:

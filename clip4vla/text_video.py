@@ -90,13 +90,17 @@ def _embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> dict[str, dict]:
         described = dict(zip(index, batch.meta, strict=True))
         mine["clips"] |= {i: meta for i, meta in described.items() if meta["id"]}
         mine["text"] |= _captions(model, loader, described, 1 if cfg.eval.captions == "first" else None)
-        for part in model.media(batch):
+        parts = model.media(batch)
+        for part in parts:
             mine[NAMES[part.kind]] |= {
                 i: vectors for i, vectors in zip(index, _rows(part), strict=True) if len(vectors)
             }
         if "a" in cfg.model.modalities and cfg.eval.silent == "nearest":
             there = (batch.has_frames & ~batch.has_audio).tolist()
-            looks = model.encode_vision(batch).cpu()  # also where none is silent: under ZeRO-3 all ranks run the tower
+            seen = next((fusion.pooled(part) for part in parts if part.kind == VISION), None)
+            looks = (
+                model.encode_vision(batch) if seen is None else seen
+            ).cpu()  # on all ranks, whoever is silent: ZeRO-3
             mine["looks"] |= {i: look.clone() for i, look, ok in zip(index, looks, there, strict=True) if ok}
     return mine
 
@@ -142,7 +146,11 @@ def _compare(model: CLIP4VLA, text: list[tuple[Tensor, Tensor]], media: dict[str
 
 def _scores(head: LocalToLocal, words: Sequence, parts: list[Sequence], device: torch.device) -> Tensor:
     """Scores (C, B); a rank computes every W-th group of captions, whose bounds do not depend on the number of ranks."""
-    groups = words.there.sum(1).argsort(stable=True).split(CAPTIONS)
+    order = words.there.sum(1).argsort(stable=True)
+    groups = [
+        *order.split(CAPTIONS)[:-1],
+        order[-CAPTIONS:],
+    ]  # of one size, some captions twice: as many tiles, for ZeRO-3
     parts, mine = [_to(part, device) for part in parts], {}
     for first in range(0, len(groups), distributed.world()):
         watch.at(f"evaluation: captions {first * CAPTIONS} of {len(words.there)}")

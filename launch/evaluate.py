@@ -1,4 +1,4 @@
-"""Zero-shot retrieval of a run's newest checkpoint on data.test, in every direction; metrics and a page to look at.
+"""Retrieval on data.test with a run's newest checkpoint, or its best by eval.select; metrics, manifest, a page to look at.
 
 laptop    python launch/evaluate.py configs/pretrain/stamps.yaml
 two ranks deepspeed --num_accelerators 2 launch/evaluate.py configs/pretrain/stamps.yaml eval.types=[both,0.3]

@@ -14,6 +14,8 @@ def main() -> None:
     cfg, args = command_line(RunConfig, "configs/finetune/stamps_retrieval.yaml", __doc__, dry_run=True)
     if not cfg.loss.tm:
         raise UserError("loss.tm is 0: fine-tuning for retrieval trains it; set loss.tm=1 (and at, av, aa to 0)")
+    if cfg.eval.task != "retrieval":
+        raise UserError(f"eval.task={cfg.eval.task}: what is trained here is evaluated by eval.task=retrieval")
     from clip4vla import preflight, train  # after the settings are read: a typing error shows at once
 
     (preflight.check if args.dry_run else train.train)(cfg, args.deepspeed_config)

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, TINY, ranks, trace
 from safetensors.torch import load_file
 
-from clip4vla import engine
+from clip4vla import engine, text_video
 from clip4vla.config import ModelConfig, SpectrogramConfig
 from clip4vla.model import CLIP4VLA
 
@@ -18,16 +18,23 @@ SCRIPT = "launch/finetune_retrieval.py"
 
 
 @pytest.mark.parametrize("head", ["global_global", "global_local", "local_local"])
-def test_any_ranks_and_zero_stages_give_the_same_losses(tuning, tmp_path, head):
+def test_any_ranks_and_zero_stages_give_the_same_losses(tuning, sample_shards, tmp_path, head):
     (tmp_path / "ds.json").write_text(
         json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
     )
     found = []
-    for n, more in ((1, []), (2, []), (2, ["--deepspeed_config", tmp_path / "ds.json"])):
+    held_out = [
+        "eval.every=2",
+        f"data.val={sample_shards}/speech_fr/train",
+        "eval.captions=all",
+    ]  # more captions than go at once
+    for n, more in ((1, []), (2, []), (2, [*held_out, "--deepspeed_config", tmp_path / "ds.json"])):
         run_dir = tmp_path / f"{len(found)}"
         done = ranks(n, SCRIPT, *tuning, f"run_dir={run_dir}", f"model.fusion={head}", "model.fusion_dropout=0", *more)
         assert done.returncode == 0, done.stderr
         found.append(trace(run_dir))
+    metrics = json.loads((tmp_path / "2/eval/val-00000004/metrics.json").read_text())
+    assert metrics["text_to_video"]["n_queries"] > text_video.CAPTIONS
     for other in found[1:]:
         for step, losses in found[0].items():
             assert other[step] == pytest.approx(losses, rel=1e-5)

@@ -83,7 +83,8 @@ def rows(n=400):
 
 def summary_row(recall, p=0.0005):
     numbers = {"R@1": recall, "R@5": recall * 1.5, "R@10": recall * 1.9, "MedR": 4.5, "MeanR": 17.25}
-    return numbers | {"n_queries": 1234, "n_gallery": 87, "p": p}
+    chance = {"R@1": 1.15, "R@5": 5.75, "R@10": 11.5}
+    return numbers | {"n_queries": 1234, "n_gallery": 87, "p": p, "chance": chance}
 
 
 def query(direction, asked, rank, text="", ranks=None):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import kstest, rankdata
+from scipy.stats import hypergeom, kstest, rankdata
 from sklearn.metrics import label_ranking_average_precision_score, top_k_accuracy_score
 
 from clip4vla.config import UserError
-from clip4vla.retrieval import _group_ranks, best_rank, evaluate, intervals, permutation_p, summary, top_k
+from clip4vla.retrieval import _group_ranks, best_rank, chance, evaluate, intervals, permutation_p, summary, top_k
 
 
 def brute_force(query, gallery, query_group, gallery_group):
@@ -81,7 +81,7 @@ def test_summary_agrees_with_scikit_learn():
     one_hot = np.eye(80, dtype=int)[truth]
     assert (1 / ranks).mean() == pytest.approx(label_ranking_average_precision_score(one_hot, scores))
     assert result["MedR"] == np.median(ranks) and result["MeanR"] == pytest.approx(ranks.mean())
-    assert list(result) == ["R@1", "R@5", "R@10", "MedR", "MeanR", "n_queries", "n_gallery", "p"]
+    assert list(result) == ["R@1", "R@5", "R@10", "MedR", "MeanR", "n_queries", "n_gallery", "p", "chance"]
     assert (result["n_queries"], result["n_gallery"], result["p"]) == (200, 80, None)
 
 
@@ -131,6 +131,13 @@ def test_scores_that_are_there_already_rank_as_the_vectors_that_gave_them():
     assert evaluate(scores, columns, *groups, 99, 0, 50) == evaluate(query, gallery, *groups, 99, 0, 50)
     for got, want in zip(top_k(scores, columns, 7, 60), top_k(query, gallery, 7, 60), strict=True):
         assert torch.equal(got, want)
+
+
+def test_chance_is_hypergeometric():
+    query, gallery = torch.tensor([1, 1, 2, 3, 9]), torch.tensor([1] * 3 + [2] * 20 + [3] + [4] * 6)  # 9 has no answer
+    for k, got in zip((1, 5, 10), chance(query, gallery).values(), strict=True):
+        assert got == pytest.approx(100 * np.mean([hypergeom(30, right, k).sf(0) for right in (3, 3, 20, 1)]))
+    assert chance(torch.tensor([1]), torch.tensor([1, 2, 2]))["R@10"] == 100
 
 
 def test_intervals_are_those_of_resampled_groups():

@@ -180,7 +180,7 @@ def test_commands_and_settings_of_the_docs_are_there():
     }
     for name, text in DOCS.items():
         named = re.findall(r"`((?:model|train|eval|loss|mask|data|track)\.\w+)", text)
-        assert len(named) > 10 and not set(named) - known, (name, set(named) - known)
+        assert named and not set(named) - known, (name, set(named) - known)
 
 
 def test_baselines_differ_in_the_model_and_its_training_alone():
