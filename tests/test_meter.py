@@ -98,6 +98,7 @@ def traffic(sample_shards, tmp_path_factory):
 
 
 TUNED = [
+    "eval.task=retrieval",
     "loss.at=0",
     "loss.av=0",
     "loss.aa=0",
