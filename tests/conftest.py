@@ -21,6 +21,15 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def ranks_names():
+    """What a test in this process leaves of a launcher's names would make ranks of the scripts that later tests start."""
+    before = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
 @pytest.fixture(scope="session")
 def sample_shards(tmp_path_factory) -> Path:
     """Shards of tests/sample: SOURCE/SPLIT folders."""
