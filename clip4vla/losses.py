@@ -5,6 +5,7 @@ of the similarity matrix in tiles and keeps their log-sum-exps. Those of the col
 two all-reduces of N numbers. The gradient of a rank's own rows needs the gathered features and log-sum-exps, and nothing of
 other ranks' gradients: no N x N matrix, no N x D gradient traffic. In one process a term takes 4 products of N x N x D (one
 forward, three backward), where the matrix kept in memory takes 6; on several ranks it takes 5.
+Only scores that a head has already (scored_nce) are gathered as the N x N numbers they are.
 The engine averages gradients over ranks, so values are scaled by the world size: their mean over ranks is the loss.
 """
 
