@@ -11,7 +11,7 @@ from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig, UserError
 from clip4vla.evaluation import check_evaluation
 from clip4vla.flops import towers_run
 from clip4vla.loader import Loader, TrainOrder, check_fingerprint, open_folders
-from clip4vla.losses import PAIRS
+from clip4vla.losses import TERMS
 from clip4vla.model import CLIP4VLA, must_have_room, needed_towers
 from clip4vla.shards import ShardFolder
 from clip4vla.towers import describe_clip, tokenizer
@@ -65,22 +65,28 @@ def _check_losses(cfg: RunConfig) -> None:
     """UserError for losses that no step could compute."""
     if not cfg.train.max_steps:
         raise UserError("train.max_steps=0: nothing to train; launch/evaluate.py evaluates such a config")
-    if not any(getattr(cfg.loss, name) for name in PAIRS):
-        raise UserError(f"loss: every weight is 0: give {', '.join(PAIRS)} one")
+    if not any(getattr(cfg.loss, name) for name in TERMS):
+        raise UserError(f"loss: every weight is 0: give {', '.join(TERMS)} one")
     idle = set(cfg.model.train_towers.split("+")) & set(TOWERS) - set(needed_towers(cfg.loss, cfg.model.modalities))
     if idle:
         raise UserError(
             f"model.train_towers: no loss runs the {idle.pop()} tower: leave it out, or give its loss a weight"
         )
-    if cfg.model.fusion != "global_global" and not cfg.loss.tm:
-        raise UserError(f"model.fusion={cfg.model.fusion}: a head is trained by loss.tm, which is 0")
+    head = cfg.model.fusion
+    if (head == "captioner") != bool(cfg.loss.caption) or (head == "captioner" and cfg.loss.tm):
+        raise UserError(
+            f"model.fusion={head}, loss.caption={cfg.loss.caption:g}, loss.tm={cfg.loss.tm:g}: captioner is trained by "
+            "loss.caption, the heads of retrieval by loss.tm"
+        )
+    if head not in ("global_global", "captioner") and not cfg.loss.tm:
+        raise UserError(f"model.fusion={head}: this head is trained by loss.tm, which is 0")
     if (cfg.model.fusion, cfg.train.negatives) == ("local_local", "global") and cfg.train.accumulate > 1:
         raise UserError(
             f"train.accumulate={cfg.train.accumulate}: local_local compares the clips of a micro-batch alone: "
             "set train.negatives=micro, or train.accumulate=1"
         )
-    if cfg.train.compile != "off" and cfg.loss.tm:
-        raise UserError("train.compile: the head of loss.tm has other shapes in every batch: set train.compile=off")
+    if cfg.train.compile != "off" and (cfg.loss.tm or cfg.loss.caption):
+        raise UserError("train.compile: a head's inputs have other shapes in every batch: set train.compile=off")
 
 
 def train_loader(cfg: RunConfig, folders: list, vectors: list | None, device: torch.device) -> Loader:
@@ -188,6 +194,8 @@ def _load_initial(model: CLIP4VLA, source: str, cfg: RunConfig, spectrogram: Spe
 def _shapes_head(cfg: ModelConfig) -> list[str]:
     """The settings that the head's weights depend on."""
     names = ["fusion", *(["fusion_layers", "max_frames"] if cfg.fusion != "global_global" else [])]
+    if cfg.fusion == "captioner":
+        return [*names, "max_tokens"]
     return names + {"all": ["words", "max_tokens"], "eos": ["words"]}[cfg.words] * (cfg.fusion == "local_local")
 
 

@@ -96,7 +96,9 @@ class ModelConfig:
         "auto", "activation; auto: as the weights were trained, yes for OpenAI's"
     )
     modalities: Literal["v", "a", "av"] = setting("av", "which media towers are used beside text")
-    fusion: Literal["global_global", "global_local", "local_local"] = setting("global_global", "retrieval head")
+    fusion: Literal["global_global", "global_local", "local_local", "captioner"] = setting(
+        "global_global", "head: one of three for retrieval, or the caption generator"
+    )
     fusion_layers: int = setting(4, "blocks of the head, started from the text tower's first ones", low=1)
     fusion_dropout: float = setting(0.1, "on what the head's blocks read", low=0)
     words: Literal["all", "eos"] = setting("all", "what of a caption local_local reads (official: both exist)")
@@ -131,6 +133,10 @@ class DataSources:
     retries: int = setting(5, "further attempts at what a remote storage did not give", low=0)
     cache: str = setting("", "folder on a local disk of the node that keeps what was read remotely; empty: none")
     cache_gb: float = setting(100.0, "GB that the cache may take, for all ranks of the node", low=0)
+    captions: Literal["random", "cycle", "first"] = setting(
+        "random", "of a clip, for each visit in training: one at random, all of them in turn, or always the first"
+    )
+    languages: list[str] = setting([], "captions of these languages are used, e.g. en; empty: all")
     vectors: Literal["auto", "use", "off"] = setting(
         "auto", "frozen text and vision from data_prep/embed.py's vectors: where every folder has them, always, never"
     )
@@ -146,6 +152,9 @@ class LossConfig:
     tv: float = setting(0.0, "text and vision, to train a CLIP")
     tm: float = setting(0.0, "text and media, as model.fusion compares them, to fine-tune retrieval")
     directions: Literal["both", "text_to_media"] = setting("both", "of tm: symmetric, or one way (official)")
+    caption: float = setting(0.0, "next words of the captions (7), with model.fusion=captioner")
+    label_smoothing: float = setting(0.0, "of caption: share of the target spread over the vocabulary", low=0)
+    padded_words: bool = setting(False, "caption learns the padding behind a caption too (official: true)")
     exclude_same_group: bool = setting(False, "clips of one group are no negatives of each other")
 
 
@@ -198,21 +207,38 @@ class TrainConfig:
 
 
 @dataclass
-class EvalConfig:
-    """Retrieval on held-out data."""
+class DecodeConfig:
+    """How captions are written."""
 
-    task: Literal["zero_shot", "retrieval"] = setting(
-        "zero_shot", "six directions between single modalities, or text and media as model.fusion compares them"
+    method: Literal["beam", "greedy", "nucleus"] = setting("beam", "beam search, the likeliest token, or sampling")
+    beams: int = setting(5, "captions of a clip that beam search follows", low=1)
+    length_penalty: float = setting(0.0, "beam: log-probability / tokens ** this (0: the sum, as the authors do)")
+    min_tokens: int = setting(1, "least tokens of a caption", low=0)
+    max_tokens: int = setting(0, "most tokens of a caption, [EOS] included; 0: as learnt, model.max_tokens - 1", low=0)
+    no_repeat: int = setting(0, "no n-gram of so many tokens comes twice; 0: any may", low=0)
+    top_p: float = setting(0.9, "nucleus: the likeliest tokens that have so much of the probability", low=0)
+    temperature: float = setting(1.0, "nucleus: of the scores", low=0.001)
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation on held-out data."""
+
+    task: Literal["zero_shot", "retrieval", "captioning"] = setting(
+        "zero_shot",
+        "six directions between single modalities, text and media as model.fusion compares them, or written captions",
     )
     silent: Literal["nearest", "zero", "exclude"] = setting(
         "nearest", "retrieval: clips without sound take that of the most similar training clip, none, or are left out"
     )
-    select: str = setting("", "metric on data.val, e.g. text_to_video/R@1, whose best checkpoint is kept and evaluated")
+    select: str = setting(
+        "", "metric on data.val, as text_to_video/R@1 or caption/CIDEr, whose best checkpoint is kept and evaluated"
+    )
     bootstrap: int = setting(1000, "resamples, of groups of queries, for 95% intervals; 0: none", low=0)
     every: int = setting(0, "steps between evaluations on data.val; 0: never", low=0)
     clips: int = setting(0, "the first so many clips of each folder of data.val; 0: all", low=0)
     batch_size: int = setting(128, "clips in a batch, over all ranks", low=1)
-    captions: Literal["first", "all"] = setting("all", "captions of an item used as queries")
+    captions: Literal["first", "all"] = setting("all", "captions of an item used, as queries or as references")
     types: list[str] = setting(
         ["both"], "type tokens, the first is the main one: vb, nb, both, none, data (the clip's own), or 0..1"
     )
@@ -244,6 +270,7 @@ class RunConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
 
@@ -259,6 +286,7 @@ OFFICIAL: dict[str, Any] = {
     "model.mean": "raw",
     "loss.av": 2.0,
     "loss.directions": "text_to_media",
+    "loss.padded_words": True,
     "mask.uniform_width": True,
     "mask.fill": "zero_db",
 }

@@ -10,7 +10,8 @@ A product of (m, k) by (k, n) is 2 m k n FLOPs. Useful is what the gradient of t
     a similarity matrix       3 * 2 b N D; one for each term, two more for NCE_aa
     a head                    transformer over the frames and segments of each clip; or over those and the words of each pair of
                               a caption and a clip of the global batch, whose last block gives the first place alone; of
-                              average length; it always trains
+                              average length; or over words, frames and segments, and the scores of all tokens at each
+                              word; it always trains
 
 Left out: norms, activations and softmax. Not useful: padding, activations and tiles computed again, the second forward pass
 of accumulation. MFU = useful FLOPs / (seconds * FLOP/s of a large bf16 matrix product, measured when the run starts).
@@ -55,13 +56,16 @@ class Work:
         channels = 1 if model.spectrogram.channels == "mono" else 3
         self.segment = 0.0  # each view of it
         views = [cfg.model.pretrain_type] * (2 if cfg.loss.aa else bool(cfg.loss.at or cfg.loss.av))
-        for audio_type in views + [cfg.model.audio_type] * bool(cfg.loss.tm and "a" in cfg.model.modalities):
+        headed = (cfg.loss.tm or cfg.loss.caption) and "a" in cfg.model.modalities
+        for audio_type in views + [cfg.model.audio_type] * bool(headed):
             types = type_mix(audio_type, torch.zeros(1, dtype=torch.int64)).shape[1]
             self.segment += _picture(model.audio.trunk, channels, types)
         self.frame = _picture(model.vision, 3, 0)
         passes = 3 if elements(model.text, trained=True) else 1
         self.per_token, self.per_pair = (passes * x for x in _transformer(model.text.transformer.resblocks))
-        self.per_caption = passes * 2 * model.text.transformer.width * self.dim
+        width = model.text.transformer.width
+        self.per_caption = passes * 2 * width * self.dim
+        self.per_score = 2 * width * (self.dim + shape(model.text.token_embedding.weight)[0])  # captioner, forward
 
     def flops(self, micros: list[Batch]) -> float:
         """Of this rank's micro-batches of one step."""
@@ -87,17 +91,20 @@ class Work:
 
     def _media(self, micros: list[Batch]) -> float:
         """Of the head."""
-        if not self.loss.tm or isinstance(self.head, GlobalToGlobal):
+        if not (self.loss.tm or self.loss.caption) or isinstance(self.head, GlobalToGlobal):
             return 0.0
         kinds = {"v": "frame_clip", "a": "segment_clip"}
         owners = [(getattr(m, kinds[kind]), len(m)) for m in micros for kind in self.cfg.model.modalities]
         clips = sum(map(len, micros))
         length = sum(int((owner < count).sum()) for owner, count in owners) / clips
         blocks, d = self.head.encoder.blocks, self.dim
+        words = sum(int((m.tokens != 0).sum()) for m in micros) / clips
         if not isinstance(self.head, LocalToLocal):
+            written = max(0, words - 1) if self.loss.caption else 0
+            length += written
             per_token, per_pair = _transformer(blocks)
-            return 3 * clips * (per_token * length + per_pair * length**2)
-        length += 1 if self.head.eos else sum(int((m.tokens != 0).sum()) for m in micros) / clips
+            return 3 * clips * (per_token * length + per_pair * length**2 + self.per_score * written)
+        length += 1 if self.head.eos else words
         per_token, per_pair = _transformer(blocks[:-1]) if len(blocks) > 1 else (0, 0)
         last = 4 * d * (d + 1) * length + 20 * d**2  # keys and values of all, the rest of the first place
         pairs = clips * clips * distributed.world() / self.parts

@@ -110,10 +110,16 @@ class Encoder(nn.Module):
             start += self.room[part.kind]
         return out
 
-    def forward(self, x: Tensor, there: Tensor, first_only: bool = False) -> Tensor:
-        """Outputs (B, T, D), or those of the first place (B, 1, D), of embedded x (B, T, D)."""
-        absent = ~there
-        absent = absent & ~absent.all(1, keepdim=True)  # a row without anything attends to its padding: no NaN
+    def forward(self, x: Tensor, there: Tensor, first_only: bool = False, unseen: Tensor | None = None) -> Tensor:
+        """Outputs (B, T, D), or those of the first place (B, 1, D), of embedded x (B, T, D).
+
+        unseen (T, T) bool: places (rows) that do not see others (columns); without it all see what is there.
+        """
+        absent = ~there if unseen is None else ~there[:, None] | unseen
+        blind = absent.all(-1, keepdim=True)  # what sees nothing sees its padding, or itself: no NaN
+        absent = absent & ~(
+            blind if unseen is None else blind & torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+        )
         x = self.dropout(x)
         for block in self.blocks[:-1]:
             x = _attend(block, x, x, absent)
@@ -130,7 +136,7 @@ class GlobalToLocal(nn.Module):
     def forward(self, parts: list[Sequence]) -> Tensor:
         """Media vectors (B, D) to compare with x^g: outputs pooled by kind, and their mean."""
         embedded = self.encoder.embed(parts)
-        x = self.encoder(_joined(embedded), torch.cat([part.there for part in parts], 1))
+        x = self.encoder(*joined(embedded)[1:])
         outputs = x.split([part.there.shape[1] for part in parts], 1)
         return mean([pooled(part._replace(vectors=y)) for part, y in zip(parts, outputs, strict=True)], self.how)
 
@@ -154,7 +160,7 @@ class LocalToLocal(nn.Module):
     def forward(self, words: Sequence, parts: list[Sequence]) -> Tensor:
         """Scores (C, B) of captions and clips, to be divided by the temperature like cosines.
 
-        In tiles of some TOKENS, whose activations are computed again for the gradient: memory does not grow with C B.
+        In tiles of some TOKENS, whose activations are computed again for the gradient: what grows with C B is their inputs.
         """
         captions, clips = words.there.sum(1).argsort(), sum(part.there.sum(1) for part in parts).argsort()
         pairs = max(
@@ -180,7 +186,7 @@ class LocalToLocal(nn.Module):
         words, *parts = (Sequence(kind, *flat[2 * i : 2 * i + 2]) for i, kind in enumerate(kinds))
         c, b = len(words.there), len(parts[0].there)
         words, *parts = self.encoder.embed([words, *parts])
-        media, there = _joined(parts), torch.cat([part.there for part in parts], 1)
+        _, media, there = joined(parts)
         x = torch.cat([_pairs(words.vectors[:, None], b, 1), _pairs(media[None], c, 0)], 2).flatten(0, 1)  # cb T D
         seen = torch.cat([_pairs(words.there[:, None], b, 1), _pairs(there[None], c, 0)], 2).flatten(0, 1)
         return self.score(self.encoder(x, seen, first_only=True)[:, 0]).float().view(c, b)
@@ -201,11 +207,17 @@ def build(text: TextTransformer, cfg: ModelConfig, dim: int, segments: int) -> H
 
 
 def _attend(block: ResidualAttentionBlock, x: Tensor, keys: Tensor, absent: Tensor) -> Tensor:
-    """A block of CLIP's for the places x (B, q, D) of a sequence keys (B, T, D), of which they are the first."""
+    """A block of CLIP's for the places x (B, q, D) of a sequence keys (B, T, D), of which they are the first.
+
+    absent: keys that are not seen, (B, T) by all places or (B, q, T).
+    """
     y = block.ln_1(keys)
-    query = y[:, : x.shape[1]]
-    x = x + block.attn(query, y, y, key_padding_mask=absent, need_weights=False)[0]
-    return x + block.mlp(block.ln_2(x))
+    if absent.ndim == 2:
+        mask = {"key_padding_mask": absent}
+    else:
+        mask = {"attn_mask": absent.repeat_interleave(block.attn.num_heads, 0)}
+    x = x + block.ls_1(block.attn(y[:, : x.shape[1]], y, y, need_weights=False, **mask)[0])
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def _fresh_blocks(like: ResidualAttentionBlock, dim: int, layers: int) -> nn.ModuleList:
@@ -219,8 +231,9 @@ def _fresh_blocks(like: ResidualAttentionBlock, dim: int, layers: int) -> nn.Mod
     return blocks
 
 
-def _joined(parts: list[Sequence]) -> Tensor:
-    return torch.cat([part.vectors for part in parts], 1)
+def joined(parts: list[Sequence]) -> Sequence:
+    """All kinds, one behind the other; it has the first one's name."""
+    return Sequence(parts[0].kind, *(torch.cat(tensors, 1) for tensors in list(zip(*parts, strict=True))[1:]))
 
 
 def _pairs(x: Tensor, count: int, along: int) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor
 from clip4vla import distributed
 from clip4vla.batch import Batch
 from clip4vla.config import DataSources, MaskConfig, SpectrogramConfig, UserError
+from clip4vla.decoder import Decoder
 from clip4vla.masking import draw
 from clip4vla.shards import Damaged, ShardFolder
 from clip4vla.storage import DEFAULT
@@ -148,7 +149,7 @@ class Loader:
         self.rank, self.world = (0, 1) if whole else (distributed.rank(), distributed.world())
         self.spectrogram = SpectrogramConfig(**folders[0].fingerprint["spectrogram"])
         self.reads = self.damaged = 0
-        self.decoders: dict[str, _Decoder] = {}
+        self.decoders: dict[str, Decoder] = {}
 
     def over(self, folders: list[ShardFolder], order: "TrainOrder | EvalOrder", needs: Sequence[str]) -> "Loader":
         """A loader of other folders that is as this one otherwise."""
@@ -195,11 +196,11 @@ class Loader:
         size = self.order.batch_size // self.pieces
         places = self.order.batch(k, slice(piece * size + self.rank, (piece + 1) * size, self.world))
         samples = self._read(places)
-        clips = [json.loads(s["json"]) if s else _NOTHING for s in samples]
+        clips = [_clip(json.loads(s["json"]), self.cfg.languages) if s else _NOTHING for s in samples]
         keys = [
             (self.seed, zlib.crc32(c["id"].encode()), p.epoch if p else 0) for c, p in zip(clips, places, strict=True)
         ]
-        drawn = [_drawn(c, key) for c, key in zip(clips, keys, strict=True)]
+        drawn = [_drawn(c, key, self.cfg.captions) for c, key in zip(clips, keys, strict=True)]
         captions = [c["captions"][j] if c["captions"] else "" for c, j in zip(clips, drawn, strict=True)]
         frozen: dict[str, Tensor] = {"frame_clip": _owners(samples, clips, "frames")}
         frozen |= self._vectors(samples, clips, drawn) if self.vectors else {"tokens": self.tokenize(captions)}
@@ -264,7 +265,7 @@ class Loader:
         if not there:
             return torch.zeros(0, channels, size, width, dtype=torch.uint8)
         if kind not in self.decoders:
-            self.decoders[kind] = _Decoder(len(samples), channels, self.cfg.decode_threads, self.device)
+            self.decoders[kind] = Decoder(len(samples), channels, self.cfg.decode_threads, self.device)
         decoded = self.decoders[kind].run([samples[i][kind] for i in there])
         for i, shape in zip(there, decoded.shape(), strict=True):
             if tuple(shape) != (clips[i][COUNTS[kind]] * size, width, channels):
@@ -308,43 +309,6 @@ class Loader:
                 rows[part] = np.clip(valid - height * np.arange(segments), 0, height)
                 first += segments
         return torch.from_numpy(rows), torch.from_numpy(hidden_rows), torch.from_numpy(hidden_channels)
-
-
-class _Decoder:
-    """JPEG and PNG bytes to uint8 pictures by a DALI graph; on a GPU decoding is `mixed`."""
-
-    def __init__(self, most: int, channels: int, threads: int, device: torch.device):
-        try:
-            from nvidia.dali import fn, types
-            from nvidia.dali.pipeline import Pipeline
-        except ImportError:
-            raise UserError("reading shards needs NVIDIA DALI: pip install nvidia-dali-cuda130") from None
-        cuda = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if cuda else None
-        plain, fresh = {"exec_async": False, "exec_pipelined": False}, {"exec_dynamic": True, "prefetch_queue_depth": 1}
-        self.pipe = Pipeline(most, threads, device.index if cuda else None, **(plain if cuda else fresh))
-        with self.pipe:
-            kind = types.RGB if channels == 3 else types.GRAY
-            source = fn.external_source(name="bytes")
-            self.pipe.set_outputs(fn.decoders.image(source, device="mixed" if cuda else "cpu", output_type=kind))
-        self.pipe.build()
-
-    def run(self, pictures: list[bytes]) -> Any:
-        """DALI's list of pictures (height, width, channels); on a GPU it is good until the next run."""
-        self.pipe.feed_input("bytes", [np.frombuffer(picture, np.uint8) for picture in pictures])
-        (out,) = self.pipe.run()
-        return out
-
-    def joined(self, pictures: Any) -> Tensor:
-        """All rows one behind the other, (rows, width, channels), in memory of their own."""
-        if self.stream:  # not the training's stream: the copy must be over before the next run, and training may lag
-            with torch.cuda.stream(self.stream):
-                rows = torch.cat([torch.from_dlpack(pictures[i]) for i in range(len(pictures))])
-            self.stream.synchronize()
-            rows.record_stream(torch.cuda.default_stream(rows.device))
-            return rows
-        shapes = pictures.shape()  # each run has memory of its own, where the pictures lie one behind the other
-        return torch.from_dlpack(pictures.as_reshaped_tensor([sum(shape[0] for shape in shapes), *shapes[0][1:]]))
 
 
 _NOTHING = {"id": "", "group": "", "captions": [], "audio_type": "both", "n_rows": 0}
@@ -405,9 +369,24 @@ def _among(count: int, numbers: Tensor) -> Tensor:
     return torch.zeros(count, dtype=torch.bool).index_fill_(0, numbers, True)
 
 
-def _drawn(clip: dict, key: tuple[int, ...]) -> int:
-    """Number of the caption that this epoch's visit of a clip takes; 0 if it has none."""
-    return int(np.random.default_rng((*key, 1)).integers(len(clip["captions"]))) if clip["captions"] else 0
+def _clip(clip: dict, languages: list[str]) -> dict:
+    """A clip's json, with captions of these languages alone, if any are named."""
+    if not languages:
+        return clip
+    spoken = clip.get("caption_langs") or [""] * len(clip["captions"])
+    kept = [j for j, language in enumerate(spoken) if language in languages]
+    return clip | {name: [clip[name][j] for j in kept] for name in ("captions", "caption_langs") if name in clip}
+
+
+def _drawn(clip: dict, key: tuple[int, int, int], how: str) -> int:
+    """Number of the caption that this epoch's visit of a clip takes, by data.captions; 0 if it has none."""
+    seed, name, epoch = key
+    count = len(clip["captions"])
+    if count < 2 or how == "first":
+        return 0
+    if how == "cycle":
+        return (int(np.random.default_rng((seed, name, 4)).integers(count)) + epoch) % count
+    return int(np.random.default_rng((seed, name, epoch, 1)).integers(count))
 
 
 def _apportion(shares: Sequence[float], total: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""NCE_at, NCE_av, NCE_aa, equations (1)-(5), exact over the clips of all ranks, in tiles of bounded memory.
+"""NCE_at, NCE_av, NCE_aa, equations (1)-(5), exact over the clips of all ranks, in tiles of bounded memory; and (7).
 
 Every rank holds b rows of the global batch of N. Features are gathered once, without gradient; a rank computes its own rows
 of the similarity matrix in tiles and keeps their log-sum-exps. Those of the columns are put together from all ranks' rows by
@@ -32,6 +32,7 @@ PAIRS = {
     "tv": ("text", "vision"),
     "tm": ("text", "media"),
 }
+TERMS = (*PAIRS, "caption")  # what can have a weight
 
 
 def features_used(cfg: LossConfig) -> list[str]:
@@ -109,16 +110,23 @@ def info_nces(
 
 
 def objective(
-    features: dict[str, Tensor], labels: Labels, cfg: LossConfig, modalities: str = "av"
+    features: dict[str, Tensor],
+    labels: Labels,
+    cfg: LossConfig,
+    modalities: str = "av",
+    words: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The weighted terms by name, and their sum under `loss`. features: as CLIP4VLA.forward gives them for these modalities."""
+    """The terms by name, and their weighted sum under `loss`. features: as CLIP4VLA.forward gives them for these modalities.
+
+    words: of the captions of all ranks, over which `caption`, cross entropy in nats, is the mean.
+    """
     has = {"text": labels.has_text, "vision": labels.has_frames, "audio": labels.has_audio, "masked": labels.has_audio}
     has["media"] = (labels.has_frames & ("v" in modalities)) | (labels.has_audio & ("a" in modalities))
-    weights = {name: getattr(cfg, name) for name in PAIRS if getattr(cfg, name)}
+    weights = {name: getattr(cfg, name) for name in TERMS if getattr(cfg, name)}
     group, one_way = labels.group if cfg.exclude_same_group else None, cfg.directions != "both"
     scored = ["tm"] * ("scores" in features)
     used = [name for name in features_used(cfg) if name in features]
-    pairs = {name: PAIRS[name] for name in weights if name not in scored}
+    pairs = {name: PAIRS[name] for name in weights if name in PAIRS and name not in scored}
     terms = [
         Term(used.index(a), used.index(b), has[a] & has[b], name == "aa", name == "tm" and one_way)
         for name, (a, b) in pairs.items()
@@ -130,6 +138,8 @@ def objective(
     if scored:
         valid = has["text"] & has["media"]
         losses["tm"] = scored_nce(features["scores"], features["scale"], valid, group, one_way)
+    if cfg.caption:
+        losses["caption"] = distributed.world() * features["nll"].sum() / words.clamp(min=1)
     return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}
 
 

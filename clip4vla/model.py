@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clip4vla import distributed, fusion, towers
 from clip4vla.audio_encoder import AudioEncoder, type_mix
 from clip4vla.batch import Batch
+from clip4vla.captioner import Captioner, Growing
 from clip4vla.config import DataConfig, LossConfig, MaskConfig, ModelConfig, SpectrogramConfig, UserError, load, to_dict
 from clip4vla.masking import masked_view
 from clip4vla.spectrogram import decode, normalise
@@ -50,7 +51,8 @@ class CLIP4VLA(nn.Module):
 
     def start_head(self) -> None:
         """A head as cfg.fusion names it, which starts from the text tower as it is now."""
-        self.head = fusion.build(self.text, self.cfg, self.clip_config["embed_dim"], self.spectrogram.max_segments)
+        start = Captioner if self.cfg.fusion == "captioner" else fusion.build
+        self.head = start(self.text, self.cfg, self.clip_config["embed_dim"], self.spectrogram.max_segments)
 
     def freeze(self) -> None:
         """Leave trainable: the towers of cfg.train_towers less cfg.freeze_layers, the head, a temperature that is learned."""
@@ -90,12 +92,12 @@ class CLIP4VLA(nn.Module):
         """Vectors (F, D) of a batch's frames, from embed.py if it has them."""
         return self.encode_frames(batch.frames) if batch.frame_vectors is None else batch.frame_vectors
 
-    def caption_vectors(self, batch: Batch) -> tuple[Tensor, fusion.Sequence | None]:
-        """x^g (B, D), not normalised, and all word outputs of a batch's captions; from embed.py x^g alone, if it has them."""
+    def caption_vectors(self, batch: Batch, tokens: Tensor) -> tuple[Tensor, fusion.Sequence | None]:
+        """x^g (B, D), not normalised, and all word outputs of tokens (B, L); from embed.py x^g alone, if the batch has them."""
         if batch.text_vectors is not None:
             return batch.text_vectors, None
-        sentence, words = self.encode_text(batch.tokens)
-        return sentence, fusion.Sequence(fusion.TEXT, words, towers.words_there(self.text, batch.tokens))
+        sentence, words = self.encode_text(tokens)
+        return sentence, fusion.Sequence(fusion.TEXT, words, towers.words_there(self.text, tokens))
 
     def encode_audio(self, batch: Batch, audio_type: str) -> Tensor:
         """z^g (B, D), unit length, of a batch's segments under a type token; zero where a clip has no audio."""
@@ -107,13 +109,16 @@ class CLIP4VLA(nn.Module):
 
     def forward(self, batch: Batch, loss: LossConfig, mask: MaskConfig) -> dict[str, Tensor]:
         """What the losses with a weight need, and `scale` = 1 / temperature: unit vectors (B, D) text, vision, audio, masked;
-        media (B, D) as the head gives them, or its scores (B, N) of own captions and the clips of all ranks."""
+        media (B, D) as the head gives them, or its scores (B, N) of own captions and the clips of all ranks; or, of each
+        caption (B,), the negative log-likelihood `nll` of its words."""
         fixed = torch.full_like(self.log_scale, 1 / self.cfg.temperature, dtype=torch.float32)  # log_scale may be bf16
         features = {"scale": self.log_scale.float().exp() if self.cfg.learn_temperature else fixed}
-        if loss.at or loss.tv or loss.tm:
+        if loss.at or loss.tv or loss.tm or loss.caption:
+            tokens, chosen = self.learnt_words(batch, loss) if loss.caption else (batch.tokens, None)
             with torch.set_grad_enabled(self._trains(self.text)):
-                sentence, words = self.caption_vectors(batch)
+                sentence, words = self.caption_vectors(batch, tokens)
             features["text"] = F.normalize(sentence.float(), dim=-1)
+        frames = None
         if "vision" in needed_towers(loss, self.cfg.modalities):
             with torch.set_grad_enabled(self._trains(self.vision)):
                 frames = self.frame_vectors(batch)
@@ -124,10 +129,12 @@ class CLIP4VLA(nn.Module):
         if loss.tm:
             parts = self.media(
                 batch,
-                frames if "v" in self.cfg.modalities else None,
+                frames,
                 fixed=isinstance(self.head, fusion.LocalToLocal) and distributed.world() > 1,
             )
             features |= self._compared(sentence, words, parts)
+        if loss.caption:
+            features["nll"] = self._unlikelihood(tokens, chosen, words.vectors, self.media(batch, frames), loss)
         return features
 
     def media(
@@ -154,6 +161,25 @@ class CLIP4VLA(nn.Module):
             for p in parts
         ]
         return {"scores": self.head(self.head.words(sentence, words), everyone)}
+
+    def learnt_words(self, batch: Batch, loss: LossConfig) -> tuple[Tensor, Tensor]:
+        """(tokens (B, L) of the captions, the places (B, L - 1) in them whose next token is learnt)."""
+        tokens = batch.tokens
+        if loss.padded_words:
+            tokens = F.pad(tokens, (0, self.cfg.max_tokens - tokens.shape[1]))
+        there = towers.words_there(self.text, tokens)[:, 1:]
+        return tokens, (there | loss.padded_words) & batch.has_text[:, None]
+
+    def _unlikelihood(self, tokens: Tensor, chosen: Tensor, read: Tensor, parts: list, loss: LossConfig) -> Tensor:
+        """Negative log-likelihood (B,) of the captions (7), the sum over chosen places; read (B, L, D): of the text tower."""
+        words = fusion.Sequence(fusion.TEXT, read[:, :-1], towers.words_there(self.text, tokens)[:, 1:])
+        scores = self.head(words, parts, chosen, self.text.token_embedding.weight)
+        each = F.cross_entropy(scores, tokens[:, 1:][chosen], label_smoothing=loss.label_smoothing, reduction="none")
+        return each.new_zeros(len(tokens)).index_add(0, chosen.nonzero()[:, 0], each)
+
+    def grow(self, parts: list[fusion.Sequence], copies: int) -> Growing:
+        """Captions that decoding.write lengthens, so many of each clip; parts: see media()."""
+        return Growing(self.text, self.head, parts, copies)
 
     def _audio_views(self, batch: Batch, loss: LossConfig, mask: MaskConfig) -> dict[str, Tensor]:
         """z^g and, for NCE_aa, that of the masked view, in one pass through the tower."""
@@ -197,9 +223,9 @@ def must_have_room(cfg: ModelConfig, fingerprint: dict[str, Any]) -> None:
 def needed_towers(loss: LossConfig, modalities: str) -> list[str]:
     """The towers that these losses run, with media of these modalities."""
     needs = {
-        "text": loss.at or loss.tv or loss.tm,
-        "vision": loss.av or loss.tv or (loss.tm and "v" in modalities),
-        "audio": loss.at or loss.av or loss.aa or (loss.tm and "a" in modalities),
+        "text": loss.at or loss.tv or loss.tm or loss.caption,
+        "vision": loss.av or loss.tv or ((loss.tm or loss.caption) and "v" in modalities),
+        "audio": loss.at or loss.av or loss.aa or ((loss.tm or loss.caption) and "a" in modalities),
     }
     return [name for name, needed in needs.items() if needed]
 
@@ -228,11 +254,14 @@ def from_official(state: dict[str, Tensor], cfg: ModelConfig) -> CLIP4VLA:
     model.audio.trunk.load_state_dict(audio)
     if cfg.fusion != "global_global":
         model.head.load_state_dict(_official_head(state, model.head))
+    if cfg.fusion == "captioner":  # tied: in their checkpoints both names hold one tensor
+        model.text.token_embedding.weight.data.copy_(state["cls.predictions.decoder.weight"])
     return model
 
 
-def _official_head(state: dict[str, Tensor], head: fusion.Head) -> dict[str, Tensor]:
-    """The authors' cross.* and similarity_dense.* under our names; they have as many positions as CLIP's text tower."""
+def _official_head(state: dict[str, Tensor], head: nn.Module) -> dict[str, Tensor]:
+    """The authors' cross.*, similarity_dense.* and cls.predictions.* under our names; they have as many positions as CLIP's
+    text tower."""
     names = {"transformer.resblocks.": "blocks.", "token_type_embeddings.weight": "type_embedding"}
     out = {}
     for key, value in state.items():
@@ -245,4 +274,12 @@ def _official_head(state: dict[str, Tensor], head: fusion.Head) -> dict[str, Ten
     out["encoder.positional_embedding"] = out["encoder.positional_embedding"][:rows]
     if isinstance(head, fusion.LocalToLocal):
         out |= {f"score.{name}": state[f"similarity_dense.{name}"].float() for name in ("weight", "bias")}
+    if isinstance(head, Captioner):
+        theirs, pairs = "cls.predictions.", {"transform.dense": "dense", "transform.LayerNorm": "norm"}
+        out |= {
+            f"{our}.{n}": state[f"{theirs}{their}.{n}"].float()
+            for their, our in pairs.items()
+            for n in ("weight", "bias")
+        }
+        out["bias"] = state[f"{theirs}bias"].float()
     return out

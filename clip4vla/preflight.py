@@ -22,7 +22,7 @@ from clip4vla.config import RunConfig, UserError
 from clip4vla.engine import GIB
 from clip4vla.fusion import TOKENS, GlobalToGlobal, LocalToLocal
 from clip4vla.loader import Loader
-from clip4vla.losses import PAIRS
+from clip4vla.losses import TERMS
 from clip4vla.meter import peak_memory
 from clip4vla.vectors import obstacle
 
@@ -57,7 +57,7 @@ def describe(cfg: RunConfig, setup: Setup, loader: Loader, step: int) -> list[st
     model, train = setup.model, cfg.train
     parts = ("text", "vision", "audio", *(["head"] if cfg.model.fusion != "global_global" else []))
     towers = ", ".join(f"{name} {_millions(getattr(model, name))}" for name in parts)
-    losses = ", ".join(f"{name} {getattr(cfg.loss, name):g}" for name in PAIRS if getattr(cfg.loss, name))
+    losses = ", ".join(f"{name} {getattr(cfg.loss, name):g}" for name in TERMS if getattr(cfg.loss, name))
     pieces = f" in {train.accumulate} micro-batches, negatives {train.negatives}" if train.accumulate > 1 else ""
     used = "of text and frames from embed.py" if setup.vectors else f"not used: {obstacle(setup.folders, cfg, model)}"
     rows = [
@@ -116,13 +116,14 @@ def activations(cfg: RunConfig, setup: Setup, micro: Batch) -> int:
         if flops.elements(getattr(model, name), trained=True):
             blocks, tokens, pixels, count = sequences[name]
             total += count * (tokens * _kept(blocks, cfg.train.recompute) + pixels)
-    if cfg.loss.tm and not isinstance(model.head, GlobalToGlobal):  # of local_local a tile at a time
-        tile = (
-            TOKENS[setup.device.type]
-            if isinstance(model.head, LocalToLocal)
-            else len(micro.segments) + len(micro.frames)
-        )
+    if (cfg.loss.tm or cfg.loss.caption) and not isinstance(
+        model.head, GlobalToGlobal
+    ):  # of local_local a tile at a time
+        words = int(model.learnt_words(micro, cfg.loss)[1].sum()) if cfg.loss.caption else 0
+        packed = len(micro.segments) + len(micro.frames) + words
+        tile = TOKENS[setup.device.type] if isinstance(model.head, LocalToLocal) else packed
         total += tile * _kept(model.head.encoder.blocks, recompute=False)
+        total += 3 * words * model.text.vocab_size * 4 // setup.width  # scores, log-probabilities, gradient: fp32
     return total * setup.width
 
 

@@ -21,6 +21,8 @@ TERMS = {
     "loss/av": "vision–audio",
     "loss/aa": "audio–masked",
     "loss/tv": "text–vision",
+    "loss/tm": "text–media",
+    "loss/caption": "words",
 }
 PANELS = {  # of meter.py's rows
     "learning rate": {"lr": ""},
@@ -33,7 +35,7 @@ PANELS = {  # of meter.py's rows
     "shares (%)": {"no_audio": "clips without sound", "hidden_rows": "rows masked"},
     "MFU (%)": {"mfu": ""},
 }
-SHADES = ("#1f2937", "#2563eb", "#059669", "#d97706", "#9333ea")
+SHADES = ("#1f2937", "#2563eb", "#059669", "#d97706", "#9333ea", "#dc2626", "#0891b2")
 SMOOTH = ("lr", "memory_gib")  # as they are
 COLOURS = {key: shade for keys in (TERMS, *PANELS.values()) for key, shade in zip(keys, SHADES, strict=False)}
 

@@ -103,13 +103,16 @@ def encode_text(tower: TextTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]
     """(sentence vector at [EOS] (B, D), projected outputs of all tokens (B, L, D)) of token numbers (B, L)."""
     x, mask = tower._embeds(tokens)
     length = x.shape[1]
-    x = tower.transformer(x, attn_mask=mask[..., :length, :length] if mask is not None else None)
+    x = projected(tower, tower.transformer(x, attn_mask=mask[..., :length, :length] if mask is not None else None))
+    return text_global_pool(x, tokens, tower.pool_type, eos_token_id=tower.eos_id), x
+
+
+def projected(tower: TextTransformer, x: Tensor) -> Tensor:
+    """Outputs (..., D) of the text tower, from those of its blocks (..., W)."""
     x = tower.ln_final(x)
     if isinstance(tower.text_projection, nn.Linear):
-        x = tower.text_projection(x)
-    elif tower.text_projection is not None:
-        x = x @ tower.text_projection
-    return text_global_pool(x, tokens, tower.pool_type, eos_token_id=tower.eos_id), x
+        return tower.text_projection(x)
+    return x if tower.text_projection is None else x @ tower.text_projection
 
 
 def words_there(tower: TextTransformer, tokens: Tensor) -> Tensor:
@@ -143,10 +146,15 @@ def image_statistics(clip: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return known.get("mean", open_clip.OPENAI_DATASET_MEAN), known.get("std", open_clip.OPENAI_DATASET_STD)
 
 
+def vocabulary(clip: str, max_tokens: int = 77) -> Callable[[list[str]], Tensor]:
+    """open_clip's tokenizer of a CLIP; a file's is that of OpenAI's."""
+    named = not clip.endswith((*WEIGHTS, ".json"))
+    return open_clip.get_tokenizer(clip.partition("/")[0] if named else "ViT-B-32", context_length=max_tokens)
+
+
 def tokenizer(clip: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
     """From B strings to token numbers (B, L), L the longest of them and at most max_tokens; cut captions keep [EOS]."""
-    named = not clip.endswith((*WEIGHTS, ".json"))
-    full = open_clip.get_tokenizer(clip.partition("/")[0] if named else "ViT-B-32", context_length=max_tokens)
+    full = vocabulary(clip, max_tokens)
     if not isinstance(full, open_clip.SimpleTokenizer):  # other kinds of padding and pooling
         return full
 

@@ -63,6 +63,10 @@ def obstacle(folders: list[ShardFolder], cfg: RunConfig, model: CLIP4VLA) -> str
     for tower in ("text", "vision"):
         if tower in model.cfg.train_towers.split("+"):
             return f"the {tower} tower trains (model.train_towers={model.cfg.train_towers}), so its vectors change"
+    if cfg.loss.caption:
+        return "loss.caption reads every word, and vectors are of whole captions"
+    if cfg.data.languages:
+        return f"data.languages={cfg.data.languages} takes some captions, and vectors are of all"
     if cfg.loss.tm and (cfg.model.fusion, cfg.model.words) == ("local_local", "all"):
         return "model.fusion=local_local reads every word, and vectors are of whole captions"
     if not (cfg.loss.at or cfg.loss.av or cfg.loss.tv or cfg.loss.tm):

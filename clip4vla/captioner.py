@@ -1,0 +1,113 @@
+"""Multimodal Caption Generator (6)(7): what word comes next, from the words before it, the frames and the segments.
+
+The text tower, which is causal, reads the words so far; an encoder reads its outputs, frames and segments, where words see
+the words before them and all media, and media never see words; a dense layer and a norm turn outputs at words into what
+the token embeddings are compared with.
+
+Notation: B clips, R captions, L words, M frames and segments, D width of the encoder, W of the text tower, V tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer
+from torch import Tensor, nn
+
+from clip4vla.config import ModelConfig, UserError
+from clip4vla.fusion import TEXT, Encoder, Sequence, joined
+from clip4vla.towers import projected
+
+
+class Captioner(nn.Module):
+    """The generator but for the text tower, whose token embeddings (V, W) are its output weights too."""
+
+    def __init__(self, text: TextTransformer, cfg: ModelConfig, dim: int, segments: int):
+        super().__init__()
+        _must_be_causal(text)
+        self.encoder = Encoder(text, cfg, dim, segments, words=cfg.max_tokens)
+        self.dense = nn.Linear(dim, text.width)
+        self.activation = type(text.transformer.resblocks[0].mlp.gelu)()
+        self.norm = nn.LayerNorm(text.width, eps=1e-12)  # as the authors
+        self.bias = nn.Parameter(torch.zeros(text.vocab_size))
+
+    def forward(self, words: Sequence, parts: list[Sequence], chosen: Tensor, embedding: Tensor) -> Tensor:
+        """Scores (n, V), fp32, of the tokens that may follow each of the n chosen words; chosen (B, L) bool.
+
+        words: outputs of the text tower; parts: of the frames and segments of their clips.
+        """
+        embedded = joined(self.encoder.embed([words, *parts]))
+        length, total = words.there.shape[1], embedded.there.shape[1]
+        unseen = torch.ones(total, total, dtype=torch.bool, device=chosen.device)
+        unseen[:length, :length].triu_(1)
+        unseen[:, length:] = False
+        x = self.encoder(embedded.vectors, embedded.there, unseen=unseen)
+        return self.scores(x[:, :length][chosen], embedding)
+
+    def scores(self, outputs: Tensor, embedding: Tensor) -> Tensor:
+        """Of all tokens (n, V), fp32, from the encoder's outputs at words (n, D)."""
+        x = self.norm(self.activation(self.dense(outputs)))
+        return F.linear(x, embedding.to(x.dtype), self.bias.to(x.dtype)).float()
+
+
+class Growing:
+    """R captions, `copies` of each clip, that grow by a token at a time.
+
+    Frames and segments are encoded once. Every block keeps keys and values of what it has read, so a step costs one word.
+    """
+
+    def __init__(self, text: TextTransformer, head: Captioner, parts: list[Sequence], copies: int):
+        self.text, self.head, self.length = text, head, 0
+        no_words = Sequence(TEXT, parts[0].vectors[:, :0], parts[0].there[:, :0])  # media's positions lie behind theirs
+        _, x, there = joined(head.encoder.embed([no_words, *parts]))
+        seen = there[:, None, None] | torch.eye(there.shape[1], dtype=torch.bool, device=there.device)  # B 1 M M
+        self.there = there.repeat_interleave(copies, 0)
+        self.encoded: list[Past] = []  # of each of the encoder's blocks
+        for block in head.encoder.blocks:
+            x, (keys, values) = _through(block, x, None, seen)
+            self.encoded.append((keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0)))
+        self.read: list[Past | None] = [None] * len(text.transformer.resblocks)  # of each of the text tower's
+
+    def next(self, token: Tensor) -> Tensor:
+        """Scores (R, V), fp32, of what may follow `token` (R,), the next one of each caption; the first is [SOS]."""
+        x = self.text.token_embedding(token)[:, None].to(self.text.transformer.get_cast_dtype())
+        x = x + self.text.positional_embedding[self.length].to(x.dtype)
+        for i, block in enumerate(self.text.transformer.resblocks):
+            x, self.read[i] = _through(block, x, self.read[i], None)
+        encoder = self.head.encoder
+        x = projected(self.text, x).to(encoder.type_embedding.dtype)
+        x = x + encoder.positional_embedding[self.length] + encoder.type_embedding[TEXT]
+        self.there = F.pad(self.there, (0, 1), value=True)
+        for i, block in enumerate(encoder.blocks):
+            x, self.encoded[i] = _through(block, x, self.encoded[i], self.there[:, None, None])
+        self.length += 1
+        return self.head.scores(x[:, 0], self.text.token_embedding.weight)
+
+    def pick(self, rows: Tensor) -> None:
+        """The captions go on as the R of them that `rows` (R,) names, each of the clip that it was of."""
+        self.encoded, self.read = ([(k[rows], v[rows]) for k, v in pasts] for pasts in (self.encoded, self.read))
+
+
+Past = tuple[Tensor, Tensor]  # keys and values (R, heads, T, width of a head)
+
+
+def _through(block: ResidualAttentionBlock, x: Tensor, past: Past | None, seen: Tensor | None) -> tuple[Tensor, Past]:
+    """A block of CLIP's for new places x (R, q, D) behind those of `past`: (its outputs, keys and values of all).
+
+    seen (R, 1, q or 1, T) bool: which places are seen; without it all.
+    """
+    attn = block.attn
+    parts = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
+    query, keys, values = (part.unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for part in parts)
+    if past:
+        keys, values = (torch.cat(pair, 2) for pair in zip(past, (keys, values), strict=True))
+    y = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
+    x = x + block.ls_1(attn.out_proj(y.transpose(1, 2).flatten(2)))
+    return x + block.ls_2(block.mlp(block.ln_2(x))), (keys, values)
+
+
+def _must_be_causal(text: TextTransformer) -> None:
+    """UserError for text towers whose outputs at a word know the words behind it, or whose blocks are not CLIP's own."""
+    plain = all(type(block) is ResidualAttentionBlock for block in text.transformer.resblocks)
+    if text.attn_mask is None or text.cls_emb is not None or not plain:
+        raise UserError(
+            "model.fusion=captioner: needs a CLIP whose text tower is causal, such as OpenAI's; this one's is not"
+        )
