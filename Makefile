@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SET ?= stamps
-TOOLS = chromium ffmpeg munge slurmctld slurmd slurm-client
+TOOLS = chromium default-jre-headless ffmpeg munge slurmctld slurmd slurm-client
 .DELETE_ON_ERROR:
 .PHONY: demo test lint
 
@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash launch/demo.sh $(SET)
 
 test: $(VENV)/installed lint
-	@which chromium ffmpeg munged slurmctld slurmd sbatch >/dev/null || [ "$$(id -u)" != 0 ] || \
+	@which chromium ffmpeg java munged slurmctld slurmd sbatch >/dev/null || [ "$$(id -u)" != 0 ] || \
 		{ apt-get update -qq && apt-get install -y -qq $(TOOLS); } >/dev/null
 	@PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q -rs --durations=12 -p no:cacheprovider \
 		-n 2 --dist loadfile --no-loadscope-reorder tests

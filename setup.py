@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 BENCH = ["librosa>=0.11", "opencv-python-headless>=4.10", "scikit-video"]  # what launch/bench.py compares with
+EVAL = ["pycocoevalcap>=1.2"]  # scores of captions; its METEOR and tokeniser are Java programs
 SERVER = ["s3fs", "moto[s3]>=5", "flask", "flask-cors"]  # an S3 server on loopback; moto[server] would bring 25 more
 
 setup(
@@ -33,6 +34,7 @@ setup(
         "cairosvg>=2.7",
     ],
     extras_require={
+        "eval": EVAL,
         "dev": [
             "pytest>=8",
             "pytest-xdist",
@@ -42,6 +44,7 @@ setup(
             "scikit-video",
             "scipy",
             *BENCH,
+            *EVAL,
             *SERVER,
         ],
         "bench": BENCH,

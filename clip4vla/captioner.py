@@ -68,7 +68,8 @@ class Growing:
 
     def next(self, token: Tensor) -> Tensor:
         """Scores (R, V), fp32, of what may follow `token` (R,), the next one of each caption; the first is [SOS]."""
-        x = self.text.token_embedding(token)[:, None].to(self.text.transformer.get_cast_dtype())
+        embedding = self.text.token_embedding.weight  # not the module, behind which ZeRO-3 would take it away again
+        x = F.embedding(token, embedding)[:, None].to(self.text.transformer.get_cast_dtype())
         x = x + self.text.positional_embedding[self.length].to(x.dtype)
         for i, block in enumerate(self.text.transformer.resblocks):
             x, self.read[i] = _through(block, x, self.read[i], None)
@@ -79,7 +80,7 @@ class Growing:
         for i, block in enumerate(encoder.blocks):
             x, self.encoded[i] = _through(block, x, self.encoded[i], self.there[:, None, None])
         self.length += 1
-        return self.head.scores(x[:, 0], self.text.token_embedding.weight)
+        return self.head.scores(x[:, 0], embedding)
 
     def pick(self, rows: Tensor) -> None:
         """The captions go on as the R of them that `rows` (R,) names, each of the clip that it was of."""

@@ -210,7 +210,10 @@ class TrainConfig:
 class DecodeConfig:
     """How captions are written."""
 
-    method: Literal["beam", "greedy", "nucleus"] = setting("beam", "beam search, the likeliest token, or sampling")
+    method: Literal["beam", "greedy", "nucleus", "nearest"] = setting(
+        "beam",
+        "beam search, the likeliest token, sampling; or the caption of the training clip that looks most alike",
+    )
     beams: int = setting(5, "captions of a clip that beam search follows", low=1)
     length_penalty: float = setting(0.0, "beam: log-probability / tokens ** this (0: the sum, as the authors do)")
     min_tokens: int = setting(1, "least tokens of a caption", low=0)

@@ -44,6 +44,12 @@ def tokens_of(clip: str) -> tuple[Tokens, Callable[[list[int]], str]]:
     return Tokens(*ends, known.vocab_size), lambda numbers: known.decode([n for n in numbers if n not in ends]).strip()
 
 
+def named(cfg: DecodeConfig) -> str:
+    """The way of writing in a few words, such as beam 5."""
+    number = {"beam": f" {cfg.beams}", "nucleus": f" {cfg.top_p:g}"}
+    return cfg.method + number.get(cfg.method, "")
+
+
 @torch.no_grad()
 def write(grow: Callable[[int], Growing], ids: Sequence[str], cfg: DecodeConfig, tokens: Tokens, seed: int) -> Written:
     """A caption for each of the clips `ids`, of which grow(copies) starts so many.

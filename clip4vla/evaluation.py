@@ -1,6 +1,6 @@
 """Evaluation on held-out shards: all ranks embed, rank 0 ranks, writes metrics.json and manifest.json, and the report page.
 
-What is ranked against what, eval.task says: zero_shot.py or text_video.py.
+What is ranked against what, or written, eval.task says: zero_shot.py, text_video.py or captioning.py.
 """
 
 import concurrent.futures
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clip4vla import distributed, provenance, report, selection, text_video, zero_shot
+from clip4vla import captioning, decoding, distributed, provenance, report, retrieval, selection, text_video, zero_shot
 from clip4vla.audio_encoder import type_mix
 from clip4vla.config import RunConfig, UserError
 from clip4vla.loader import EvalOrder, Loader, check_fingerprint, open_folders
@@ -34,8 +34,9 @@ class Job(NamedTuple):
 
 def evaluate(
     model: CLIP4VLA, cfg: RunConfig, weights: dict[str, Any], say: Say
-) -> tuple[dict[str, dict], list[report.Exhibit], list[report.Query]] | None:
-    """Evaluate on data.test; rank 0 returns the main metrics by direction and, for the report page, exhibits and queries."""
+) -> tuple[dict[str, dict], list[report.Exhibit], list] | None:
+    """Evaluate on data.test; rank 0 returns the main metrics by direction and, for the report page, exhibits and queries (or
+    captions that were written)."""
     job = Job("test", weights, *embedded(model, cfg, cfg.data.test, "data.test"))
     if distributed.rank():
         return None
@@ -67,7 +68,7 @@ class HeldOut:
 
 
 def _task(cfg: RunConfig) -> Any:
-    return text_video if cfg.eval.task == "retrieval" else zero_shot
+    return {"zero_shot": zero_shot, "retrieval": text_video, "captioning": captioning}[cfg.eval.task]
 
 
 def embedded(model: CLIP4VLA, cfg: RunConfig, sources: dict[str, float], key: str, most: int = 0) -> tuple[Loader, Any]:
@@ -97,7 +98,10 @@ def ranked(job: Job, cfg: RunConfig, say: Say) -> dict[str, dict]:
     provenance.write(
         folder / "manifest.json", job.loader, job.found.clips, cfg, job.weights, _task(cfg).account(job.found, cfg)
     )
-    say(f"{job.name}, type token {main}:\n{table(results[main])}")
+    captions = cfg.eval.task == "captioning"
+    if captions:
+        captioning.write_results(folder, job.found)
+    say(f"{job.name}, type token {main}:\n{(captioning if captions else retrieval).table(results[main])}")
     return results[main]
 
 
@@ -109,12 +113,22 @@ def check_evaluation(cfg: RunConfig) -> None:
     if cfg.eval.batch_size % distributed.world():
         raise UserError(f"eval.batch_size={cfg.eval.batch_size} does not divide by {distributed.world()} ranks")
     media = cfg.model.modalities
+    if (cfg.eval.task == "captioning") != (cfg.model.fusion == "captioner"):
+        raise UserError(
+            f"eval.task={cfg.eval.task}, model.fusion={cfg.model.fusion}: captioning and captioner go together"
+        )
+    if cfg.eval.task == "captioning":
+        captioning.decode_settings(cfg)
+        decoding.tokens_of(cfg.model.clip)
+        captioning.must_have_scorers()
     if cfg.eval.task == "zero_shot" and (cfg.model.fusion, media) != ("global_global", "av"):
         raise UserError(
             f"eval.task=zero_shot knows no model.fusion={cfg.model.fusion}, model.modalities={media}: take retrieval"
         )
     if cfg.eval.select and not cfg.eval.every:
         raise UserError(f"eval.select={cfg.eval.select}: nothing is evaluated on data.val: set eval.every")
+    if cfg.eval.select and cfg.eval.task == "captioning":
+        selection.value({"caption": dict.fromkeys(captioning.METRICS, 0.0)}, cfg.eval.select)
     if cfg.eval.select and cfg.eval.task == "retrieval":
         endings = ["", *(f"/{kind}" for kind in media if len(media) > 1)]
         names = [f"{way}{ending}" for way in ("text_to_video", "video_to_text") for ending in endings]
@@ -134,42 +148,25 @@ def eval_loader(cfg: RunConfig, folders: list, device: torch.device, most: int =
     )  # fmt: skip
 
 
-def table(metrics: dict[str, dict]) -> str:
-    """The metrics as text, one direction a line."""
-    head = (
-        f"{'direction':<24}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'MedR':>8}{'MeanR':>8}{'queries':>9}{'gallery':>9}{'p':>9}"
-    )
-    return "\n".join([head, *(
-        f"{name:<24}{m['R@1']:>7.1f}{m['R@5']:>7.1f}{m['R@10']:>7.1f}{m['MedR']:>8.1f}{m['MeanR']:>8.1f}"
-        f"{m['n_queries']:>9}{m['n_gallery']:>9}{'' if m['p'] is None else format(m['p'], '.4f'):>9}"
-        for name, m in metrics.items()
-    )])  # fmt: skip
-
-
 def write_report(
     cfg: RunConfig,
     origin: dict[str, Any],
     metrics: dict[str, dict],
     exhibits: list[report.Exhibit],
-    queries: list[report.Query],
+    queries: list,
 ) -> Path:
-    """run_dir/report.html: loss curves of this run and of the one it started from, the metrics, and the queries."""
+    """run_dir/report.html: loss curves of this run and of the one it started from, the metrics, and what evaluate() gave."""
     places = {Path(place).name: read_rows(place) for place in [*cfg.init_from, cfg.run_dir]}
     page = Path(cfg.run_dir, "report.html")
     data = next(iter(cfg.data.test)) + (f" and {len(cfg.data.test) - 1} more" if len(cfg.data.test) > 1 else "")
     settings = {"run": cfg.run_dir, "checkpoint": Path(origin["folder"]).name, "data": data, "clip": cfg.model.clip}
-    if cfg.eval.task == "retrieval":
-        settings |= {"fusion": cfg.model.fusion, "modalities": cfg.model.modalities, "type token": cfg.model.audio_type}
-    else:
-        settings |= {"type token": zero_shot.types(cfg)[0]}
-    settings |= {"preset": cfg.preset}
-    report.write(
-        page,
-        f"{Path(cfg.run_dir).name}: test split",
-        settings,
-        {k: v for k, v in places.items() if v},
-        metrics,
-        exhibits,
-        queries,
-    )
+    media = {"modalities": cfg.model.modalities, "type token": cfg.model.audio_type}
+    settings |= {
+        "zero_shot": {"type token": zero_shot.types(cfg)[0]},
+        "retrieval": {"fusion": cfg.model.fusion} | media,
+        "captioning": {"written by": decoding.named(cfg.decode)} | media,
+    }[cfg.eval.task] | {"preset": cfg.preset}
+    runs = {k: v for k, v in places.items() if v}
+    make = report.captions if cfg.eval.task == "captioning" else report.retrieval
+    report.write(page, f"{Path(cfg.run_dir).name}: test split", settings, runs, make(metrics, exhibits, queries))
     return page

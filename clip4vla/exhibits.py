@@ -4,7 +4,7 @@ import base64
 import io
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torchaudio.functional as AF
 from PIL import Image
 from torch import Tensor
 
-from clip4vla.loader import Place
+from clip4vla.loader import Loader, Place
 from clip4vla.shards import Damaged, ShardFolder
 
 LISTEN = 10.0  # s of sound in a player
@@ -52,6 +52,14 @@ def exhibit(folder: ShardFolder, place: Place, meta: dict) -> Exhibit:
         wave = original_sound(folder, meta, RATE)
         shown.audio = None if wave is None else ogg(wave, RATE)
     return shown
+
+
+def of_clip(loader: Loader, clip: int, clips: dict[int, dict], modalities: str) -> Exhibit:
+    """A clip of a loader by its place in the order, without the medium that takes no part."""
+    place = loader.order.places[clip]
+    shown = exhibit(loader.folders[place.source], place, clips[clip])
+    unseen = {"v": {"spectrogram": None, "audio": None}, "a": {"picture": None}, "av": {}}[modalities]
+    return replace(shown, **unseen)
 
 
 def film_strip(data: bytes) -> bytes:

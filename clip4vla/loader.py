@@ -196,7 +196,7 @@ class Loader:
         size = self.order.batch_size // self.pieces
         places = self.order.batch(k, slice(piece * size + self.rank, (piece + 1) * size, self.world))
         samples = self._read(places)
-        clips = [_clip(json.loads(s["json"]), self.cfg.languages) if s else _NOTHING for s in samples]
+        clips = [spoken(json.loads(s["json"]), self.cfg.languages) if s else _NOTHING for s in samples]
         keys = [
             (self.seed, zlib.crc32(c["id"].encode()), p.epoch if p else 0) for c, p in zip(clips, places, strict=True)
         ]
@@ -369,12 +369,11 @@ def _among(count: int, numbers: Tensor) -> Tensor:
     return torch.zeros(count, dtype=torch.bool).index_fill_(0, numbers, True)
 
 
-def _clip(clip: dict, languages: list[str]) -> dict:
+def spoken(clip: dict, languages: list[str]) -> dict:
     """A clip's json, with captions of these languages alone, if any are named."""
     if not languages:
         return clip
-    spoken = clip.get("caption_langs") or [""] * len(clip["captions"])
-    kept = [j for j, language in enumerate(spoken) if language in languages]
+    kept = [j for j, language in enumerate(clip.get("caption_langs", [])) if language in languages]
     return clip | {name: [clip[name][j] for j in kept] for name in ("captions", "caption_langs") if name in clip}
 
 

@@ -12,8 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from clip4vla import captions_page, queries_page
+from clip4vla.captions_page import Written
 from clip4vla.exhibits import Exhibit, data_uri, encoded
-from clip4vla.queries_page import Query, arrow, section
+from clip4vla.queries_page import Query, arrow
 
 TERMS = {
     "loss": "total",
@@ -96,32 +98,43 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-def write(
-    path: Path,
-    title: str,
-    settings: dict[str, Any],
-    runs: dict[str, list[dict[str, Any]]],
-    metrics: dict[str, dict[str, Any]],
-    exhibits: list[Exhibit],
-    queries: list[Query],
-) -> None:
-    """Write the page. settings may be nested; metrics: by direction what retrieval.summary() gives.
-
-    A row of metrics may have "ci": {"R@1": [low, high], ...}. Queries and their hits refer to exhibits by number.
-    """
+def write(path: Path, title: str, settings: dict[str, Any], runs: dict[str, list[dict[str, Any]]], body: str) -> None:
+    """Write the page. settings may be nested; runs: rows of metrics.jsonl by name; body: HTML of retrieval() or captions()."""
     curves = "".join(
         f'<img alt="curves of {escape(name)}" src="{data_uri(run_plot(name, rows), "image/png")}">'
         for name, rows in runs.items()
     )
-    galleries = {direction: row["n_gallery"] for direction, row in metrics.items()}
     parts = [
         f"<header><h1>{escape(title)}</h1><dl>{_settings(settings)}</dl></header>",
         f'<section><h2>Training</h2><div class="curves">{curves}</div></section>' if runs else "",
-        f"<section><h2>Retrieval</h2>{_table(metrics)}</section>" if metrics else "",
-        section(exhibits, queries, galleries) if queries else "",
+        body,
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"{HEAD}<title>{escape(title)}</title><main>{''.join(parts)}</main></html>\n", encoding="utf-8")
+
+
+def retrieval(metrics: dict[str, dict[str, Any]], exhibits: list[Exhibit], queries: list[Query]) -> str:
+    """HTML of retrieval. metrics: by direction what retrieval.summary() gives; queries and hits refer to exhibits by number.
+
+    A row of metrics may have "ci": {"R@1": [low, high], ...}.
+    """
+    galleries = {direction: row["n_gallery"] for direction, row in metrics.items()}
+    table = f"<section><h2>Retrieval</h2>{_table(metrics)}</section>" if metrics else ""
+    return table + (queries_page.section(exhibits, queries, galleries) if queries else "")
+
+
+def captions(metrics: dict[str, dict[str, Any]], exhibits: list[Exhibit], written: list[Written]) -> str:
+    """HTML of captioning. metrics: as captioning.ranked gives them; written: refers to exhibits by number."""
+    row = metrics["caption"]
+    names = [name for name, value in row.items() if isinstance(value, float)]
+    head, cells = ("".join(parts) for parts in ([f"<th>{n}" for n in names], [f"<td>{_number(row, n)}" for n in names]))
+    table = (
+        f'<div class="scroll"><table class="plain"><thead><tr>{head}</thead><tbody><tr>{cells}</tbody></table></div>'
+    )
+    note = f"{row['n_clips']:,} clips, {row['n_references']:,} references; times 100, as pycocoevalcap gives them. "
+    note += "In brackets: 95% interval, bootstrap over groups. " * ("ci" in row) + row.get("left_out", "")
+    title = f'<section><h2>Captions</h2>{table}<p class="note">{escape(note)}</p></section>'
+    return title + (captions_page.section(exhibits, written) if written else "")
 
 
 def _settings(settings: dict[str, Any], prefix: str = "") -> str:
@@ -192,6 +205,7 @@ th, td { padding: 6px 12px; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 thead th { font-size: 12.5px; color: var(--soft); }
 tbody th { padding-top: 14px; border-bottom: 1px solid var(--line); }
+.plain :is(th, td) { position: static; text-align: right; }
 tbody td { border-bottom: 1px solid #f0f2f5; }
 .bar { background: linear-gradient(90deg, #dbeafe var(--w), transparent 0) 0 50% / 100% 70% no-repeat; }
 td small { color: var(--soft); display: inline-block; width: 3.2em; }

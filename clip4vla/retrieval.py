@@ -187,6 +187,18 @@ def _halves(total: Tensor) -> tuple[tuple[Tensor, bool], tuple[Tensor, bool]]:
     return ((total / 2).ceil(), False), ((total / 2).floor(), True)
 
 
+def table(metrics: dict[str, dict]) -> str:
+    """The metrics as text, one direction a line."""
+    head = (
+        f"{'direction':<24}{'R@1':>7}{'R@5':>7}{'R@10':>7}{'MedR':>8}{'MeanR':>8}{'queries':>9}{'gallery':>9}{'p':>9}"
+    )
+    return "\n".join([head, *(
+        f"{name:<24}{m['R@1']:>7.1f}{m['R@5']:>7.1f}{m['R@10']:>7.1f}{m['MedR']:>8.1f}{m['MeanR']:>8.1f}"
+        f"{m['n_queries']:>9}{m['n_gallery']:>9}{'' if m['p'] is None else format(m['p'], '.4f'):>9}"
+        for name, m in metrics.items()
+    )])  # fmt: skip
+
+
 @torch.no_grad()
 def _similarity(query: Tensor, items: Tensor) -> Tensor:
     if items.ndim == 1:  # scores that are there already

@@ -6,14 +6,18 @@ from typing import Any
 
 from clip4vla.config import RunConfig, UserError
 
-HIGHER, LOWER = ("R@1", "R@5", "R@10"), ("MedR", "MeanR")  # is better
+HIGHER = ("R@1", "R@5", "R@10", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")  # is better
+LOWER = ("MedR", "MeanR")
 
 
 def value(metrics: dict[str, dict[str, Any]], select: str) -> float:
     """What eval.select picks of metrics by direction, such that more is better; UserError if it is not there."""
     direction, _, name = select.rpartition("/")
-    if direction not in metrics or name not in HIGHER + LOWER:
-        directions, names = ", ".join(metrics), ", ".join(HIGHER + LOWER)
+    if direction not in metrics or name not in HIGHER + LOWER or name not in metrics[direction]:
+        directions, names = (
+            ", ".join(metrics),
+            ", ".join(k for k in HIGHER + LOWER if k in next(iter(metrics.values()))),
+        )
         raise UserError(f"eval.select={select}: no such number; there is {directions}, each with {names}")
     return -metrics[direction][name] if name in LOWER else metrics[direction][name]
 

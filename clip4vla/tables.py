@@ -1,9 +1,10 @@
-"""Tables 1 and 2 of the paper, text-video retrieval, with evaluated runs beside its rows: Markdown or CSV."""
+"""Tables 1 to 4 of the paper, retrieval and captioning, with evaluated runs beside its rows: Markdown or CSV."""
 
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,14 @@ from clip4vla.config import UserError
 
 DIRECTIONS = {"text_to_video": "T2V", "video_to_text": "V2T"}
 METRICS = {"R@1": "R@1", "R@5": "R@5", "R@10": "R@10", "MedR": "MdR"}
-HEAD = [
-    "method",
-    "modalities",
-    *(f"{d} {m}" for d in DIRECTIONS.values() for m in METRICS.values()),
-    "queries",
-    "gallery",
-]
+CAPTION_METRICS = ["BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
+COMMON = ["method", "modalities"]
 NONE = "-"
 # Source of the shards: its name, and the paper's rows: method, modalities, then R@1, R@5, R@10 (percent) and MdR of text to
-# video. The galleries are those of the splits that these figures are known for: all of 1k-A, half of VATEX's validation clips.
-PAPER: dict[str, tuple[str, list[tuple[str, ...]], str]] = {
+# video, or the caption metrics (times 100). The sizes are those of the splits that these figures are known for: all of 1k-A,
+# half of VATEX's validation clips, the 2,990 test clips of MSR-VTT with 20 references each.
+Paper = dict[str, tuple[str, list[tuple[str, ...]], tuple[str, str]]]
+RETRIEVAL: Paper = {
     "msrvtt_1ka": (
         "MSR-VTT 1k-A (Table 1)",
         [
@@ -29,7 +27,7 @@ PAPER: dict[str, tuple[str, list[tuple[str, ...]], str]] = {
             ("CLIP4Clip", "v", "44.5", "71.4", "81.6", "2"),
             ("CLIP4VLA", "av", "46.2", "73.5", "83.5", "2"),
         ],
-        "1000",
+        (NONE, "1000"),
     ),
     "vatex": (
         "VATEX (Table 1)",
@@ -38,32 +36,97 @@ PAPER: dict[str, tuple[str, list[tuple[str, ...]], str]] = {
             ("CLIP4Clip", "v", "55.9", "89.2", "95.0", "1"),
             ("CLIP4VLA", "av", "63.5", "91.5", "95.9", "1"),
         ],
-        "1500",
+        (NONE, "1500"),
     ),
     "audiocaps": (
         "AudioCaps (Table 2)",
         [("CLIP4VLA", "a", "28.4", "60.9", "76.2", "4"), ("CLIP4VLA", "av", "33.6", "68.1", "82.3", "3")],
-        NONE,
+        (NONE, NONE),
     ),
+}
+CAPTIONING: Paper = {
+    "msrvtt": (
+        "MSR-VTT captions (Table 3)",
+        [("CLIP4VLA", "av", "46.7", "31.1", "64.4", "58.0")],
+        ("2990", "59800"),
+    ),
+    "vatex": ("VATEX captions (Table 4)", [("CLIP4VLA", "av", "36.4", "25.0", "54.7", "59.7")], (NONE, NONE)),
 }
 
 
-def tables(runs: Sequence[str], as_csv: bool = False) -> str:
-    """A table for each data set that these run folders were tested on, a row for each modality, the paper's rows first.
+def _retrieval(metrics: dict[str, Any], settings: dict[str, Any]) -> Iterator[list[str]]:
+    """The run's own modalities fused, then each of them alone where it was scored."""
+    model = settings["model"]
+    alone = [name for name in ("v", "a") if f"text_to_video/{name}" in metrics]
+    for ending, modalities in (("", model["modalities"]), *((f"/{name}", name) for name in alone)):
+        scores = [metrics[direction + ending] for direction in DIRECTIONS]
+        cells = [_cell(score, metric) for score in scores for metric in METRICS]
+        sizes = [str(scores[0][name]) for name in ("n_queries", "n_gallery")]
+        yield [model["fusion"], modalities, *cells, *sizes]
 
-    Raises UserError for a run that is not there, was not evaluated, or on another task.
+
+def _captioning(metrics: dict[str, Any], settings: dict[str, Any]) -> Iterator[list[str]]:
+    """One row, named by how captions were decoded; METEOR is left out where there was no Java."""
+    decode, score = settings["decode"], {"METEOR": None} | metrics["caption"]
+    how = f"beam {decode['beams']}" if decode["method"] == "beam" else decode["method"]
+    cells = [_cell(score, metric) for metric in CAPTION_METRICS]
+    yield [how, settings["model"]["modalities"], *cells, str(score["n_clips"]), str(score["n_references"])]
+
+
+@dataclass
+class Kind:
+    """The tables of one eval.task."""
+
+    columns: list[str]  # after COMMON: scores, then two sizes
+    rows: Callable[[dict[str, Any], dict[str, Any]], Iterator[list[str]]]  # metrics, settings: how, modalities, columns
+    paper: Paper
+    noun: str = ""  # after the source, of a data set that the paper has not
+
+    def of(self, source: str) -> tuple[str, list[list[str]]]:
+        """The title of a data set's table and its rows in the paper."""
+        title, paper, sizes = self.paper.get(source, (source + self.noun, [], ()))
+        rest = [NONE] * len(self.columns)
+        return title, [[f"{m} (paper)", v, *(cells + rest)[: len(rest) - 2], *sizes] for m, v, *cells in paper]
+
+
+KINDS = {
+    "retrieval": Kind(
+        [*(f"{d} {m}" for d in DIRECTIONS.values() for m in METRICS.values()), "queries", "gallery"],
+        _retrieval,
+        RETRIEVAL,
+    ),
+    "captioning": Kind([*CAPTION_METRICS, "clips", "references"], _captioning, CAPTIONING, " captions"),
+}
+Found = dict[tuple[str, str], list[list[str]]]  # rows by (task, title)
+
+
+def tables(runs: Sequence[str], as_csv: bool = False) -> str:
+    """A table for each task and data set that these run folders were tested on, the paper's rows first.
+
+    Retrieval has a row for each modality of a run. The CSV is one table: cells of the other task's columns are empty.
+    Raises UserError for a run that is not there, was not evaluated, or on a task without tables.
     """
-    found: dict[str, list[list[str]]] = {}
+    found: Found = {}
     for run in runs:
         metrics, manifest = (_read(run, name) for name in ("metrics.json", "manifest.json"))
         try:
-            source, split = _data_set(manifest)
-            title, paper, gallery = PAPER.get(source, (source, [], NONE))
-            old = [[f"{m} (paper)", modalities, *cells, *[NONE] * 5, gallery] for m, modalities, *cells in paper]
-            found.setdefault(f"{title}, {split}", old).extend(_rows(run, metrics, manifest["settings"]))
+            settings, (source, split) = manifest["settings"], _data_set(manifest)
+            task = _task(run, settings)
+            title, old = KINDS[task].of(source)
+            new = [[f"{run} ({how})", *cells] for how, *cells in KINDS[task].rows(metrics, settings)]
+            found.setdefault((task, f"{title}, {split}"), old).extend(new)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{run}/eval/test: of another version ({error!r}); {_command(run)}") from None
-    return _csv(found) if as_csv else "\n".join(_markdown(title, rows) for title, rows in found.items())
+    if as_csv:
+        return _csv(found)
+    return "\n".join(_markdown(title, KINDS[task].columns, rows) for (task, title), rows in found.items())
+
+
+def _task(run: str, settings: dict[str, Any]) -> str:
+    task = settings["eval"]["task"]
+    if task not in KINDS:
+        raise UserError(f"{run}: evaluated with eval.task={task}; {_command(run)} eval.task={' or '.join(KINDS)}")
+    return task
 
 
 def _read(run: str, name: str) -> dict[str, Any]:
@@ -90,24 +153,10 @@ def _data_set(manifest: dict[str, Any]) -> tuple[str, str]:
     return source, "+".join(dict.fromkeys(entry["split"] for entry in sources.values()))
 
 
-def _rows(run: str, metrics: dict[str, Any], settings: dict[str, Any]) -> list[list[str]]:
-    """The run's own modalities fused, then each of them alone where it was scored."""
-    if settings["eval"]["task"] != "retrieval":
-        raise UserError(
-            f"{run}: evaluated with eval.task={settings['eval']['task']}; {_command(run)} eval.task=retrieval"
-        )
-    model, rows = settings["model"], []
-    alone = [name for name in ("v", "a") if f"text_to_video/{name}" in metrics]
-    for ending, modalities in (("", model["modalities"]), *((f"/{name}", name) for name in alone)):
-        scores = [metrics[direction + ending] for direction in DIRECTIONS]
-        cells = [_cell(score, metric) for score in scores for metric in METRICS]
-        sizes = [str(scores[0][name]) for name in ("n_queries", "n_gallery")]
-        rows.append([f"{run} ({model['fusion']})", modalities, *cells, *sizes])
-    return rows
-
-
 def _cell(score: dict[str, Any], metric: str) -> str:
-    """46.2 [43.1, 49.3]: the value and, if there is one, its 95% interval; ranks without a needless .0."""
+    """46.2 [43.1, 49.3]: the value and, if there is one, its 95% interval; ranks without a needless .0; None is NONE."""
+    if score[metric] is None:
+        return NONE
     value, *interval = (
         f"{round(x, 1):g}" if metric == "MedR" else f"{x:.1f}"
         for x in (score[metric], *score.get("ci", {}).get(metric, []))
@@ -115,14 +164,19 @@ def _cell(score: dict[str, Any], metric: str) -> str:
     return value + f" [{', '.join(interval)}]" * bool(interval)
 
 
-def _markdown(title: str, rows: list[list[str]]) -> str:
-    ruler = ["---", "---", *["---:"] * (len(HEAD) - 2)]
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in [HEAD, ruler, *rows]]
+def _markdown(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    ruler = ["---"] * len(COMMON) + ["---:"] * len(columns)
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in [COMMON + columns, ruler, *rows]]
     return f"### {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _csv(found: dict[str, list[list[str]]]) -> str:
+def _csv(found: Found) -> str:
+    head = ["data set", *COMMON]
+    columns = list(dict.fromkeys(column for task, _ in found for column in KINDS[task].columns))
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerows([["data set", *HEAD], *([title, *row] for title, rows in found.items() for row in rows)])
+    writer = csv.DictWriter(out, head + columns, lineterminator="\n")
+    writer.writeheader()
+    for (task, title), rows in found.items():
+        names = head + KINDS[task].columns
+        writer.writerows(dict(zip(names, [title, *row], strict=True)) for row in rows)
     return out.getvalue()

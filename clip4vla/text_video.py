@@ -5,7 +5,6 @@ media of model.modalities. Every caption of a clip is a query of its own (eval.c
 round the best-ranked caption of a clip counts. C captions, B clips, D width.
 """
 
-import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip4vla import distributed, exhibits, fusion, retrieval, silent, towers
+from clip4vla import distributed, exhibits, fusion, nearest, retrieval, towers
 from clip4vla.config import RunConfig, UserError
 from clip4vla.fusion import AUDIO, TEXT, VISION, LocalToLocal, Sequence
 from clip4vla.loader import Loader, number
@@ -60,7 +59,7 @@ def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
     lacking = [i for i in clips if "a" in modalities and i not in found["a"]]
     filled: dict[str, str] = {}
     if lacking and cfg.eval.silent == "nearest":
-        donors = silent.nearest(model, loader, cfg, found["looks"])
+        donors = nearest.sounds(model, loader, cfg, found["looks"])
         found["a"] |= {i: vectors for i, (_, vectors) in donors.items()}
         filled = {clips[i]["id"]: name for i, (name, _) in donors.items()}
     nothing = [i for i in clips if not any(i in found[kind] for kind in modalities)]
@@ -227,10 +226,8 @@ def examples(found: Found, loader: Loader, cfg: RunConfig) -> tuple[list[exhibit
 
 
 def _exhibit(loader: Loader, found: Found, clip: int, modalities: str) -> exhibits.Exhibit:
-    """The clip without the medium that takes no part; its title says whose sound a silent one was given."""
-    place, meta = loader.order.places[clip], found.clips[clip]
-    shown = exhibits.exhibit(loader.folders[place.source], place, meta)
-    if meta["id"] in found.filled:
-        shown.title += f" (silent: sound of {found.filled[meta['id']]})"
-    unseen = {"v": {"spectrogram": None, "audio": None}, "a": {"picture": None}, "av": {}}[modalities]
-    return dataclasses.replace(shown, **unseen)
+    """The clip; its title says whose sound a silent one was given."""
+    shown = exhibits.of_clip(loader, clip, found.clips, modalities)
+    if found.clips[clip]["id"] in found.filled:
+        shown.title += f" (silent: sound of {found.filled[found.clips[clip]['id']]})"
+    return shown

@@ -41,22 +41,24 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     cfg = ModelConfig(fusion="local_local", fusion_layers=min(4, config["text_cfg"]["layers"]))
     dim = config["embed_dim"]
     head = fusion.build(towers.build_clip(config).text, cfg, dim, ROOM[AUDIO][1]).eval().to(args.device)
-    words, *parts = (_random(kind, args.captions if kind == TEXT else args.clips, dim, args.device) for kind in ROOM)
+    words, *parts = (
+        random_parts(kind, args.captions if kind == TEXT else args.clips, dim, args.device) for kind in ROOM
+    )
     few = [part.pick(torch.arange(min(args.compared, args.clips), device=args.device)) for part in parts]
     sides = {"ours": lambda: score(head, words, few), "plain": lambda: plain(head, words, few)}
     scores = {name: side() for name, side in sides.items()}
     rounds = {name: [] for name in sides}
     for _ in range(args.rounds):
         for name, side in sides.items():
-            rounds[name].append(_seconds(side, args.device))
+            rounds[name].append(seconds(side, args.device))
     medians = {name: statistics.median(values) for name, values in rounds.items()}
-    seconds = _seconds(lambda: score(head, words, parts), args.device)
+    whole = seconds(lambda: score(head, words, parts), args.device)
     return {
         "time_ratio": medians["ours"] / medians["plain"],
         "difference": float((scores["ours"] - scores["plain"]).abs().max()),
-        "seconds": seconds,
-        "pairs_per_s": args.captions * args.clips / seconds,
-        "minutes_for_1000_x_1000": 1e6 / (args.captions * args.clips) * seconds / 60,
+        "seconds": whole,
+        "pairs_per_s": args.captions * args.clips / whole,
+        "minutes_for_1000_x_1000": 1e6 / (args.captions * args.clips) * whole / 60,
         "median": medians,
         "rounds": rounds,
         "threads": torch.get_num_threads(),
@@ -87,13 +89,15 @@ def plain(head: LocalToLocal, words: Sequence, parts: list[Sequence]) -> Tensor:
     return torch.stack(rows)
 
 
-def _random(kind: int, rows: int, dim: int, device: str) -> Sequence:
+def random_parts(kind: int, rows: int, dim: int, device: str) -> Sequence:
+    """Words of captions, frames or segments of clips: vectors of noise, as many as ROOM says."""
     low, most = ROOM[kind]
     there = torch.arange(most) < torch.randint(low, most + 1, (rows, 1))
     return Sequence(kind, torch.randn(rows, most, dim).to(device), there.to(device))
 
 
-def _seconds(call: Any, device: str) -> float:
+def seconds(call: Any, device: str) -> float:
+    """That a call takes, a GPU's work included."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""Retrieval on data.test with a run's newest checkpoint, or its best by eval.select; metrics, manifest, a page to look at.
+"""Retrieval or captions on data.test with a run's newest checkpoint, or its best by eval.select: metrics, manifest, a page.
 
 laptop    python launch/evaluate.py configs/pretrain/stamps.yaml
 two ranks deepspeed --num_accelerators 2 launch/evaluate.py configs/pretrain/stamps.yaml eval.types=[both,0.3]
-table     python launch/evaluate.py --table RUN [RUN ...] [--csv]: evaluated runs beside the paper's Tables 1 and 2
+table     python launch/evaluate.py --table RUN [RUN ...] [--csv]: evaluated runs beside the paper's Tables 1 to 4
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main() -> None:
 def print_tables() -> None:
     from clip4vla.tables import tables
 
-    parser = argparse.ArgumentParser(description="Evaluated runs beside the paper's Tables 1 and 2, as Markdown.")
+    parser = argparse.ArgumentParser(description="Evaluated runs beside the paper's Tables 1 to 4, as Markdown.")
     parser.add_argument("--table", nargs="+", metavar="RUN", required=True, help="run folders")
     parser.add_argument("--csv", action="store_true", help="CSV instead")
     args = parser.parse_args()

@@ -18,7 +18,7 @@ from PIL import Image
 
 from clip4vla.exhibits import Exhibit, ogg, spectrogram_jpeg
 from clip4vla.queries_page import Hit, Query
-from clip4vla.report import run_plot, write
+from clip4vla.report import retrieval, run_plot, write
 
 EVIL = "<script>alert(1)</script> \"quoted\" & 'single' <img src=x onerror=alert(2)>"
 FLAGS = (
@@ -118,7 +118,7 @@ def page(path):
     metrics["text_to_audio/nb"]["ci"] = {"R@1": [41.26, 48.74], "MedR": [4.0, 5.5]}
     config = {"run_dir": "runs/<b>", "model": {"clip": "ViT-B-32", "fusion": "global_global"}, "seed": 0, "steps": 4000}
     runs = {"pretrain/stamps": rows(), "clip": rows(3), "empty": []}
-    write(path, f"Retrieval {EVIL}", config, runs, metrics, EXHIBITS, QUERIES)
+    write(path, f"Retrieval {EVIL}", config, runs, retrieval(metrics, EXHIBITS, QUERIES))
 
 
 def chromium(address, folder, *flags):
@@ -133,10 +133,10 @@ def chromium(address, folder, *flags):
     return json.loads(html.unescape(title[1])), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-def browse(path, folder, width=1400):
+def browse(path, folder, width=1400, probe=PROBE):
     """(what the probe found, console lines) of a copy of the page in a frame: no window is as narrow as a phone."""
     copy, frame = folder / "probe.html", folder / f"frame_{width}.html"
-    copy.write_text(path.read_text(encoding="utf-8").replace("</main>", f"</main>{PROBE}"), encoding="utf-8")
+    copy.write_text(path.read_text(encoding="utf-8").replace("</main>", f"</main>{probe}"), encoding="utf-8")
     frame.write_text(FRAME % (width, copy.name), encoding="utf-8")
     return chromium(frame, folder, "--virtual-time-budget=3000", "--window-size=1400,900")
 
@@ -224,7 +224,7 @@ def test_a_thousand_queries_stay_fast(tmp_path):
                 for i in range(1000)]  # fmt: skip
     ranks = np.random.default_rng(0).integers(1, 6, 1000).tolist()
     queries = [query("text_to_video", i, rank, f"words {i}", {"av": rank, "v": 1}) for i, rank in enumerate(ranks)]
-    write(tmp_path / "many.html", "Many", {}, {}, {}, exhibits, queries)
+    write(tmp_path / "many.html", "Many", {}, {}, retrieval({}, exhibits, queries))
     probe = """<script>const ready = performance.now(); addEventListener("load", () => {
       const times = [...document.getElementById("sort").options].map(option => {
         const begin = performance.now(), sort = document.getElementById("sort");
@@ -253,7 +253,7 @@ def test_the_probe_notices_what_it_is_to_notice(site, tmp_path):
 
 
 def test_a_page_with_nothing_but_a_title_loads(tmp_path):
-    write(tmp_path / "report.html", "Nothing yet", {}, {}, {}, [], [])
+    write(tmp_path / "report.html", "Nothing yet", {}, {}, retrieval({}, [], []))
     found, console = browse(tmp_path / "report.html", tmp_path)
     assert found["text"].strip() == "Nothing yet" and console == []
 

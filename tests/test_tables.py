@@ -25,6 +25,18 @@ SCORE = {
     "n_gallery": 985,
     "p": None,
 }
+CAPTION = {
+    "BLEU-1": 80.3,
+    "BLEU-2": 66.1,
+    "BLEU-3": 52.9,
+    "BLEU-4": 41.26,
+    "METEOR": 28.44,
+    "ROUGE-L": 61.0,
+    "CIDEr": 49.96,
+    "ci": {"CIDEr": [47.51, 52.0], "ROUGE-L": [60.14, 61.88]},
+    "n_clips": 2990,
+    "n_references": 59800,
+}
 
 
 def evaluated(
@@ -82,6 +94,62 @@ def test_runs_of_one_data_set_share_a_table_and_other_sets_have_their_own(tmp_pa
     assert rows[3][1:4] == [f"{runs[0]} (global_global)", "a", "46.2"] and {len(row) for row in rows} == {13}
 
 
+def captioned(place: Path, source: str, *words: str, without: str = "") -> str:
+    score = {name: value for name, value in CAPTION.items() if name != without}
+    return evaluated(place, source, words=("eval.task=captioning", *words), caption=score)
+
+
+def test_captions_stand_below_those_of_tables_3_and_4(tmp_path):
+    runs = [
+        captioned(tmp_path / "one", "msrvtt"),
+        captioned(tmp_path / "two", "vatex", "decode.method=greedy", "model.modalities=v", without="METEOR"),
+        captioned(tmp_path / "three", "msrvtt", "decode.method=nucleus", without="ci"),
+        captioned(tmp_path / "four", "clotho", "decode.beams=3", "model.modalities=a", without="METEOR"),
+    ]
+    msrvtt, vatex, clotho = (part.splitlines() for part in tables(runs).split("### ")[1:])
+    head = "| method | modalities | BLEU-4 | METEOR | ROUGE-L | CIDEr | clips | references |"
+    assert msrvtt[2] == vatex[2] == clotho[2] == head
+    assert (msrvtt[0], msrvtt[4:6], msrvtt[6:]) == (
+        "MSR-VTT captions (Table 3), test",
+        [
+            "| CLIP4VLA (paper) | av | 46.7 | 31.1 | 64.4 | 58.0 | 2990 | 59800 |",
+            f"| {runs[0]} (beam 5) | av | 41.3 | 28.4 | 61.0 [60.1, 61.9] | 50.0 [47.5, 52.0] | 2990 | 59800 |",
+        ],
+        [f"| {runs[2]} (nucleus) | av | 41.3 | 28.4 | 61.0 | 50.0 | 2990 | 59800 |", ""],
+    )
+    scores = "41.3 | - | 61.0 [60.1, 61.9] | 50.0 [47.5, 52.0] | 2990 | 59800 |"
+    assert (vatex[0], vatex[4:6]) == (
+        "VATEX captions (Table 4), test",
+        ["| CLIP4VLA (paper) | av | 36.4 | 25.0 | 54.7 | 59.7 | - | - |", f"| {runs[1]} (greedy) | v | {scores}"],
+    )
+    assert (clotho[0], clotho[4:]) == ("clotho captions, test", [f"| {runs[3]} (beam 3) | a | {scores}"])
+
+
+def test_both_tasks_in_one_command_have_tables_of_their_own(tmp_path):
+    """The Markdown of each is what it is alone; the CSV is one table whose cells of the other task are empty."""
+    captions = captioned(tmp_path / "captions", "vatex", "decode.method=nearest", without="METEOR")
+    search = evaluated(tmp_path / "search", "vatex", **both())
+    assert tables([captions, search]) == "\n".join([tables([captions]), tables([search])])
+    text = tables([captions, search], as_csv=True)
+    rows = list(csv.DictReader(io.StringIO(text)))
+    assert {len(row) for row in csv.reader(io.StringIO(text))} == {3 + 6 + 10}
+    ours = [{key: cell for key, cell in row.items() if cell} for row in rows if "(paper)" not in row["method"]]
+    assert ours[0] == {
+        "data set": "VATEX captions (Table 4), test",
+        "method": f"{captions} (nearest)",
+        "modalities": "av",
+        "BLEU-4": "41.3",
+        "METEOR": "-",
+        "ROUGE-L": "61.0 [60.1, 61.9]",
+        "CIDEr": "50.0 [47.5, 52.0]",
+        "clips": "2990",
+        "references": "59800",
+    }
+    assert ours[1:] == list(csv.DictReader(io.StringIO(tables([search], as_csv=True))))[-1:]
+    paper = [row["CIDEr"] or row["T2V R@1"] for row in rows if "(paper)" in row["method"]]
+    assert paper == ["59.7", "39.7", "55.9", "63.5"]
+
+
 def test_the_command_prints_it_and_mistakes_are_one_line(tmp_path):
     good = evaluated(tmp_path / "good", **both())
     done = run("launch/evaluate.py", "--table", good, "--csv")
@@ -95,7 +163,7 @@ def test_the_command_prints_it_and_mistakes_are_one_line(tmp_path):
     for bad, said in (
         (tmp_path / "nowhere", "no such run"),
         (tmp_path / "new", f"python launch/evaluate.py {tmp_path}/new/config.yaml run_dir={tmp_path}/new"),
-        (zero_shot, "eval.task=retrieval"),
+        (zero_shot, "eval.task=retrieval or captioning"),
         (old, "KeyError('text_to_video')"),
         (broken, "manifest.json: not readable"),
     ):
