@@ -65,7 +65,8 @@ class Work:
         self.per_token, self.per_pair = (passes * x for x in _transformer(model.text.transformer.resblocks))
         width = model.text.transformer.width
         self.per_caption = passes * 2 * width * self.dim
-        self.per_score = 2 * width * (self.dim + shape(model.text.token_embedding.weight)[0])  # captioner, forward
+        embedding = model.text.token_embedding.weight  # of the captioner too, whose gradient it may not need
+        self.per_score = 2 * width * (3 * self.dim + (2 + embedding.requires_grad) * shape(embedding)[0])
 
     def flops(self, micros: list[Batch]) -> float:
         """Of this rank's micro-batches of one step."""
@@ -103,7 +104,7 @@ class Work:
             written = max(0, words - 1) if self.loss.caption else 0
             length += written
             per_token, per_pair = _transformer(blocks)
-            return 3 * clips * (per_token * length + per_pair * length**2 + self.per_score * written)
+            return clips * (3 * (per_token * length + per_pair * length**2) + self.per_score * written)
         length += 1 if self.head.eos else words
         per_token, per_pair = _transformer(blocks[:-1]) if len(blocks) > 1 else (0, 0)
         last = 4 * d * (d + 1) * length + 20 * d**2  # keys and values of all, the rest of the first place

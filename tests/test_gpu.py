@@ -1,9 +1,10 @@
 """What only a GPU can show: every precision under every shipped DeepSpeed config, torch.compile, NCCL, mixed decoding,
-embed.py, fine-tuning with each head, and the loss at N = 32768.
+embed.py, fine-tuning with each head, captions, and the loss at N = 32768.
 
 python -m pytest -m gpu tests/test_gpu.py        # on a machine with one GPU; with two, NCCL too
 """
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -92,6 +93,24 @@ def test_every_head_is_tuned_and_evaluated_in_bf16(tuning, sample_shards, tmp_pa
     assert set(metrics) == {f"{way}{kind}" for way in ("text_to_video", "video_to_text") for kind in ("", "/v", "/a")}
     assert all(row["n_queries"] and row["R@1"] <= row["R@10"] for row in metrics.values())
     assert manifest["silent"]["filled"] == 2
+
+
+def test_captions_are_learnt_in_bf16_and_written_as_on_the_cpu(tiny, sample_shards, tmp_path):
+    words = [
+        *tiny, f"run_dir={tmp_path}", "loss={at: 0, av: 0, aa: 0, caption: 1}", "model.fusion=captioner", "data.languages=[en]",
+        f"data.train={sample_shards}/speech_fr/train", f"data.test={sample_shards}/speech_fr/train", "model.fusion_layers=2",
+        "model.train_towers=text+vision+audio", "eval.task=captioning", "train.precision=bf16", "train.max_steps=20",
+    ]  # fmt: skip
+    done = run("launch/finetune_captioning.py", *words)
+    assert done.returncode == 0, done.stderr
+    losses = totals(trace(tmp_path))
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    written = []
+    for method, env in itertools.product(("beam", "greedy", "nucleus"), ({}, {"CUDA_VISIBLE_DEVICES": ""})):
+        done = run("launch/evaluate.py", *words, f"decode.method={method}", env=env)
+        assert done.returncode == 0, done.stderr
+        written.append(json.loads((tmp_path / "eval/test/results.json").read_text()))
+    assert written[0] == written[1] and written[2] == written[3] and len(written[4]) == len(written[5]) == 18
 
 
 def test_mixed_decoding_gives_the_pictures_of_the_cpu(sample_shards, tmp_path):

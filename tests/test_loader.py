@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clip4vla import distributed, towers
-from clip4vla.config import DataSources, MaskConfig, UserError
-from clip4vla.loader import EvalOrder, Loader, TrainOrder, check_fingerprint, open_folders
+from clip4vla.config import DataSources, MaskConfig, RunConfig, UserError, load
+from clip4vla.loader import EvalOrder, Loader, Place, TrainOrder, check_fingerprint, open_folders
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=7)
 
@@ -168,6 +169,25 @@ def test_a_clip_has_another_mask_in_every_epoch_and_another_caption_in_some(samp
     assert 0 < sum(a[0] != b[0] for a, b in both)
     again = ours.batch(1)
     assert all(torch.equal(getattr(again, f), getattr(second, f)) for f in ("hidden_rows", "hidden_channels", "tokens"))
+
+
+def test_captions_come_in_turn_or_always_the_first_and_of_chosen_languages(sample_shards):
+    def captions(how, epochs, *more):
+        """[captions of clip 1, clip 2, ...] in the order of the epochs."""
+        ours = loader(sample_shards, needs=())
+        ours.folders = open_folders({str(sample_shards / "pictures/train"): 1.0}, "data.train")
+        ours.cfg = load(RunConfig, None, [f"data.captions={how}", *more]).data
+        places = [[Place(0, 0, entry, epoch) for epoch in range(epochs)] for entry in range(4)]
+        ours.order = SimpleNamespace(batch_size=epochs, batch=lambda k, rows: places[k])
+        return [(batch.captions, batch.meta[0]) for batch in map(ours.batch, range(4))]
+
+    for said, clip in captions("cycle", 10):
+        assert sorted(said) == sorted(clip["captions"]) and len(said) == 10  # all ten, once each
+    assert len({clip["captions"].index(said[0]) for said, clip in captions("cycle", 10)}) > 1
+    assert all(set(said) == {clip["captions"][0]} for said, clip in captions("first", 3))
+    for said, clip in captions("random", 5, "data.languages=[fr]"):
+        assert clip["caption_langs"] == ["fr"] and set(said) == set(clip["captions"]) and len(clip["captions"]) == 1
+    assert all(set(said) == {""} and not clip["captions"] for said, clip in captions("cycle", 2, "data.languages=[xx]"))
 
 
 def test_frames_that_no_loss_needs_are_not_read(sample_shards):

@@ -60,18 +60,20 @@ def test_useful_flops_are_those_that_torch_counts(towers, aa):
     assert work.flops([whole]) == work.flops([whole.padded(32)])
 
 
-@pytest.mark.parametrize("head", ["global_local", "local_local"])
+@pytest.mark.parametrize("head", ["global_local", "local_local", "captioner"])
 def test_useful_flops_of_a_head(head, monkeypatch):
     """Without padding and without what is computed again; torch's counter sees no more."""
     monkeypatch.setattr(fusion, "checkpoint", lambda run, *args, use_reentrant, **kwargs: run(*args, **kwargs))
-    cfg = load(RunConfig, None, [f"model.fusion={head}", "model.fusion_layers=2", "loss={at: 0, av: 0, aa: 0, tm: 1}"])
+    term = "caption" if head == "captioner" else "tm"
+    words = [f"model.fusion={head}", "model.fusion_layers=2", f"loss={{at: 0, av: 0, aa: 0, {term}: 1}}"]
+    cfg = load(RunConfig, None, words)
     model = CLIP4VLA(TINY, cfg.model, SpectrogramConfig()).train()
     model.freeze()
     whole = batch(segments=8, frames=8)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         features = model(whole, cfg.loss, cfg.mask)
-        scores = features["scores"] if "scores" in features else features["text"] @ features["media"].T
-        scores.exp().sum().backward()
+        scores = next((features[name] for name in ("scores", "nll") if name in features), None)
+        (features["text"] @ features["media"].T if scores is None else scores).exp().sum().backward()
     assert flops.Work(model, cfg).flops([whole]) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
