@@ -34,7 +34,7 @@ THREADS = 4  # that make exhibits
 class Found:
     """What the ranks wrote; clips are numbered by their place in the loader's order."""
 
-    clips: dict[int, dict]  # their json, of those with a reference
+    clips: dict[int, dict]  # their json, of those with a reference; "captions" are the references
     captions: dict[int, tuple[str, float]]  # and log-probability (of a beam divided by the length penalty)
     unheard: list[str]  # ids of clips with nothing of model.modalities: their captions were written all the same
     left_out: dict[str, list[str]]  # ids by reason
@@ -58,7 +58,8 @@ def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
     write = _nearest if cfg.decode.method == "nearest" else _written
     mine = write(model, loader, cfg)
     found = distributed.merge(mine)
-    clips = {i: clip for i, clip in found["clips"].items() if clip["captions"]}
+    most = 1 if cfg.eval.captions == "first" else None
+    clips = {i: clip | {"captions": clip["captions"][:most]} for i, clip in found["clips"].items() if clip["captions"]}
     if not clips:
         raise UserError(f"no clip has a caption to compare with (data.languages={loader.cfg.languages})")
     without = [clip["id"] for i, clip in found["clips"].items() if i not in clips]
@@ -104,8 +105,7 @@ def _nearest(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> dict[str, dict]
 
 def ranked(found: Found, cfg: RunConfig) -> dict[str, dict[str, dict]]:
     """{type token: {"caption": metrics}}; keeps the scores of each clip in `found`."""
-    first = 1 if cfg.eval.captions == "first" else None
-    references = {i: clip["captions"][:first] for i, clip in found.clips.items()}
+    references = {i: clip["captions"] for i, clip in found.clips.items()}
     metrics, found.scores = score({i: text for i, (text, _) in found.captions.items()}, references)
     groups = np.array([number(clip["group"]) for clip in found.clips.values()])
     if cfg.eval.bootstrap:
@@ -207,7 +207,7 @@ def examples(found: Found, loader: Loader, cfg: RunConfig) -> tuple[list[exhibit
     written = []
     for n, row in enumerate(chosen):
         text, likelihood = found.captions[rows[row]]
-        scores = {name: found.scores[name][row] for name in reversed(METRICS) if name in found.scores}
+        scores = {name: found.scores[name][row] for name in ("CIDEr", "METEOR", "ROUGE-L") if name in found.scores}
         written.append(Written(n, text, scores | {"log-probability": likelihood}))
     with ThreadPoolExecutor(THREADS) as pool:
         return list(

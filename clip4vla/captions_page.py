@@ -45,7 +45,7 @@ STYLE = """
   font-size: 18px; font-weight: 600; overflow-wrap: anywhere; }
 .new { text-decoration: underline dotted #b45309 2px; text-underline-offset: 4px; }
 .references { padding-left: 16px; }
-@media (min-width: 900px) { .pair { grid-template-columns: minmax(0, 592px) minmax(0, 1fr); } }
+@media (min-width: 900px) { .pair { grid-template-columns: min(50%, 576px) minmax(0, 1fr); } }
 """
 
 SCRIPT = """

@@ -60,6 +60,10 @@ class HeldOut:
             Path(self.cfg.run_dir, "eval", job.name).mkdir(parents=True, exist_ok=True)  # begun: its checkpoint stays
             self.ranking = self.pool.submit(ranked, job, self.cfg, self.say)
 
+    def lacks(self, step: int) -> bool:
+        """Whether this step, whose turn it was, has no metrics on rank 0's disk."""
+        return distributed.gather_objects(not Path(self.cfg.run_dir, f"eval/val-{step:08d}/metrics.json").is_file())[0]
+
     def finish(self) -> None:
         """Wait for the last one; raises what it raised."""
         if self.ranking:

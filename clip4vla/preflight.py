@@ -143,7 +143,7 @@ def disk(cfg: RunConfig, setup: Setup) -> str:
     """The line on the disk that the checkpoints need; UserError if it is not there. One more than are kept is written."""
     train, weights, trained = cfg.train, flops.elements(setup.model), flops.elements(setup.model, trained=True)
     one = 4 * weights + trained * (setup.width + (12 if setup.width == 2 or setup.stage else 8))
-    count = train.keep + 1 + (train.max_steps // train.keep_every if train.keep_every else 0)
+    count = train.keep + 1 + bool(cfg.eval.select) + (train.max_steps // train.keep_every if train.keep_every else 0)
     place = next(p for p in [Path(cfg.run_dir).absolute(), *Path(cfg.run_dir).absolute().parents] if p.is_dir())
     there = sum(_size(file) for file in Path(cfg.run_dir, "checkpoints").rglob("*"))
     free = there + shutil.disk_usage(place).free if os.access(place, os.W_OK) else 0

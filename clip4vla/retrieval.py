@@ -171,14 +171,15 @@ def intervals(ranks: Tensor, group: Tensor, resamples: int, seed: int) -> dict[s
     values, order = ranks[kept].cpu().sort()
     groups, own = group[kept].cpu()[order].unique(return_inverse=True)
     rng, found = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        drawn = torch.from_numpy(rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups))))
-        weight = drawn[own].double()  # how often each query was drawn
-        before = weight.cumsum(0)
-        middle = [values[torch.searchsorted(before, place, right=right)] for place, right in _halves(before[-1])]
-        recall = [100 * weight[values <= k].sum() / before[-1] for k in (1, 5, 10)]
-        found.append(torch.stack([*recall, sum(middle) / 2, (weight * values).sum() / before[-1]]))
-    limits = torch.stack(found).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
+    for rows in torch.arange(resamples).split(max(1, 2**22 // len(values))):  # 32 MiB a matrix
+        drawn = torch.from_numpy(rng.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), len(rows)))
+        weight = drawn[:, own].double()  # R Q: how often each query was drawn
+        before = weight.cumsum(1)
+        total = before[:, -1:].contiguous()  # R 1
+        middle = sum(values[torch.searchsorted(before, place, right=right)] for place, right in _halves(total)) / 2
+        recall = [100 * weight[:, values <= k].sum(1, keepdim=True) / total for k in (1, 5, 10)]
+        found.append(torch.cat([*recall, middle, (weight @ values)[:, None] / total], 1))
+    limits = torch.cat(found).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
     return {name: limits[:, i].tolist() for i, name in enumerate(("R@1", "R@5", "R@10", "MedR", "MeanR"))}
 
 

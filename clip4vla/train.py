@@ -32,6 +32,9 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
     for line in preflight.describe(cfg, setup, loader, step):
         tracker.say(line)
     held_out = HeldOut(cfg, tracker.say)
+    if cfg.eval.every and step and step % cfg.eval.every == 0 and held_out.lacks(step):  # killed in its evaluation
+        with engine.whole_weights(run):
+            held_out.start(run.module, step)
     meter = Meter(cfg, setup)
     watch.at(f"step {step + 1}: data")
     for micros in meter.timed(loader.steps(step, cfg.train.max_steps)):

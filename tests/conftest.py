@@ -135,3 +135,19 @@ def _call(words: list[object], env: dict[str, str] | None, timeout: float) -> su
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     full = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run([*map(str, words)], cwd=ROOT, env=full, capture_output=True, text=True, timeout=timeout)
+
+
+LONGEST = (
+    "test_demo",
+    "test_train",
+    "test_checkpoints",
+    "test_bench",
+    "test_modalities",
+    "test_slurm",
+)  # seconds, falling
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left with one when the other has nothing to do."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))

@@ -12,7 +12,8 @@ from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 
 ROOT = Path(__file__).parent.parent
-IMPORTED = ["torch", "deepspeed", "open_clip", "nvidia.dali.fn", "nvidia.dali.pipeline", "webdataset", "torchaudio"]
+IMPORTED = """torch deepspeed deepspeed.runtime.zero.muon.original_muon open_clip nvidia.dali.fn nvidia.dali.pipeline
+    webdataset torchaudio soundfile setuptools matplotlib.axes matplotlib.figure""".split()
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(IMPORTED)
 

@@ -185,6 +185,10 @@ def test_any_ranks_zero_stages_and_micro_batches_give_the_same_losses(describing
     assert len(traces[0]) == 4 and traces[0][4] < traces[0][1]
     metrics = json.loads((tmp_path / "2/eval/val-00000004/metrics.json").read_text())
     assert set(captioning.METRICS) - set(metrics["caption"]) == {"METEOR"}
+    shutil.rmtree(tmp_path / "2/eval/val-00000004")  # as if it had been killed there
+    again = ranks(n, SCRIPT, *describing, f"run_dir={run_dir}", "model.fusion_dropout=0", *more, env=no_java)
+    assert again.returncode == 0 and "4 done of 4" in again.stdout, again.stderr
+    assert json.loads((tmp_path / "2/eval/val-00000004/metrics.json").read_text()) == metrics
 
 
 def test_a_run_with_dropout_goes_on_to_the_last_bit(describing, tmp_path):

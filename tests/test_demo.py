@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port
+from conftest import ROOT, free_port, ranks
 from test_report import browse
 
 
@@ -98,13 +98,18 @@ def test_again_it_says_that_all_is_done(demo):
 
 
 def test_two_ranks_evaluate_as_one(demo):
+    """The ranks are forks: the launcher is the subject above and below."""
     folder, _ = demo
-    one = json.loads((folder / "runs/sample/eval/test/metrics.json").read_text())
-    port = free_port()
-    words = f"deepspeed --num_accelerators 2 --master_port {port} launch/evaluate.py configs/pretrain/sample.yaml"
-    done = shell(words, folder)
+    found = folder / "runs/sample/eval/test/metrics.json"
+    one = json.loads(found.read_text())
+    found.unlink()
+    test = ",".join(
+        f"{folder}/data/sample/{source}/train" for source in ("pictures", "speech_fr", "speech_es", "sounds")
+    )
+    words = ["configs/pretrain/sample.yaml", f"run_dir={folder}/runs/sample", f"data.test=[{test}]"]
+    done = ranks(2, "launch/evaluate.py", *words)
     assert done.returncode == 0, done.stderr
-    assert json.loads((folder / "runs/sample/eval/test/metrics.json").read_text()) == one
+    assert json.loads(found.read_text()) == one
 
 
 def readme_commands() -> list[str]:
@@ -118,6 +123,9 @@ SMALLER = {  # what lets a command run on the sample, which has three of the lan
     "data.train=[data/stamps/speech_fr/train,data/stamps/sounds/train]",
     "configs/finetune/stamps_retrieval.yaml": "train.max_steps=2 train.batch_size=12 eval.every=1 "
     "data.train=[data/stamps/speech_fr/train] data.val=data/stamps/speech_fr/train data.test=data/stamps/speech_es/train",
+    "decode.method=nearest": "data.train=data/stamps/speech_fr/train data.test=data/stamps/speech_es/train",
+    "configs/finetune/stamps_captioning.yaml": "train.max_steps=2 train.batch_size=12 eval.every=1 decode.beams=2 "
+    "data.train=data/stamps/speech_fr/train data.val=data/stamps/speech_fr/test data.test=data/stamps/speech_es/train",
     "python launch/evaluate.py\n": "data.test=[data/stamps/pictures/test,data/stamps/speech_fr/test,data/stamps/sounds/test]",
 }
 
