@@ -38,7 +38,7 @@ def step(run: Any, micros: list[Batch], cfg: RunConfig) -> tuple[dict[str, Tenso
 def _words(run: Any, micros: list[Batch], cfg: RunConfig) -> Tensor:
     """Words that the captions of the global batch teach, over all ranks."""
     count = sum(run.module.learnt_words(micro, cfg.loss)[1].sum() for micro in micros)
-    return distributed.all_sum(count.to(run.device))
+    return distributed.all_sum(count.to(run.device)).clamp(min=1)
 
 
 def _each_alone(run: Any, micros: list[Batch], cfg: RunConfig, words: Tensor | None) -> tuple[dict, dict[str, Tensor]]:

@@ -85,6 +85,8 @@ def _check_losses(cfg: RunConfig) -> None:
             f"train.accumulate={cfg.train.accumulate}: local_local compares the clips of a micro-batch alone: "
             "set train.negatives=micro, or train.accumulate=1"
         )
+    if cfg.loss.label_smoothing > 1:
+        raise UserError(f"loss.label_smoothing={cfg.loss.label_smoothing:g}: it is a share, at most 1")
     if cfg.train.compile != "off" and (cfg.loss.tm or cfg.loss.caption):
         raise UserError("train.compile: a head's inputs have other shapes in every batch: set train.compile=off")
 
@@ -118,9 +120,11 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
         for name in ("train_towers", "freeze_layers"):  # the optimizer's state is of these
             setattr(cfg.model, name, getattr(model.cfg, name))
         model.cfg = cfg.model
+        model.must_have_positions()
         model.freeze()
         return model.train(), str(resume)
     model = CLIP4VLA(describe_clip(cfg.model.clip, cfg.model.quick_gelu), cfg.model, spectrogram)
+    model.must_have_positions()
     size = (spectrogram.segment_rows, spectrogram.n_mels)
     if model.vision.image_size != size:
         raise UserError(
@@ -163,6 +167,7 @@ def weights_to_evaluate(cfg: RunConfig) -> tuple[CLIP4VLA, dict[str, Any]]:
     model = CLIP4VLA.from_checkpoint(checkpoint)
     _same_head(model, cfg, checkpoint)
     model.cfg = cfg.model
+    model.must_have_positions()
     return model, provenance.of_checkpoint(checkpoint)
 
 

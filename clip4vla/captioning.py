@@ -7,6 +7,7 @@ print them (CIDEr goes to 1000). METEOR and the tokeniser need Java: without it 
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -147,15 +148,28 @@ def score(captions: dict[Any, str], references: dict[Any, list[str]]) -> tuple[d
     return totals | ({} if java else {"left_out": NO_JAVA}), each
 
 
+def scored() -> list[str]:
+    """The metrics that there are on this machine."""
+    return [name for name in METRICS if name != "METEOR" or shutil.which("java")]
+
+
 def must_have_scorers() -> None:
-    """UserError where pycocoevalcap is not installed."""
-    if not importlib.util.find_spec("pycocoevalcap"):
+    """UserError where pycocoevalcap is not installed, or cannot write the file that its tokeniser reads."""
+    spec = importlib.util.find_spec("pycocoevalcap")
+    if not spec:
         raise UserError("eval.task=captioning: captions are scored by pycocoevalcap: pip install 'clip4vla[eval]'")
+    folder = Path(spec.submodule_search_locations[0], "tokenizer")
+    if shutil.which("java") and not os.access(folder, os.W_OK):
+        raise UserError(
+            f"eval.task=captioning: pycocoevalcap writes into {folder}, which is read-only: install it elsewhere"
+        )
 
 
 def tokenise(texts: dict[Any, list[str]], java: bool) -> dict[Any, list[str]]:
     """The same texts as words with spaces between them, by Stanford's PTB tokeniser, or without Java by their letters."""
-    clean = {i: [" ".join(text.replace("|", " ").split()) for text in some] for i, some in texts.items()}  # a line each
+    clean = {
+        i: [" ".join(text.replace("|||", " ").split()) for text in some] for i, some in texts.items()
+    }  # a line each; ||| is METEOR's
     if not java:
         return {i: [" ".join(re.findall(r"\w+", text.lower())) for text in some] for i, some in clean.items()}
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -174,7 +188,8 @@ def interval(values: np.ndarray, groups: np.ndarray, resamples: int, seed: int) 
 def account(found: Found, cfg: RunConfig) -> dict[str, Any]:
     """For the manifest: how captions were written and compared, and what is missing."""
     which = "the first caption" if cfg.eval.captions == "first" else "every caption"
-    words = f"{which} of a clip is a reference; pycocoevalcap's tokeniser and metrics, times 100"
+    words = f"{which} of a clip is a reference; pycocoevalcap's metrics, times 100, "
+    words += "on words of its PTB tokeniser" if shutil.which("java") else "without Java on plain words"
     return {"protocol": words, "no_media": found.unheard, "left_out": found.left_out}
 
 
@@ -208,7 +223,8 @@ def examples(found: Found, loader: Loader, cfg: RunConfig) -> tuple[list[exhibit
     for n, row in enumerate(chosen):
         text, likelihood = found.captions[rows[row]]
         scores = {name: found.scores[name][row] for name in ("CIDEr", "METEOR", "ROUGE-L") if name in found.scores}
-        written.append(Written(n, text, scores | {"log-probability": likelihood}))
+        kind = "cosine" if cfg.decode.method == "nearest" else "log-probability"
+        written.append(Written(n, text, scores | {kind: likelihood}))
     with ThreadPoolExecutor(THREADS) as pool:
         return list(
             pool.map(lambda row: exhibits.of_clip(loader, rows[row], found.clips, cfg.model.modalities), chosen)

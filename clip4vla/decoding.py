@@ -90,17 +90,16 @@ def nucleus(scores: Tensor, draws: Tensor, cfg: DecodeConfig) -> Tensor:
     before = shares.cumsum(1) - shares
     shares = shares.masked_fill((before >= cfg.top_p) & (before > 0), 0)  # the first one stays
     upto = shares.cumsum(1)
-    place = torch.searchsorted(upto, draws[:, None] * upto[:, -1:], right=True).clamp(
-        max=int((shares > 0).sum(1).max()) - 1
-    )
+    place = torch.searchsorted(upto, draws[:, None] * upto[:, -1:], right=True)
+    place = torch.minimum(place, (shares > 0).sum(1, keepdim=True) - 1)  # a draw of 1 is rounding's
     return order.gather(1, place)[:, 0]
 
 
 def beam_search(growing: Growing, clips: int, cfg: DecodeConfig, tokens: Tokens) -> Written:
     """The best finished caption of each clip by log-probability / length ** length_penalty, [EOS] counted.
 
-    K captions of a clip live. Of the 2 K best of their continuations those with [EOS] are finished, of which the K best are
-    kept, and the K best others live on. Over when no living one can become better than the worst kept, or at max_tokens.
+    K captions of a clip live. Of the 2 K best of their continuations those with [EOS] are finished, and the K best others
+    live on. Over when no living one can become better than the best finished one, or at max_tokens.
     """
     device, beams = growing.there.device, cfg.beams
     first = torch.arange(clips, device=device)[:, None] * beams  # R-numbers of a clip's captions start there
@@ -124,7 +123,7 @@ def beam_search(growing: Growing, clips: int, cfg: DecodeConfig, tokens: Tokens)
         written, token = _rows(longer, which), token.gather(1, which).flatten()
         growing.pick((first + parent.gather(1, which)).flatten())
         longest = cfg.max_tokens if cfg.length_penalty > 0 else n  # at which a living one's score would be best
-        if _everywhere(alive[:, 0] / longest**cfg.length_penalty <= best[:, -1]):
+        if _everywhere(alive[:, 0] / longest**cfg.length_penalty <= best[:, 0]):
             break
     return Written(kept[:, 0], best[:, 0])
 

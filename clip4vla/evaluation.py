@@ -132,7 +132,7 @@ def check_evaluation(cfg: RunConfig) -> None:
     if cfg.eval.select and not cfg.eval.every:
         raise UserError(f"eval.select={cfg.eval.select}: nothing is evaluated on data.val: set eval.every")
     if cfg.eval.select and cfg.eval.task == "captioning":
-        selection.value({"caption": dict.fromkeys(captioning.METRICS, 0.0)}, cfg.eval.select)
+        selection.value({"caption": dict.fromkeys(captioning.scored(), 0.0)}, cfg.eval.select)
     if cfg.eval.select and cfg.eval.task == "retrieval":
         endings = ["", *(f"/{kind}" for kind in media if len(media) > 1)]
         names = [f"{way}{ending}" for way in ("text_to_video", "video_to_text") for ending in endings]

@@ -150,9 +150,9 @@ def bytes_sent(model: CLIP4VLA, cfg: RunConfig, stage: int, width: int, vectors:
     total += _sequence_bytes(model, cfg, batch, width) if scored else 0
     if stage < 3:
         return total + (gradients // world if stage else 0)
-    run = towers_run(cfg, vectors) + ["head"] * bool(cfg.loss.tm)
+    run = towers_run(cfg, vectors) + ["head"] * bool(cfg.loss.tm or cfg.loss.caption)
     weights = sum(elements(getattr(model, name)) for name in run) * width
-    twice = micros > 1 and cfg.train.negatives == "global"
+    twice = micros > 1 and cfg.train.negatives == "global" and bool(losses.features_used(cfg.loss))
     return total + micros * (2 * weights + gradients if twice else weights) // world
 
 

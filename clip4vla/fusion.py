@@ -87,6 +87,10 @@ class Encoder(nn.Module):
 
     def __init__(self, text: TextTransformer, cfg: ModelConfig, dim: int, segments: int, words: int):
         super().__init__()
+        if dim % 64:
+            raise UserError(
+                f"model.fusion={cfg.fusion}: the head needs a width that divides by 64, and model.clip's is {dim}"
+            )
         self.room = {TEXT: words, VISION: cfg.max_frames, AUDIO: segments}  # positions of each kind
         old, rows = text.transformer.resblocks, sum(self.room.values())
         if text.transformer.width == dim and len(old) >= cfg.fusion_layers:
@@ -199,10 +203,6 @@ def build(text: TextTransformer, cfg: ModelConfig, dim: int, segments: int) -> H
     """The head that cfg.fusion names, for clips of so many segments at most."""
     if cfg.fusion == "global_global":
         return GlobalToGlobal(cfg)
-    if dim % 64:
-        raise UserError(
-            f"model.fusion={cfg.fusion}: the head needs a width that divides by 64, and model.clip's is {dim}"
-        )
     return (GlobalToLocal if cfg.fusion == "global_local" else LocalToLocal)(text, cfg, dim, segments)
 
 

@@ -139,7 +139,7 @@ def objective(
         valid = has["text"] & has["media"]
         losses["tm"] = scored_nce(features["scores"], features["scale"], valid, group, one_way)
     if cfg.caption:
-        losses["caption"] = distributed.world() * features["nll"].sum() / words.clamp(min=1)
+        losses["caption"] = distributed.world() * features["nll"].sum() / words
     return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}
 
 

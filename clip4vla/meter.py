@@ -23,7 +23,13 @@ from clip4vla.batch import Batch, Labels
 from clip4vla.build import Setup
 from clip4vla.config import RunConfig, UserError
 
-COUNTS = ("hidden", "heard", "silent", "flops")  # rows hidden, rows valid, clips without sound, useful FLOPs
+COUNTS = (
+    "hidden",
+    "heard",
+    "silent",
+    "told",
+    "flops",
+)  # rows hidden, rows valid, clips without sound, with text; FLOPs
 COMPARED = 1024  # clips of a rank whose vectors are compared with each other: their products take 4 MiB
 
 
@@ -56,7 +62,8 @@ class Meter:
         self.pending.append(torch.stack([value.detach().float() for value in losses.values()]))
         rows = [int(sum(getattr(m, name).sum() for m in micros)) for name in ("hidden_rows", "segment_rows")]
         silent = sum(len(m) - int(m.has_audio.sum()) for m in micros)
-        self.counts.append([*rows, silent, self.work.flops(micros)])
+        told = sum(int(m.has_text.sum()) for m in micros)
+        self.counts.append([*rows, silent, told, self.work.flops(micros)])
         self.features, self.labels = features, [m.labels() for m in micros]
 
     def rows(self, step: int, run: Any) -> list[dict[str, Any]]:
@@ -87,7 +94,11 @@ class Meter:
     def _row(self, step: int, values: list[float]) -> dict[str, Any]:
         """What there is for each step."""
         row = dict(zip([*self.names, *COUNTS], values, strict=True))
-        hidden, heard, silent = (row.pop(name) for name in COUNTS[:3])
+        hidden, heard, silent, told = (row.pop(name) for name in COUNTS[:4])
+        if self.cfg.loss.caption and not told:
+            raise UserError(
+                f"step {step + 1}: no clip of the batch has a caption to learn (data.languages={self.cfg.data.languages})"
+            )
         clips, lr = self.cfg.train.batch_size, engine.learning_rate(step, self.cfg.train)
         row = {"step": step + 1, "samples": (step + 1) * clips, "lr": lr} | row
         row["no_audio"] = silent * distributed.world() / clips

@@ -54,6 +54,14 @@ class CLIP4VLA(nn.Module):
         start = Captioner if self.cfg.fusion == "captioner" else fusion.build
         self.head = start(self.text, self.cfg, self.clip_config["embed_dim"], self.spectrogram.max_segments)
 
+    def must_have_positions(self) -> None:
+        """UserError if captions may be longer than the text tower can read."""
+        room = self.text.context_length
+        if self.cfg.max_tokens > room:
+            raise UserError(
+                f"model.max_tokens={self.cfg.max_tokens}: the text tower of model.clip reads {room} at most"
+            )
+
     def freeze(self) -> None:
         """Leave trainable: the towers of cfg.train_towers less cfg.freeze_layers, the head, a temperature that is learned."""
         wanted = self.cfg.train_towers.split("+")

@@ -35,11 +35,12 @@ def captions(model: CLIP4VLA, loader: Loader, cfg: RunConfig, looks: dict[int, T
     if not looks:
         return {}
     found = _nearest(model, loader, cfg, looks, lambda clip: bool(clip["captions"]), "decode.method=nearest: a caption")
-    folders, told = _training(cfg)[0], {}
-    for i, (place, cosine) in found.items():
-        (sample,) = folders[place.source].read([(place.shard, place.entry)], ("json",))
-        told[i] = spoken(json.loads(sample["json"]), loader.cfg.languages)["captions"][0], cosine
-    return told
+    told: dict[Place, str] = {}
+    for source, folder in enumerate(_training(cfg)[0]):
+        places = sorted({place for place, _ in found.values() if place.source == source})
+        for place, sample in zip(places, folder.read([(p.shard, p.entry) for p in places], ("json",)), strict=True):
+            told[place] = spoken(json.loads(sample["json"]), loader.cfg.languages)["captions"][0]
+    return {i: (told[place], cosine) for i, (place, cosine) in found.items()}
 
 
 def _training(cfg: RunConfig) -> tuple[list, EvalOrder]:

@@ -55,15 +55,13 @@ def found(said, meant):
 
 
 def test_scores_are_those_of_pycocoevalcap(tmp_path):
-    nasty = SAID | {"d": "", "e": "snow | ||| falls\nin the\r\nnight\u2028 now", "f": "!!", "g": "😀 Ünïcode"}
-    wanted = MEANT | {"d": ["nothing"], "e": ["snow falls in the night now"], "f": ["a"], "g": ["ünïcode ||| smiles"]}
+    nasty = SAID | {"d": "", "e": "snow | falls\nin the\r\nnight\u2028 now", "f": "!!", "g": "😀 Ünïcode"}
+    wanted = MEANT | {"d": ["nothing"], "e": ["snow falls in the night now"], "f": ["a"], "g": ["ünïcode | smiles"]}
     written = found(nasty, wanted)
     cfg = load(captioning.RunConfig, None, ["eval.bootstrap=0", "model.fusion=captioner"])
     metrics = captioning.ranked(written, cfg)["both"]["caption"]
     assert metrics["n_clips"] == 7 and metrics["n_references"] == 10 and "left_out" not in metrics
-    clean = {name: text.replace("|", " ") for name, text in nasty.items()}  # three of them are METEOR's own separator
-    refs = {name: [" ".join(text.replace("|", " ").split()) for text in texts] for name, texts in wanted.items()}
-    captioning.write_results(tmp_path, found({n: " ".join(t.split()) for n, t in clean.items()}, refs))
+    captioning.write_results(tmp_path, found({name: " ".join(text.split()) for name, text in nasty.items()}, wanted))
     hand = by_hand(tmp_path)
     assert list(hand) == list(captioning.METRICS)
     assert {name: metrics[name] for name in hand} == pytest.approx(hand, rel=1e-12)
@@ -73,7 +71,8 @@ def test_scores_are_those_of_pycocoevalcap(tmp_path):
 
 def test_captions_like_their_references_are_perfect():
     texts = {i: [f"a {word} sits on the {word} mat"] for i, word in enumerate(("cat", "dog", "bird"))}
-    totals, each = captioning.score({i: t[0].upper() + "." for i, t in texts.items()}, texts)
+    said = {i: t[0].upper() + ". |||" for i, t in texts.items()}  # three are METEOR's own separator
+    totals, each = captioning.score(said, texts)
     assert [totals[name] for name in captioning.METRICS] == pytest.approx([100] * 6 + [1000])
     assert each["CIDEr"] == pytest.approx([1000] * 3)
 
@@ -182,6 +181,8 @@ def test_any_ranks_zero_stages_and_micro_batches_give_the_same_losses(describing
     for other in traces[1:]:
         for step, losses in traces[0].items():
             assert other[step] == pytest.approx(losses, rel=1e-5)
+    norms = [[json.loads(line)["grad_norm"] for line in (tmp_path / f"{i}/metrics.jsonl").open()] for i in range(3)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4) and norms[2] == pytest.approx(norms[0], rel=1e-4)
     assert len(traces[0]) == 4 and traces[0][4] < traces[0][1]
     metrics = json.loads((tmp_path / "2/eval/val-00000004/metrics.json").read_text())
     assert set(captioning.METRICS) - set(metrics["caption"]) == {"METEOR"}
@@ -281,6 +282,13 @@ def test_the_nearest_clip_gives_its_caption(learnt, sample_shards, no_java):
         (SCRIPT, ["model.fusion=global_local"], "captioning and captioner go together"),
         (SCRIPT, ["eval.task=retrieval"], "is evaluated by eval.task=captioning"),
         (SCRIPT, ["eval.every=2", "eval.select=caption/SPICE"], "no such number; there is caption, each with BLEU-1, "),
+        (SCRIPT, ["loss.label_smoothing=2"], "loss.label_smoothing=2: it is a share"),
+        (
+            SCRIPT,
+            ["model.max_tokens=100", "run_dir=NEW"],
+            "model.max_tokens=100: the text tower of model.clip reads 77 at most",
+        ),
+        (SCRIPT, ["data.languages=[english]", "run_dir=NEW"], "step 1: no clip of the batch has a caption to learn"),
         (SCRIPT, ["decode.max_tokens=16"], "at most 15: model.max_tokens=16 less [SOS]"),
         (SCRIPT, ["train.compile=aot_eager"], "set train.compile=off"),
         (SCRIPT, ["data.vectors=use"], "the text tower trains"),
@@ -293,8 +301,9 @@ def test_the_nearest_clip_gives_its_caption(learnt, sample_shards, no_java):
         ("launch/evaluate.py", ["model.max_tokens=20"], "model.max_tokens is 16 there and 20 here"),
     ],
 )
-def test_mistakes_are_one_line(learnt, script, wrong, said, monkeypatch, capsys):
+def test_mistakes_are_one_line(learnt, script, wrong, said, monkeypatch, capsys, tmp_path):
     """In this process: what is refused is refused before there is anything to undo."""
+    wrong = [word.replace("NEW", str(tmp_path)) for word in wrong]
     monkeypatch.setattr("sys.argv", [script, *map(str, learnt[1]), *wrong])
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as ended:

@@ -108,6 +108,8 @@ TUNED = [
     "model.fusion_layers=2",
     "model.train_towers=text+vision+audio",
 ]
+CAPTIONED = ["eval.task=captioning", *TUNED[1:4], "loss.caption=1", "model.fusion=captioner"]
+CAPTIONED += ["model.fusion_layers=2", "model.train_towers=text+vision+audio"]
 CASES = [
     (0, 1, []),
     (1, 1, ["train.precision=bf16", "loss.tv=1", "loss.exclude_same_group=false"]),
@@ -117,6 +119,8 @@ CASES = [
     (1, 2, [*TUNED, "model.fusion=global_local"]),
     (2, 1, [*TUNED, "model.fusion=local_local", "loss.exclude_same_group=false"]),
     (3, 1, [*TUNED, "model.fusion=local_local", "model.modalities=v", "model.train_towers=text+vision"]),
+    (1, 1, CAPTIONED),
+    (3, 2, CAPTIONED),
 ]
 
 
