@@ -69,6 +69,7 @@ def _captioning(metrics: dict[str, Any], settings: dict[str, Any]) -> Iterator[l
     """One row, named by how captions were decoded; METEOR is left out where there was no Java."""
     decode, score = settings["decode"], {"METEOR": None} | metrics["caption"]
     how = f"beam {decode['beams']}" if decode["method"] == "beam" else decode["method"]
+    how += ", not PTB's words" * ("left_out" in score)  # without Java
     cells = [_cell(score, metric) for metric in CAPTION_METRICS]
     yield [how, settings["model"]["modalities"], *cells, str(score["n_clips"]), str(score["n_references"])]
 

@@ -214,6 +214,10 @@ ENGINE = {  # what each must print, and what holds on any machine
     "start": ([], ("seconds", "compilers")),
     "resume": ([], ("save_ratio", "load_ratio")),
     "scale": (["--batch", 8], ("model_error", "table", "check")),
+    "captions": (
+        ["--clips", 3, "--words", 6, "--beams", 2],
+        ["time_ratio_greedy", "time_ratio_beam", "greedy", "beam"],
+    ),
     "fusion": (
         ["--captions", 40, "--clips", 9, "--compared", 4],
         ["time_ratio", "pairs_per_s", "minutes_for_1000_x_1000"],
@@ -231,6 +235,8 @@ def test_benches_of_the_engine_print_their_keys(name, tmp_path):
     assert figures["bench"] == name and set(keys) <= set(figures)
     if name == "step":
         assert figures["loss_difference"] < 1e-2  # both sides do the same
+    if name == "captions":
+        assert all(figures[way]["same"] and figures[way]["difference"] < 1e-3 for way in ("greedy", "beam"))
     if name == "fusion":
         assert figures["difference"] < 1e-5
     if name == "scale":

@@ -247,7 +247,7 @@ def test_commands_and_settings_of_the_docs_are_there():
         "data.test",
     }
     for name, text in DOCS.items():
-        named = re.findall(r"`((?:model|train|eval|loss|mask|data|track)\.\w+)", text)
+        named = re.findall(r"`((?:model|train|eval|decode|loss|mask|data|track)\.\w+)", text)
         assert named and not set(named) - known, (name, set(named) - known)
 
 
