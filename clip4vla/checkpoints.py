@@ -98,7 +98,18 @@ def _newest_anywhere(cfg: RunConfig, passed: Passed) -> Path | None:
     if name > (local.name if local else ""):
         local = Path(cfg.run_dir, "checkpoints", name)
         mirror.download(remote, local, cfg.data, passed)
+    if remote and cfg.eval.select:
+        _fetch_best(cfg, passed)
     return local
+
+
+def _fetch_best(cfg: RunConfig, passed: Passed) -> None:
+    """What is known of earlier evaluations, and the best checkpoint by eval.select, from train.mirror."""
+    mirror.download_evaluations(cfg.train.mirror, cfg.run_dir, cfg.data)
+    best = selection.best(cfg)
+    folder = Path(cfg.run_dir, "checkpoints", best)
+    if best and not folder.is_dir() and best in mirror.uploads(cfg.train.mirror, cfg.data):
+        mirror.download(f"{cfg.train.mirror.rstrip('/')}/{best}", folder, cfg.data, passed)
 
 
 class Checkpoints:
@@ -311,7 +322,9 @@ class Mirror:
             self.copying = self.pool.submit(self._update)
 
     def close(self, passed: Passed) -> None:
-        """Wait for the copies, which have time-outs of their own."""
+        """Wait for the copies, which have time-outs of their own, the last evaluation's among them."""
+        if self.cfg.eval.select:
+            self.update()
         while wait([self.copying], 1).not_done:
             passed("the end: copies to train.mirror")
         self.pool.shutdown()
@@ -324,6 +337,8 @@ class Mirror:
                 mirror.upload(newest, self.url, self.cfg.data)
                 self.copied, self.reading = newest.name, ""
                 self.prune()
+            if self.cfg.eval.select:
+                mirror.upload_evaluations(self.cfg.run_dir, self.url, self.cfg.data)
             there = mirror.uploads(self.url, self.cfg.data)
             for name in superseded((name for name in there if name <= self.copied), self.cfg):
                 mirror.remove(f"{self.url}/{name}", self.cfg.data)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import open_clip
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clip4vla import distributed
@@ -105,27 +106,26 @@ def beam_search(growing: Growing, clips: int, cfg: DecodeConfig, tokens: Tokens)
     first = torch.arange(clips, device=device)[:, None] * beams  # R-numbers of a clip's captions start there
     token = torch.full((clips * beams,), tokens.start, device=device)
     written = token.new_empty(clips, beams, 0)
-    alive = torch.full((clips, beams), -torch.inf, device=device).index_fill(
-        1, token.new_zeros(1), 0
-    )  # all are the same
-    best, kept = torch.full_like(alive, -torch.inf), token.new_full((clips, beams, cfg.max_tokens), tokens.end)
+    alive = torch.zeros(clips, beams, device=device)
+    alive[:, 1:] = -torch.inf  # at first all are the same
+    best, kept = torch.full_like(alive[:, 0], -torch.inf), token.new_full((clips, cfg.max_tokens), tokens.end)
     for n in range(1, cfg.max_tokens + 1):
         scores = permitted(growing.next(token), written.flatten(0, 1), cfg, tokens).log_softmax(1)
         total, place = (alive[..., None] + scores.view(clips, beams, -1)).flatten(1).topk(2 * beams)
         parent, token = place // scores.shape[1], place % scores.shape[1]  # B 2K
         longer = torch.cat([_rows(written, parent), token[..., None]], 2)
         ends = (token == tokens.end) | (n == cfg.max_tokens)
-        pool = torch.cat([best, (total / n**cfg.length_penalty).masked_fill(~ends, -torch.inf)], 1)
-        best, which = pool.topk(beams)
-        filled = torch.nn.functional.pad(longer, (0, cfg.max_tokens - n), value=tokens.end)
-        kept = _rows(torch.cat([kept, filled], 1), which)
+        finished, which = (total / n**cfg.length_penalty).masked_fill(~ends, -torch.inf).max(1, keepdim=True)
+        filled = F.pad(_rows(longer, which)[:, 0], (0, cfg.max_tokens - n), value=tokens.end)
+        kept = torch.where(finished > best[:, None], filled, kept)
+        best = torch.maximum(finished[:, 0], best)
         alive, which = total.masked_fill(ends, -torch.inf).topk(beams)
         written, token = _rows(longer, which), token.gather(1, which).flatten()
         growing.pick((first + parent.gather(1, which)).flatten())
         longest = cfg.max_tokens if cfg.length_penalty > 0 else n  # at which a living one's score would be best
-        if _everywhere(alive[:, 0] / longest**cfg.length_penalty <= best[:, 0]):
+        if _everywhere(alive[:, 0] / longest**cfg.length_penalty <= best):
             break
-    return Written(kept[:, 0], best[:, 0])
+    return Written(kept, best)
 
 
 def permitted(scores: Tensor, written: Tensor, cfg: DecodeConfig, tokens: Tokens) -> Tensor:

@@ -13,10 +13,13 @@ from typing import Any
 import fsspec
 
 from clip4vla.config import DataSources, UserError
+from clip4vla.shards import write_text
 from clip4vla.storage import DEFAULT, PIECE, call, exists, line, open_folder, read_file, read_ranges
 
 MANIFEST = "complete.json"
+EVALUATIONS = "evaluations.json"
 STEP = re.compile(r"step-\d{8}")  # the name of a whole checkpoint, and no other
+VALIDATION = re.compile(r"val-\d{8}")
 SLOWEST = 1e6  # bytes/s that an upload must reach not to be called hung
 
 
@@ -76,6 +79,33 @@ def download(
             raise OSError(f"{url}/{name}: sha256 differs from {MANIFEST}'s")
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
+
+
+def upload_evaluations(run_dir: str, url: str, cfg: DataSources = DEFAULT) -> None:
+    """Copy the metrics of a run's evaluations on data.val to URL/evaluations.json, if there are any. Raises OSError."""
+    found = {
+        file.parent.name: json.loads(file.read_text()) for file in Path(run_dir, "eval").glob("val-*/metrics.json")
+    }
+    if found:
+        fs, root = open_folder(url)
+        _make_parent(fs, f"{root}/{EVALUATIONS}")
+        call(fs, "pipe_file", f"{root}/{EVALUATIONS}", json.dumps(found).encode(), cfg=cfg)
+
+
+def download_evaluations(url: str, run_dir: str, cfg: DataSources = DEFAULT) -> None:
+    """Write what run_dir lacks of URL/evaluations.json. Raises UserError if that is none, OSError if it cannot be had."""
+    fs, root = open_folder(url)
+    if not exists(fs, f"{root}/{EVALUATIONS}", cfg):
+        return
+    try:
+        found = dict(json.loads(read_file(fs, f"{root}/{EVALUATIONS}", cfg)))
+    except (ValueError, TypeError):
+        raise UserError(f"{url}/{EVALUATIONS} is not readable; remove it") from None
+    for name in filter(VALIDATION.fullmatch, found):
+        file = Path(run_dir, "eval", name, "metrics.json")
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_text(file, json.dumps(found[name], indent=1))
 
 
 def remove(url: str, cfg: DataSources = DEFAULT) -> None:

@@ -63,8 +63,8 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
             break
         watch.at(f"step {step + 1}: data")
     watch.at("the end")
-    checkpoints.close()
     held_out.finish()
+    checkpoints.close()
     tracker.say(f"step {step} of {cfg.train.max_steps}: state saved in {cfg.run_dir}/checkpoints")
     tracker.close()
     if distributed.rank() == 0:

@@ -158,19 +158,19 @@ def test_a_wide_beam_finds_the_best_of_all_captions(settings):
 
 
 def test_a_beam_is_as_good_as_its_score_and_never_worse_than_greed():
-    text, head = writer(seed=5)
-    parts, cfg = media(8), DecodeConfig(beams=3, max_tokens=9, no_repeat=2)
+    text, head = writer(seed=15)
+    parts, cfg = media(8), DecodeConfig(beams=3, min_tokens=5, max_tokens=9, no_repeat=2)
     many = decoding.write(lambda n: Growing(text, head, parts, n), "abcdefgh", cfg, SPECIAL, 0)
-    greedy = DecodeConfig(method="greedy", max_tokens=9, no_repeat=2)
+    greedy = DecodeConfig(method="greedy", min_tokens=5, max_tokens=9, no_repeat=2)
     one = decoding.write(lambda n: Growing(text, head, parts, n), "abcdefgh", greedy, SPECIAL, 0)
-    assert many.score.mean() > one.score.mean() and len(set(many.score.tolist())) > 4
+    assert many.score.mean() > one.score.mean() + 0.1 and len({tuple(c) for c in many.tokens.tolist()}) > 4
     for found in (many, one):
         for clip, (tokens, score) in enumerate(zip(found.tokens.tolist(), found.score.tolist(), strict=True)):
             caption = tokens[: tokens.index(SPECIAL.end) + 1] if SPECIAL.end in tokens else tokens
-            assert likelihood(5, clip, caption, cfg) == pytest.approx(score, rel=1e-5)
+            assert likelihood(15, clip, caption, cfg) == pytest.approx(score, rel=1e-5)
     for clip, caption in enumerate(one.tokens.tolist()):  # each of greed's words is the likeliest one
         for n, token in enumerate(caption[: caption.index(SPECIAL.end) + 1 if SPECIAL.end in caption else None]):
-            ranked = [likelihood(5, clip, [*caption[:n], t], cfg) for t in range(SPECIAL.known)]
+            ranked = [likelihood(15, clip, [*caption[:n], t], cfg) for t in range(SPECIAL.known)]
             assert token == int(np.argmax(ranked))
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: on other numbers of ranks, in the background, by the clock, around signals and full disks, mirrored, exported."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -16,7 +17,7 @@ from conftest import job, ranks, run, trace, wait_for
 from safetensors.torch import load_file
 
 from clip4vla import CLIP4VLA, storage
-from clip4vla.checkpoints import Checkpoints, Mirror
+from clip4vla.checkpoints import Checkpoints, Mirror, checkpoint_to_resume, chosen_checkpoint
 from clip4vla.config import RunConfig, TrainConfig, UserError
 from clip4vla.mirror import remove, upload
 from clip4vla.universal import load_tensors
@@ -302,6 +303,32 @@ def test_the_mirror_keeps_the_newest_copy_and_what_the_run_keeps_whatever_was_le
     copies.update()
     copies.close(print)
     assert sorted(path.name for path in url.iterdir()) == ["mine", *(f"step-0000000{step}" for step in (2, 4, 5, 7))]
+
+
+def test_a_fresh_disk_gets_the_best_checkpoint_and_its_evaluation_from_the_mirror(tmp_path):
+    """Step 2 is the best of three; the mirror keeps it beside the newest, and a job elsewhere does so too."""
+    url = tmp_path / "mirror"
+    cfg = RunConfig(run_dir=str(tmp_path / "r"), train=TrainConfig(mirror=str(url), keep=1))
+    cfg.eval.select = "caption/CIDEr"
+    for step, value in ((1, 10.0), (2, 30.0), (3, 20.0)):
+        made = tmp_path / f"r/checkpoints/step-{step:08d}"
+        made.mkdir(parents=True)
+        (made / "config.json").write_text(json.dumps({"step": step}))
+        for name in ("model.safetensors", "latest"):
+            (made / name).write_text("x")
+        copies = Mirror(cfg, lambda: None)
+        copies.update()
+        evaluated = tmp_path / f"r/eval/val-{step:08d}/metrics.json"
+        evaluated.parent.mkdir(parents=True)
+        evaluated.write_text(json.dumps({"caption": {"CIDEr": value}}))
+        copies.close(print)
+    assert sorted(path.name for path in url.iterdir()) == ["evaluations.json", "step-00000002", "step-00000003"]
+    elsewhere = dataclasses.replace(cfg, run_dir=str(tmp_path / "new"))
+    assert checkpoint_to_resume(elsewhere).name == "step-00000003"
+    assert chosen_checkpoint(elsewhere).name == "step-00000002"
+    (url / "evaluations.json").write_text('{"../../escaped": {}, "val-00000009": {"caption": {"CIDEr": 1.0}}}')
+    checkpoint_to_resume(elsewhere)
+    assert not (tmp_path / "escaped").exists() and (tmp_path / "new/eval/val-00000009/metrics.json").is_file()
 
 
 def test_export_gives_one_file_of_weights_in_any_precision(undisturbed, tmp_path):
