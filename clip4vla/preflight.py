@@ -22,7 +22,7 @@ from clip4vla.config import RunConfig, UserError
 from clip4vla.engine import GIB
 from clip4vla.fusion import TOKENS, GlobalToGlobal, LocalToLocal
 from clip4vla.loader import Loader
-from clip4vla.losses import TERMS
+from clip4vla.losses import TERMS, features_used
 from clip4vla.meter import peak_memory
 from clip4vla.vectors import obstacle
 
@@ -58,7 +58,8 @@ def describe(cfg: RunConfig, setup: Setup, loader: Loader, step: int) -> list[st
     parts = ("text", "vision", "audio", *(["head"] if cfg.model.fusion != "global_global" else []))
     towers = ", ".join(f"{name} {_millions(getattr(model, name))}" for name in parts)
     losses = ", ".join(f"{name} {getattr(cfg.loss, name):g}" for name in TERMS if getattr(cfg.loss, name))
-    pieces = f" in {train.accumulate} micro-batches, negatives {train.negatives}" if train.accumulate > 1 else ""
+    negatives = f", negatives {train.negatives}" if features_used(cfg.loss) else ""
+    pieces = f" in {train.accumulate} micro-batches{negatives}" if train.accumulate > 1 else ""
     used = "of text and frames from embed.py" if setup.vectors else f"not used: {obstacle(setup.folders, cfg, model)}"
     rows = [
         ("data", _source(folder, part, cfg)) for folder, part in zip(setup.folders, loader.order.parts, strict=True)
