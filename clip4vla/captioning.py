@@ -128,23 +128,17 @@ def score(captions: dict[Any, str], references: dict[Any, list[str]]) -> tuple[d
     java = bool(shutil.which("java"))
     said = tokenise({i: [text] for i, text in captions.items()}, java)
     wanted = tokenise({i: references[i] for i in captions}, java)
+    scorers = [(METRICS[:4], Bleu(4)), (METRICS[5:6], Rouge()), (METRICS[6:], Cider())]
+    if java:
+        scorers.insert(1, (METRICS[4:5], Meteor()))
     totals, each = {}, {}
-    for scorer, names in (
-        (Bleu(4), METRICS[:4]),
-        (Meteor, METRICS[4:5]),
-        (Rouge(), METRICS[5:6]),
-        (Cider(), METRICS[6:]),
-    ):
-        if scorer is Meteor and not java:
-            continue
-        made = scorer() if scorer is Meteor else scorer
-        total, by_clip = made.compute_score(wanted, said, **({"verbose": 0} if names[0] == "BLEU-1" else {}))
-        several = len(names) > 1
-        totals |= dict(zip(names, [100 * float(x) for x in (total if several else [total])], strict=True))
-        each |= {
-            name: [100 * float(x) for x in values]
-            for name, values in zip(names, by_clip if several else [by_clip], strict=True)
-        }
+    for names, scorer in scorers:
+        quiet = {"verbose": 0} if isinstance(scorer, Bleu) else {}
+        total, by_clip = scorer.compute_score(wanted, said, **quiet)
+        if not isinstance(scorer, Bleu):  # which alone gives several
+            total, by_clip = [total], [by_clip]
+        totals |= {name: 100 * float(value) for name, value in zip(names, total, strict=True)}
+        each |= {name: [100 * float(x) for x in values] for name, values in zip(names, by_clip, strict=True)}
     return totals | ({} if java else {"left_out": NO_JAVA}), each
 
 

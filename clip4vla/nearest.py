@@ -13,6 +13,7 @@ from clip4vla import distributed, fusion, retrieval
 from clip4vla.config import RunConfig, UserError
 from clip4vla.loader import EvalOrder, Loader, Place, open_folders, spoken
 from clip4vla.model import CLIP4VLA
+from clip4vla.shards import Damaged
 from clip4vla.watchdog import watch
 
 
@@ -39,8 +40,9 @@ def captions(model: CLIP4VLA, loader: Loader, cfg: RunConfig, looks: dict[int, T
     for source, folder in enumerate(_training(cfg)[0]):
         places = sorted({place for place, _ in found.values() if place.source == source})
         for place, sample in zip(places, folder.read([(p.shard, p.entry) for p in places], ("json",)), strict=True):
-            told[place] = spoken(json.loads(sample["json"]), loader.cfg.languages)["captions"][0]
-    return {i: (told[place], cosine) for i, (place, cosine) in found.items()}
+            if not isinstance(sample, Damaged):  # since it was looked at
+                told[place] = spoken(json.loads(sample["json"]), loader.cfg.languages)["captions"][0]
+    return {i: (told[place], cosine) for i, (place, cosine) in found.items() if place in told}
 
 
 def _training(cfg: RunConfig) -> tuple[list, EvalOrder]:

@@ -62,6 +62,15 @@ def tuning(tiny, sample_shards):
     ]  # fmt: skip
 
 
+@pytest.fixture
+def zero3(tmp_path) -> Path:
+    """DeepSpeed's settings for ZeRO-3, which split even the smallest weights."""
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
+    )
+    return tmp_path / "ds.json"
+
+
 def trace(run_dir: Path) -> dict[int, tuple[float, ...]]:
     """Losses by step; json prints floats so that they come back to the last bit."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

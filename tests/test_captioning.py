@@ -163,16 +163,13 @@ def describing(tiny, sample_shards):
     ]  # fmt: skip
 
 
-def test_any_ranks_zero_stages_and_micro_batches_give_the_same_losses(describing, no_java, tmp_path):
-    (tmp_path / "ds.json").write_text(
-        json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
-    )
+def test_any_ranks_zero_stages_and_micro_batches_give_the_same_losses(describing, no_java, zero3, tmp_path):
     traces = []
     held_out = ["eval.every=2", "eval.select=caption/CIDEr", "decode.beams=2", "eval.batch_size=2"]
     for n, more in (
         (1, []),
         (2, ["train.accumulate=3"]),
-        (2, [*held_out, "--deepspeed_config", tmp_path / "ds.json"]),
+        (2, [*held_out, "--deepspeed_config", zero3]),
     ):
         run_dir = tmp_path / f"{len(traces)}"
         done = ranks(n, SCRIPT, *describing, f"run_dir={run_dir}", "model.fusion_dropout=0", *more, env=no_java)

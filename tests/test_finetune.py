@@ -18,17 +18,14 @@ SCRIPT = "launch/finetune_retrieval.py"
 
 
 @pytest.mark.parametrize("head", ["global_global", "global_local", "local_local"])
-def test_any_ranks_and_zero_stages_give_the_same_losses(tuning, sample_shards, tmp_path, head):
-    (tmp_path / "ds.json").write_text(
-        json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
-    )
+def test_any_ranks_and_zero_stages_give_the_same_losses(tuning, sample_shards, zero3, tmp_path, head):
     found = []
     held_out = [
         "eval.every=2",
         f"data.val={sample_shards}/speech_fr/train",
         "eval.captions=all",
     ]  # more captions than go at once
-    for n, more in ((1, []), (2, []), (2, [*held_out, "--deepspeed_config", tmp_path / "ds.json"])):
+    for n, more in ((1, []), (2, []), (2, [*held_out, "--deepspeed_config", zero3])):
         run_dir = tmp_path / f"{len(found)}"
         done = ranks(n, SCRIPT, *tuning, f"run_dir={run_dir}", f"model.fusion={head}", "model.fusion_dropout=0", *more)
         assert done.returncode == 0, done.stderr
