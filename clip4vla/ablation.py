@@ -1,0 +1,139 @@
+"""Table 5: text to audio retrieval as the audio tower is given more of what the paper proposes.
+
+scratch and + initial are fine-tuned without pre-training; the others pre-train with NCE_at and NCE_av, then NCE_aa too, then
+with the type token, and are fine-tuned from there. Fine-tuning is the same for all: captions and sounds alone.
+"""
+
+import csv
+import io
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from clip4vla import distributed, stages
+from clip4vla.config import RunConfig, UserError, load, to_dict
+from clip4vla.shards import write_text
+
+METRICS = {"R@1": "R@1", "R@5": "R@5", "R@10": "R@10", "MedR": "MdR"}
+SETTINGS = "settings.yaml"
+
+
+class Row(NamedTuple):
+    """A row of the table: words of its two stages, beside those of all rows."""
+
+    name: str
+    title: str
+    paper: str  # R@1 on MSR-VTT
+    pretrain: list[str] | None  # None: this stage is left out
+    finetune: list[str]
+
+
+UNTYPED = ["model.audio_type=none"]
+ROWS = (
+    Row("scratch", "scratch", "2.5", None, ["model.audio_init=scratch", *UNTYPED]),
+    Row("initial", "+ initialised from vision", "3.6", None, ["model.audio_init=vision", *UNTYPED]),
+    Row("inter", "+ inter-modal", "6.8", ["loss.aa=0", "model.pretrain_type=none"], UNTYPED),
+    Row("intra", "+ intra-modal", "10.5", ["model.pretrain_type=none"], UNTYPED),
+    Row("type", "+ type token", "10.6", ["model.pretrain_type=data"], []),
+)
+TUNED = [
+    "model.modalities=a", "model.fusion=global_global", "model.train_towers=text+audio", "eval.task=retrieval",
+    "eval.silent=exclude", "loss={at: 0, av: 0, aa: 0, tv: 0, caption: 0, tm: 1}",
+]  # fmt: skip
+
+
+class Plan(NamedTuple):
+    """What all rows share: the two stages' configs, words for either, where the runs go."""
+
+    pretrain: str
+    finetune: str
+    words: list[str]  # KEY=VALUE of both stages; pretrain.KEY=VALUE and finetune.KEY=VALUE of one
+    out: Path
+
+    def stage(self, name: str, more: list[str]) -> RunConfig:
+        """Settings of `pretrain` or `finetune`."""
+        other = {"pretrain": "finetune.", "finetune": "pretrain."}[name]
+        words = [word.removeprefix(f"{name}.") for word in self.words if not word.startswith(other)]
+        return load(RunConfig, getattr(self, name), [*words, *more])
+
+    def runs(self, row: Row, seed: int) -> list[RunConfig]:
+        """The runs of a row, one after the other."""
+        folder, start = self.out / row.name / f"seed-{seed}", []
+        if row.pretrain is not None:
+            place = folder / "pretrain"
+            start = [self.stage("pretrain", [*row.pretrain, f"run_dir={place}", f"seed={seed}"])]
+        origins = [str(place)] if start else self.stage("pretrain", []).init_from
+        words = [*TUNED, *row.finetune, f"run_dir={folder}/finetune", f"seed={seed}", f"init_from={origins}"]
+        return [*start, self.stage("finetune", words)]
+
+
+def run(plan: Plan, seeds: Sequence[int], ds_config: str | None) -> str:
+    """Run what is not there yet, seed by seed; the table, which is also in OUT/table5.md, all values in OUT/table5.csv."""
+    distributed.setup(plan.stage("pretrain", []).train.timeout)
+    _must_be_the_same(plan)
+    found: dict[str, dict[int, dict]] = {row.name: {} for row in ROWS}
+    for seed in seeds:
+        for row in ROWS:
+            *before, last = plan.runs(row, seed)
+            for cfg in before:
+                stages.fit(cfg, ds_config)
+            found[row.name][seed] = stages.fit_and_test(last, ds_config)["text_to_video"]
+            if distributed.rank() == 0:
+                write_text(plan.out / "table5.csv", _csv(found))
+                write_text(plan.out / "table5.md", table(found))
+    distributed.barrier()
+    return table(found)
+
+
+def _must_be_the_same(plan: Plan) -> None:
+    """UserError if OUT holds runs of other settings; the first time they are written there."""
+    ours = {name: to_dict(plan.stage(name, [])) for name in ("pretrain", "finetune")}
+    file = plan.out / SETTINGS
+    theirs = distributed.gather_objects(yaml.safe_load(file.read_text()) if file.is_file() else None)[0]
+    if theirs is None and distributed.rank() == 0:
+        plan.out.mkdir(parents=True, exist_ok=True)
+        write_text(file, yaml.safe_dump(ours, sort_keys=False))
+    for key, value in _flat(ours).items() if theirs else ():
+        if _flat(theirs).get(key) != value:
+            raise UserError(
+                f"{plan.out}: its runs have {key}={_flat(theirs).get(key)}, not {value}: name another --out"
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys."""
+    out = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def table(found: dict[str, dict[int, dict]]) -> str:
+    """Markdown: mean ± standard deviation over the seeds, by row."""
+    head = ["text to audio", *METRICS.values(), "seeds", "paper's R@1, MSR-VTT"]
+    lines = [head, ["---", *["---:"] * (len(head) - 1)]]
+    for row in ROWS:
+        if scores := list(found[row.name].values()):
+            cells = [spread([score[name] for score in scores]) for name in METRICS]
+            lines.append([row.title, *cells, str(len(scores)), row.paper])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation, which one value does not have."""
+    middle = f"{statistics.mean(values):.1f}"
+    return f"{middle} ± {statistics.stdev(values):.1f}" if len(values) > 1 else middle
+
+
+def _csv(found: dict[str, dict[int, dict]]) -> str:
+    names = ["row", "seed", *METRICS, "n_queries", "n_gallery", "p"]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {"row": row, "seed": seed} | score for row, scores in found.items() for seed, score in scores.items()
+    )
+    return out.getvalue()
