@@ -3,7 +3,7 @@
 from setuptools import find_packages, setup
 
 BENCH = ["librosa>=0.11", "opencv-python-headless>=4.10", "scikit-video"]  # what launch/bench.py compares with
-EVAL = ["pycocoevalcap>=1.2"]  # scores of captions; its METEOR and tokeniser are Java programs
+EVAL = ["pycocoevalcap>=1.2", "scikit-learn"]  # scores of captions (its METEOR and tokeniser are Java programs); t-SNE
 SERVER = ["s3fs", "moto[s3]>=5", "flask", "flask-cors"]  # an S3 server on loopback; moto[server] would bring 25 more
 
 setup(
@@ -40,7 +40,6 @@ setup(
             "pytest-xdist",
             "hypothesis",
             "ruff",
-            "scikit-learn",
             "scikit-video",
             "scipy",
             *BENCH,

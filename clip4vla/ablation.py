@@ -6,7 +6,6 @@ with the type token, and are fine-tuned from there. Fine-tuning is the same for 
 
 import csv
 import io
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from clip4vla import distributed, stages
-from clip4vla.config import RunConfig, UserError, load, to_dict
+from clip4vla.config import RunConfig, UserError
+from clip4vla.settings import load, to_dict
 from clip4vla.shards import write_text
 
 METRICS = {"R@1": "R@1", "R@5": "R@5", "R@10": "R@10", "MedR": "MdR"}
@@ -117,15 +117,9 @@ def table(found: dict[str, dict[int, dict]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for row in ROWS:
         if scores := list(found[row.name].values()):
-            cells = [spread([score[name] for score in scores]) for name in METRICS]
+            cells = [stages.spread([score[name] for score in scores]) for name in METRICS]
             lines.append([row.title, *cells, str(len(scores)), row.paper])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± sample standard deviation, which one value does not have."""
-    middle = f"{statistics.mean(values):.1f}"
-    return f"{middle} ± {statistics.stdev(values):.1f}" if len(values) > 1 else middle
 
 
 def _csv(found: dict[str, dict[int, dict]]) -> str:

@@ -4,7 +4,7 @@ All micro-batches are embedded without gradient; the loss over all of them gives
 micro-batch runs again, with gradient, and its features' gradients go into the towers: the gradient of the one whole batch,
 with the activations of one micro-batch in memory (GradCache, Gao et al. 2021). Masks are part of a Batch, so both passes
 see the same. Costs a forward pass more; `train.negatives=micro` saves it and takes the negatives of a micro-batch alone.
-Losses without negatives (caption) do without it.
+Losses without negatives (caption, label) do without it.
 """
 
 import zlib
@@ -21,12 +21,12 @@ from clip4vla.losses import features_used, objective
 
 def step(run: Any, micros: list[Batch], cfg: RunConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """One step of the DeepSpeed engine: (losses by name, features (b, D) of this rank's clips by name), detached."""
-    words = _words(run, micros, cfg) if cfg.loss.caption else None
+    taught = _taught(run, micros, cfg) if cfg.loss.caption or cfg.loss.label else None
     if len(micros) == 1 or cfg.train.negatives == "micro" or not features_used(cfg.loss):
-        return _each_alone(run, micros, cfg, words)
+        return _each_alone(run, micros, cfg, taught)
     with torch.no_grad():
         features = _joined([_embed(run, micro, cfg) for micro in micros])
-    losses, pulls = _pulls(features, micros, cfg, words)
+    losses, pulls = _pulls(features, micros, cfg, taught)
     for micro, pull in zip(micros, pulls, strict=True):
         again = _embed(run, micro, cfg)
         inner = [(again[name] * pull[name]).sum() for name in again if again[name].requires_grad]
@@ -35,19 +35,19 @@ def step(run: Any, micros: list[Batch], cfg: RunConfig) -> tuple[dict[str, Tenso
     return losses, features
 
 
-def _words(run: Any, micros: list[Batch], cfg: RunConfig) -> Tensor:
-    """Words that the captions of the global batch teach, over all ranks."""
-    count = sum(run.module.learnt_words(micro, cfg.loss)[1].sum() for micro in micros)
+def _taught(run: Any, micros: list[Batch], cfg: RunConfig) -> Tensor:
+    """Words, or labels, that the global batch teaches, over all ranks."""
+    count = sum(run.module.taught(micro, cfg.loss) for micro in micros)
     return distributed.all_sum(count.to(run.device)).clamp(min=1)
 
 
-def _each_alone(run: Any, micros: list[Batch], cfg: RunConfig, words: Tensor | None) -> tuple[dict, dict[str, Tensor]]:
+def _each_alone(run: Any, micros: list[Batch], cfg: RunConfig, taught: Tensor | None) -> tuple[dict, dict[str, Tensor]]:
     """Each micro-batch with its own negatives, if its losses have any; the losses are their mean."""
-    words = None if words is None else words / len(micros)
+    taught = None if taught is None else taught / len(micros)
     parts, losses = [], []
     for micro in micros:
         features = _embed(run, micro, cfg)
-        losses.append(objective(features, _labels([micro], run.device), cfg.loss, cfg.model.modalities, words))
+        losses.append(objective(features, _labels([micro], run.device), cfg.loss, cfg.model.modalities, taught))
         run.backward(losses[-1]["loss"])
         run.step()
         parts.append({name: value.detach() for name, value in features.items()})
@@ -72,11 +72,11 @@ def _labels(micros: list[Batch], device: torch.device) -> Labels:
 
 
 def _pulls(
-    features: dict[str, Tensor], micros: list[Batch], cfg: RunConfig, words: Tensor | None
+    features: dict[str, Tensor], micros: list[Batch], cfg: RunConfig, taught: Tensor | None
 ) -> tuple[dict, list[dict]]:
     """(losses, for each micro-batch the gradient of the loss by its features, of which the shared `scale` gets a part)."""
     leaves = {name: value.detach().requires_grad_() for name, value in features.items()}
-    losses = objective(leaves, _labels(micros, features["scale"].device), cfg.loss, cfg.model.modalities, words)
+    losses = objective(leaves, _labels(micros, features["scale"].device), cfg.loss, cfg.model.modalities, taught)
     grads = dict(zip(leaves, torch.autograd.grad(losses["loss"], list(leaves.values())), strict=True))
     shares = {name: g.chunk(len(micros)) for name, g in grads.items() if name != "scale"}
     shares["scale"] = [grads["scale"] / len(micros)] * len(micros)

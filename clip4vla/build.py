@@ -1,19 +1,22 @@
 """What a run is made of: its data, its model and where the weights come from, DeepSpeed's settings."""
 
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from clip4vla import distributed, engine, provenance
-from clip4vla.checkpoints import checkpoint_to_resume, chosen_checkpoint, newest_checkpoint
-from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig, UserError, to_dict
+from clip4vla.checkpoints import Passed, by_rank_0, checkpoint_to_resume, chosen_checkpoint, newest_checkpoint
+from clip4vla.classifier import label_of
+from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig, UserError
 from clip4vla.evaluation import check_evaluation
 from clip4vla.flops import towers_run
 from clip4vla.loader import Loader, TrainOrder, check_fingerprint, open_folders
 from clip4vla.losses import TERMS
-from clip4vla.model import CLIP4VLA, must_have_room, needed_towers
-from clip4vla.shards import ShardFolder
+from clip4vla.model import CLIP4VLA, must_have_room, needed_towers, uses_head
+from clip4vla.settings import to_dict
+from clip4vla.shards import Damaged, ShardFolder
 from clip4vla.towers import describe_clip, tokenizer
 from clip4vla.vectors import open_vectors
 
@@ -56,6 +59,8 @@ def prepare(cfg: RunConfig, ds_config: str | None) -> Setup:
     check_evaluation(cfg)
     _check_losses(cfg)
     resume = checkpoint_to_resume(cfg)
+    if cfg.model.fusion == "classifier" and not cfg.model.labels:
+        cfg.model.labels = labels_of(folders)
     model, origin = build_model(cfg, folders[0].fingerprint, resume)
     vectors = open_vectors(folders, cfg, model)  # before the engine rounds the weights that they are checked against
     return Setup(device, folders, ds, resume, model, origin, vectors)
@@ -73,13 +78,14 @@ def _check_losses(cfg: RunConfig) -> None:
             f"model.train_towers: no loss runs the {idle.pop()} tower: leave it out, or give its loss a weight"
         )
     head = cfg.model.fusion
-    if (head == "captioner") != bool(cfg.loss.caption) or (head == "captioner" and cfg.loss.tm):
+    trained_by = {"captioner": "caption", "classifier": "label"}.get(head, "tm")
+    given = {name for name in ("tm", "caption", "label") if getattr(cfg.loss, name)}
+    if given - {trained_by} or (head != "global_global" and not given):
+        weights = ", ".join(f"loss.{name}={getattr(cfg.loss, name):g}" for name in ("tm", "caption", "label"))
         raise UserError(
-            f"model.fusion={head}, loss.caption={cfg.loss.caption:g}, loss.tm={cfg.loss.tm:g}: captioner is trained by "
-            "loss.caption, the heads of retrieval by loss.tm"
+            f"model.fusion={head}, {weights}: captioner is trained by loss.caption, classifier by loss.label, the heads of "
+            "retrieval by loss.tm, and by no other of these"
         )
-    if head not in ("global_global", "captioner") and not cfg.loss.tm:
-        raise UserError(f"model.fusion={head}: this head is trained by loss.tm, which is 0")
     if (cfg.model.fusion, cfg.train.negatives) == ("local_local", "global") and cfg.train.accumulate > 1:
         raise UserError(
             f"train.accumulate={cfg.train.accumulate}: local_local compares the clips of a micro-batch alone: "
@@ -87,8 +93,27 @@ def _check_losses(cfg: RunConfig) -> None:
         )
     if cfg.loss.label_smoothing > 1:
         raise UserError(f"loss.label_smoothing={cfg.loss.label_smoothing:g}: it is a share, at most 1")
-    if cfg.train.compile != "off" and (cfg.loss.tm or cfg.loss.caption):
+    if cfg.train.compile != "off" and uses_head(cfg.loss):
         raise UserError("train.compile: a head's inputs have other shapes in every batch: set train.compile=off")
+
+
+def labels_of(folders: list[ShardFolder]) -> list[str]:
+    """The labels of their clips, sorted, on all ranks; UserError without any, or if a clip has several."""
+
+    def read(passed: Passed) -> list[str]:
+        found: set[str] = set()
+        for folder in folders:
+            for shard, held in enumerate(folder.shards):
+                passed(f"start-up: labels in {held.name}")
+                samples = folder.read([(shard, entry) for entry in range(held.samples)], ("json",))
+                found |= {label_of(json.loads(s["json"])) for s in samples if not isinstance(s, Damaged)}
+        return sorted(found - {""})
+
+    labels, failed = by_rank_0(read)
+    if failed or not labels:
+        where = ", ".join(folder.url for folder in folders)
+        raise UserError(failed or f"{where}: no clip has a label; name what their classes are in model.labels")
+    return labels
 
 
 def train_loader(cfg: RunConfig, folders: list, vectors: list | None, device: torch.device) -> Loader:
@@ -154,6 +179,10 @@ def weights_to_evaluate(cfg: RunConfig) -> tuple[CLIP4VLA, dict[str, Any]]:
     """(model, for the manifest where its weights come from): the run's best checkpoint by eval.select, else its newest one;
     with train.max_steps=0 what training would start from. Raises UserError if there is none."""
     if not cfg.train.max_steps:
+        if cfg.model.fusion == "classifier":
+            raise UserError(
+                "train.max_steps=0, model.fusion=classifier: a fresh classifier knows nothing: train it first"
+            )
         fingerprint = open_folders(cfg.data.test, "data.test", cfg.data)[0].fingerprint
         model, origin = build_model(cfg, fingerprint, None)
         there = Path(origin, "model.safetensors").is_file()
@@ -165,6 +194,7 @@ def weights_to_evaluate(cfg: RunConfig) -> tuple[CLIP4VLA, dict[str, Any]]:
             "train.max_steps=0 to evaluate the weights that init_from and model.clip give"
         )
     model = CLIP4VLA.from_checkpoint(checkpoint)
+    cfg.model.labels = cfg.model.labels or model.cfg.labels
     _same_head(model, cfg, checkpoint)
     model.cfg = cfg.model
     model.must_have_positions()
@@ -198,6 +228,8 @@ def _load_initial(model: CLIP4VLA, source: str, cfg: RunConfig, spectrogram: Spe
 
 def _shapes_head(cfg: ModelConfig) -> list[str]:
     """The settings that the head's weights depend on."""
+    if cfg.fusion == "classifier":
+        return ["fusion", "modalities", "labels"]
     names = ["fusion", *(["fusion_layers", "max_frames"] if cfg.fusion != "global_global" else [])]
     if cfg.fusion == "captioner":
         return [*names, "max_tokens"]

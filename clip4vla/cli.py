@@ -10,7 +10,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from clip4vla.config import Config, UserError, describe, load
+from clip4vla.config import UserError
+from clip4vla.settings import Config, describe, load
 from clip4vla.watchdog import watch
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)

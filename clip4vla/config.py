@@ -1,17 +1,7 @@
-"""Every setting of the project: dataclasses, strict YAML, dotted overrides, and the presets `paper` and `official`.
+"""Every setting of the project as dataclasses, with its meaning; settings.py reads them. The presets `paper` and `official`."""
 
-Order of precedence, lowest first: defaults here, the preset, the YAML file, `key=value` words of the command line.
-"""
-
-import dataclasses
-import difflib
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
-
-import yaml
+from typing import Any, Literal
 
 
 class UserError(ValueError):
@@ -96,9 +86,10 @@ class ModelConfig:
         "auto", "activation; auto: as the weights were trained, yes for OpenAI's"
     )
     modalities: Literal["v", "a", "av"] = setting("av", "which media towers are used beside text")
-    fusion: Literal["global_global", "global_local", "local_local", "captioner"] = setting(
-        "global_global", "head: one of three for retrieval, or the caption generator"
+    fusion: Literal["global_global", "global_local", "local_local", "captioner", "classifier"] = setting(
+        "global_global", "head: one of three for retrieval, the caption generator, or a linear classifier"
     )
+    labels: list[str] = setting([], "classes of the classifier; empty: the labels of data.train's clips")
     fusion_layers: int = setting(4, "blocks of the head, started from the text tower's first ones", low=1)
     fusion_dropout: float = setting(0.1, "on what the head's blocks read", low=0)
     words: Literal["all", "eos"] = setting("all", "what of a caption local_local reads (official: both exist)")
@@ -153,7 +144,10 @@ class LossConfig:
     tm: float = setting(0.0, "text and media, as model.fusion compares them, to fine-tune retrieval")
     directions: Literal["both", "text_to_media"] = setting("both", "of tm: symmetric, or one way (official)")
     caption: float = setting(0.0, "next words of the captions (7), with model.fusion=captioner")
-    label_smoothing: float = setting(0.0, "of caption: share of the target spread over the vocabulary", low=0)
+    label: float = setting(0.0, "labels of the clips, with model.fusion=classifier")
+    label_smoothing: float = setting(
+        0.0, "of caption and label: share of the target spread over vocabulary or classes", low=0
+    )
     padded_words: bool = setting(False, "caption learns the padding behind a caption too (official: true)")
     exclude_same_group: bool = setting(False, "clips of one group are no negatives of each other")
 
@@ -224,18 +218,43 @@ class DecodeConfig:
 
 
 @dataclass
+class ClassifyConfig:
+    """How clips get their labels (eval.task=classification)."""
+
+    method: Literal["probe", "zero_shot", "classifier"] = setting(
+        "probe",
+        "a linear probe on frozen features; the text tower's vectors of the classes' names; or the head that was trained",
+    )
+    held_out: Literal["together", "in_turn"] = setting(
+        "together",
+        "the folders of data.test: one test set, or folds, of which those not held out train with data.train",
+    )
+    strengths: list[float] = setting(
+        [0.01, 0.1, 1.0, 10.0, 100.0, 1e3, 1e4],
+        "probe: inverse L2 penalties (scikit-learn's C) to choose from, on a fifth of the training clips, by whole groups",
+    )
+    shots: list[int] = setting([], "probe: clips of each class that it is fitted on too, for few-shot curves")
+    draws: int = setting(5, "probe: times that so few clips are drawn", low=1)
+    labels: list[str] = setting(
+        [], "zero_shot: the classes, or one .txt file with a class a line; empty: the clips' own"
+    )
+    templates: list[str] = setting(["{}"], "zero_shot: sentences with {} for the class, whose vectors are averaged")
+
+
+@dataclass
 class EvalConfig:
     """Evaluation on held-out data."""
 
-    task: Literal["zero_shot", "retrieval", "captioning"] = setting(
+    task: Literal["zero_shot", "retrieval", "captioning", "classification"] = setting(
         "zero_shot",
-        "six directions between single modalities, text and media as model.fusion compares them, or written captions",
+        "six directions between single modalities, text and media as model.fusion compares them, written captions, or labels",
     )
     silent: Literal["nearest", "zero", "exclude"] = setting(
         "nearest", "retrieval: clips without sound take that of the most similar training clip, none, or are left out"
     )
     select: str = setting(
-        "", "metric on data.val, as text_to_video/R@1 or caption/CIDEr, whose best checkpoint is kept and evaluated"
+        "",
+        "metric on data.val, as text_to_video/R@1, caption/CIDEr or label/accuracy, whose best checkpoint is kept and evaluated",
     )
     bootstrap: int = setting(1000, "resamples, of groups of queries, for 95% intervals; 0: none", low=0)
     every: int = setting(0, "steps between evaluations on data.val; 0: never", low=0)
@@ -274,6 +293,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    classify: ClassifyConfig = field(default_factory=ClassifyConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
 
@@ -293,116 +313,3 @@ OFFICIAL: dict[str, Any] = {
     "mask.uniform_width": True,
     "mask.fill": "zero_db",
 }
-
-Config = TypeVar("Config", RunConfig, DataConfig)
-
-
-def load(cls: type[Config], path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
-    """The settings of a YAML file with `a.b=value` overrides; raises UserError that names file, key and nearest key."""
-    layers = [(str(path), _read_yaml(path))] if path else []
-    layers += [(f"command line: {word}", _override(word)) for word in overrides]
-    config = cls()
-    preset = next((tree["preset"] for _, tree in reversed(layers) if "preset" in tree), config.preset)
-    if preset == "official":
-        keys = {name for name, _, _ in describe(cls)}
-        layers = [("preset official", _override(k, v)) for k, v in OFFICIAL.items() if k in keys] + layers
-    for where, tree in layers:
-        _merge(config, tree, where, "")
-    return config
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain nested dictionary, fit for YAML."""
-    return dataclasses.asdict(config)
-
-
-def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
-    """(dotted key, `type = default`, meaning) of every setting."""
-    rows, default = [], cls()
-    for item in dataclasses.fields(cls):
-        value = getattr(default, item.name)
-        if dataclasses.is_dataclass(value):
-            rows += describe(type(value), f"{prefix}{item.name}.")
-        else:
-            rows.append((prefix + item.name, f"{_type_name(item.type)} = {value!r}", item.metadata["help"]))
-    return rows
-
-
-def _read_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read this config file ({getattr(error, 'strerror', error)})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict | types.NoneType):
-        raise UserError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
-    return tree or {}
-
-
-def _override(word: str, value: Any = None) -> dict[str, Any]:
-    key, sign, text = word.partition("=")
-    if value is None:
-        if not sign:
-            raise UserError(f"command line: {word!r} is neither a .yaml file nor KEY=VALUE")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise UserError(f"command line: {word}: the value is not valid YAML") from None
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def _merge(config: Any, tree: dict[str, Any], where: str, prefix: str) -> None:
-    hints = typing.get_type_hints(type(config))
-    known = {item.name: item for item in dataclasses.fields(config)}
-    for key, value in tree.items():
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0) or sorted(hints)[:1]
-            raise UserError(f"{where}: unknown key {prefix}{key}; the nearest is {prefix}{near[0]} (see --help)")
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: {prefix}{key} holds settings, not {value!r}")
-            _merge(getattr(config, key), value, where, f"{prefix}{key}.")
-        else:
-            value, low = _coerce(value, hints[key], where, prefix + key), known[key].metadata["low"]
-            if low is not None and value < low:
-                raise UserError(f"{where}: {prefix}{key} must be at least {low}, not {value}")
-            setattr(config, key, value)
-
-
-def _coerce(value: Any, kind: Any, where: str, key: str) -> Any:
-    """The value as the field's type, or a UserError; `1e-4` is a string to YAML and a number to everybody else."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal and isinstance(value, bool):  # YAML 1.1 reads on, off, yes and no so
-        value = next((word for word in (("yes", "on") if value else ("no", "off")) if word in args), value)
-    if origin is Literal and value in args:
-        return value
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is str and value is None:  # KEY= on the command line
-        return ""
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if origin is list and isinstance(value, list | str | int | float):
-        items = value if isinstance(value, list) else [value]
-        return [_coerce(item, args[0], where, key) for item in items]
-    names = [value] if isinstance(value, str) else value
-    if origin is dict and isinstance(names, dict | list) and all(isinstance(name, str) for name in names):
-        shares = names if isinstance(names, dict) else dict.fromkeys(names, 1.0)
-        return {name: _coerce(share, args[1], where, f"{key}.{name}") for name, share in shares.items()}
-    raise UserError(f"{where}: {key} must be {_type_name(kind)}, not {value!r}")
-
-
-def _type_name(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return "|".join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) is Union:
-        return " or ".join(map(_type_name, typing.get_args(kind)))
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)

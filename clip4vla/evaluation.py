@@ -1,6 +1,6 @@
 """Evaluation on held-out shards: all ranks embed, rank 0 ranks, writes metrics.json and manifest.json, and the report page.
 
-What is ranked against what, or written, eval.task says: zero_shot.py, text_video.py or captioning.py.
+What is ranked against what, written or named, eval.task says: zero_shot.py, text_video.py, captioning.py or classification.py.
 """
 
 import concurrent.futures
@@ -11,7 +11,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from clip4vla import captioning, decoding, distributed, provenance, report, retrieval, selection, text_video, zero_shot
+from clip4vla import (
+    captioning,
+    classification,
+    decoding,
+    distributed,
+    provenance,
+    report,
+    retrieval,
+    selection,
+    text_video,
+    zero_shot,
+)
 from clip4vla.audio_encoder import type_mix
 from clip4vla.config import RunConfig, UserError
 from clip4vla.loader import EvalOrder, Loader, check_fingerprint, open_folders
@@ -72,7 +83,13 @@ class HeldOut:
 
 
 def _task(cfg: RunConfig) -> Any:
-    return {"zero_shot": zero_shot, "retrieval": text_video, "captioning": captioning}[cfg.eval.task]
+    tasks = {
+        "zero_shot": zero_shot,
+        "retrieval": text_video,
+        "captioning": captioning,
+        "classification": classification,
+    }
+    return tasks[cfg.eval.task]
 
 
 def embedded(model: CLIP4VLA, cfg: RunConfig, sources: dict[str, float], key: str, most: int = 0) -> tuple[Loader, Any]:
@@ -102,10 +119,10 @@ def ranked(job: Job, cfg: RunConfig, say: Say) -> dict[str, dict]:
     provenance.write(
         folder / "manifest.json", job.loader, job.found.clips, cfg, job.weights, _task(cfg).account(job.found, cfg)
     )
-    captions = cfg.eval.task == "captioning"
-    if captions:
-        captioning.write_results(folder, job.found)
-    say(f"{job.name}, type token {main}:\n{(captioning if captions else retrieval).table(results[main])}")
+    told = _task(cfg) if cfg.eval.task in ("captioning", "classification") else retrieval
+    if told is not retrieval:
+        told.write_results(folder, job.found)
+    say(f"{job.name}, type token {main}:\n{told.table(results[main])}")
     return results[main]
 
 
@@ -121,6 +138,12 @@ def check_evaluation(cfg: RunConfig) -> None:
         raise UserError(
             f"eval.task={cfg.eval.task}, model.fusion={cfg.model.fusion}: captioning and captioner go together"
         )
+    if cfg.model.fusion == "classifier" and cfg.eval.task != "classification":
+        raise UserError(
+            f"eval.task={cfg.eval.task}, model.fusion=classifier: a classifier is evaluated by classification"
+        )
+    if cfg.eval.task == "classification":
+        classification.check(cfg)
     if cfg.eval.task == "captioning":
         captioning.decode_settings(cfg)
         decoding.tokens_of(cfg.model.clip)
@@ -131,6 +154,8 @@ def check_evaluation(cfg: RunConfig) -> None:
         )
     if cfg.eval.select and not cfg.eval.every:
         raise UserError(f"eval.select={cfg.eval.select}: nothing is evaluated on data.val: set eval.every")
+    if cfg.eval.select and cfg.eval.task == "classification":
+        selection.value({"label": {"accuracy": 0.0, "top5": 0.0}}, cfg.eval.select)
     if cfg.eval.select and cfg.eval.task == "captioning":
         selection.value({"caption": dict.fromkeys(captioning.scored(), 0.0)}, cfg.eval.select)
     if cfg.eval.select and cfg.eval.task == "retrieval":
@@ -169,8 +194,9 @@ def write_report(
         "zero_shot": {"type token": zero_shot.types(cfg)[0]},
         "retrieval": {"fusion": cfg.model.fusion} | media,
         "captioning": {"written by": decoding.named(cfg.decode)} | media,
+        "classification": {"classified by": cfg.classify.method} | media,
     }[cfg.eval.task] | {"preset": cfg.preset}
     runs = {k: v for k, v in places.items() if v}
-    make = report.captions if cfg.eval.task == "captioning" else report.retrieval
+    make = {"captioning": report.captions, "classification": report.classification}.get(cfg.eval.task, report.retrieval)
     report.write(page, f"{Path(cfg.run_dir).name}: test split", settings, runs, make(metrics, exhibits, queries))
     return page

@@ -11,7 +11,7 @@ A product of (m, k) by (k, n) is 2 m k n FLOPs. Useful is what the gradient of t
     a head                    transformer over the frames and segments of each clip; or over those and the words of each pair of
                               a caption and a clip of the global batch, whose last block gives the first place alone; of
                               average length; or over words, frames and segments, and the scores of all tokens at each
-                              word; it always trains
+                              word; or a linear layer; it always trains
 
 Left out: norms, activations and softmax. Not useful: padding, activations and tiles computed again, the second forward pass
 of accumulation. MFU = useful FLOPs / (seconds * FLOP/s of a large bf16 matrix product, measured when the run starts).
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from clip4vla import distributed, losses
 from clip4vla.audio_encoder import type_mix
 from clip4vla.batch import Batch
+from clip4vla.classifier import Classifier
 from clip4vla.config import RunConfig
 from clip4vla.fusion import GlobalToGlobal, LocalToLocal
-from clip4vla.model import CLIP4VLA, needed_towers
+from clip4vla.model import CLIP4VLA, needed_towers, uses_head
 
 
 def shape(parameter: nn.Parameter) -> torch.Size:
@@ -56,8 +57,8 @@ class Work:
         channels = 1 if model.spectrogram.channels == "mono" else 3
         self.segment = 0.0  # each view of it
         views = [cfg.model.pretrain_type] * (2 if cfg.loss.aa else bool(cfg.loss.at or cfg.loss.av))
-        headed = (cfg.loss.tm or cfg.loss.caption) and "a" in cfg.model.modalities
-        for audio_type in views + [cfg.model.audio_type] * bool(headed):
+        headed = uses_head(cfg.loss) and "a" in cfg.model.modalities
+        for audio_type in views + [cfg.model.audio_type] * headed:
             types = type_mix(audio_type, torch.zeros(1, dtype=torch.int64)).shape[1]
             self.segment += _picture(model.audio.trunk, channels, types)
         self.frame = _picture(model.vision, 3, 0)
@@ -92,8 +93,10 @@ class Work:
 
     def _media(self, micros: list[Batch]) -> float:
         """Of the head."""
-        if not (self.loss.tm or self.loss.caption) or isinstance(self.head, GlobalToGlobal):
+        if not uses_head(self.loss) or isinstance(self.head, GlobalToGlobal):
             return 0.0
+        if isinstance(self.head, Classifier):
+            return 3 * 2 * sum(map(len, micros)) * math.prod(shape(self.head.linear.weight))
         kinds = {"v": "frame_clip", "a": "segment_clip"}
         owners = [(getattr(m, kinds[kind]), len(m)) for m in micros for kind in self.cfg.model.modalities]
         clips = sum(map(len, micros))
@@ -150,7 +153,7 @@ def bytes_sent(model: CLIP4VLA, cfg: RunConfig, stage: int, width: int, vectors:
     total += _sequence_bytes(model, cfg, batch, width) if scored else 0
     if stage < 3:
         return total + (gradients // world if stage else 0)
-    run = towers_run(cfg, vectors) + ["head"] * bool(cfg.loss.tm or cfg.loss.caption)
+    run = towers_run(cfg, vectors) + ["head"] * uses_head(cfg.loss)
     weights = sum(elements(getattr(model, name)) for name in run) * width
     twice = micros > 1 and cfg.train.negatives == "global" and bool(losses.features_used(cfg.loss))
     return total + micros * (2 * weights + gradients if twice else weights) // world

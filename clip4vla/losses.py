@@ -32,7 +32,8 @@ PAIRS = {
     "tv": ("text", "vision"),
     "tm": ("text", "media"),
 }
-TERMS = (*PAIRS, "caption")  # what can have a weight
+LEARNT = ("caption", "label")  # cross entropies
+TERMS = (*PAIRS, *LEARNT)  # what can have a weight
 
 
 def features_used(cfg: LossConfig) -> list[str]:
@@ -114,11 +115,11 @@ def objective(
     labels: Labels,
     cfg: LossConfig,
     modalities: str = "av",
-    words: Tensor | None = None,
+    taught: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The terms by name, and their weighted sum under `loss`. features: as CLIP4VLA.forward gives them for these modalities.
 
-    words: of the captions of all ranks, over which `caption`, cross entropy in nats, is the mean.
+    taught: words of the captions, or labels, of all ranks: `caption` or `label`, cross entropy in nats, is the mean over them.
     """
     has = {"text": labels.has_text, "vision": labels.has_frames, "audio": labels.has_audio, "masked": labels.has_audio}
     has["media"] = (labels.has_frames & ("v" in modalities)) | (labels.has_audio & ("a" in modalities))
@@ -138,8 +139,9 @@ def objective(
     if scored:
         valid = has["text"] & has["media"]
         losses["tm"] = scored_nce(features["scores"], features["scale"], valid, group, one_way)
-    if cfg.caption:
-        losses["caption"] = distributed.world() * features["nll"].sum() / words
+    for name in LEARNT:
+        if getattr(cfg, name):
+            losses[name] = distributed.world() * features["nll"].sum() / taught
     return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}
 
 

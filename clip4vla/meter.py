@@ -7,6 +7,7 @@ no_audio (share of clips without sound). The last row of each interval, over tha
     tflops, mfu              useful TFLOP/s of a rank (flops.py); on a GPU also their share of its bf16 matrix product rate
     comm_bytes               bytes that a rank passes into collectives in a step (flops.bytes_sent)
     memory_gib, grad_norm    peak of this rank; before clipping
+    ranks, gpus or cores     how many there are, and what all of them run on
     alignment, uniformity    of the audio vectors of the last step (Wang & Isola 2020), see audio_space
 """
 
@@ -40,6 +41,8 @@ class Meter:
         self.cfg, self.device, self.work = cfg, setup.device, flops.Work(setup.model, cfg)
         self.comm_bytes = flops.bytes_sent(setup.model, cfg, setup.stage, setup.width, bool(setup.vectors))
         self.peak = flops.matrix_rate(setup.device) if setup.device.type == "cuda" else 0.0
+        cores = torch.get_num_threads() * distributed.world()
+        self.devices = ("gpus", distributed.world()) if setup.device.type == "cuda" else ("cores", cores)
         self.names: list[str] = []
         self.pending: list[Tensor] = []  # losses of each step, on the device
         self.counts: list[list[float]] = []
@@ -84,6 +87,8 @@ class Meter:
             "tflops": done / seconds / 1e12,
             "comm_bytes": self.comm_bytes,
             "memory_gib": peak_memory(self.device),
+            "ranks": distributed.world(),
+            self.devices[0]: self.devices[1],
             "time": time.time(),
         }
         rows[-1] |= {"mfu": done / seconds / self.peak} if self.peak else {}

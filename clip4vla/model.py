@@ -15,8 +15,10 @@ from clip4vla import distributed, fusion, towers
 from clip4vla.audio_encoder import AudioEncoder, type_mix
 from clip4vla.batch import Batch
 from clip4vla.captioner import Captioner, Growing
-from clip4vla.config import DataConfig, LossConfig, MaskConfig, ModelConfig, SpectrogramConfig, UserError, load, to_dict
+from clip4vla.classifier import Classifier, label_of
+from clip4vla.config import DataConfig, LossConfig, MaskConfig, ModelConfig, SpectrogramConfig, UserError
 from clip4vla.masking import masked_view
+from clip4vla.settings import load, to_dict
 from clip4vla.spectrogram import decode, normalise
 
 
@@ -50,9 +52,13 @@ class CLIP4VLA(nn.Module):
             self.audio = AudioEncoder(self.vision, self.cfg.position_init)
 
     def start_head(self) -> None:
-        """A head as cfg.fusion names it, which starts from the text tower as it is now."""
+        """A head as cfg.fusion names it; all but the classifier start from the text tower as it is now."""
+        dim = self.clip_config["embed_dim"]
+        if self.cfg.fusion == "classifier":
+            self.head = Classifier(self.cfg, dim)
+            return
         start = Captioner if self.cfg.fusion == "captioner" else fusion.build
-        self.head = start(self.text, self.cfg, self.clip_config["embed_dim"], self.spectrogram.max_segments)
+        self.head = start(self.text, self.cfg, dim, self.spectrogram.max_segments)
 
     def must_have_positions(self) -> None:
         """UserError if captions may be longer than the text tower can read."""
@@ -118,7 +124,7 @@ class CLIP4VLA(nn.Module):
     def forward(self, batch: Batch, loss: LossConfig, mask: MaskConfig) -> dict[str, Tensor]:
         """What the losses with a weight need, and `scale` = 1 / temperature: unit vectors (B, D) text, vision, audio, masked;
         media (B, D) as the head gives them, or its scores (B, N) of own captions and the clips of all ranks; or, of each
-        caption (B,), the negative log-likelihood `nll` of its words."""
+        clip (B,), the negative log-likelihood `nll` of its caption's words or of its label."""
         fixed = torch.full_like(self.log_scale, 1 / self.cfg.temperature, dtype=torch.float32)  # log_scale may be bf16
         features = {"scale": self.log_scale.float().exp() if self.cfg.learn_temperature else fixed}
         if loss.at or loss.tv or loss.tm or loss.caption:
@@ -143,6 +149,10 @@ class CLIP4VLA(nn.Module):
             features |= self._compared(sentence, words, parts)
         if loss.caption:
             features["nll"] = self._unlikelihood(tokens, chosen, words.vectors, self.media(batch, frames), loss)
+        if loss.label:
+            logits, right = self.head(self.media(batch, frames)), self.learnt_labels(batch)
+            smooth = {"label_smoothing": loss.label_smoothing, "ignore_index": -1}
+            features["nll"] = F.cross_entropy(logits, right, reduction="none", **smooth)
         return features
 
     def media(
@@ -177,6 +187,17 @@ class CLIP4VLA(nn.Module):
             tokens = F.pad(tokens, (0, self.cfg.max_tokens - tokens.shape[1]))
         there = towers.words_there(self.text, tokens)[:, 1:]
         return tokens, (there | loss.padded_words) & batch.has_text[:, None]
+
+    def learnt_labels(self, batch: Batch) -> Tensor:
+        """The class (B,) of each clip, -1 where cfg.labels lacks its label or it has nothing of cfg.modalities."""
+        there = (batch.has_frames & ("v" in self.cfg.modalities)) | (batch.has_audio & ("a" in self.cfg.modalities))
+        numbers = {label: i for i, label in enumerate(self.cfg.labels)}
+        named = torch.tensor([numbers.get(label_of(clip), -1) for clip in batch.meta], device=there.device)
+        return named.masked_fill(~there, -1)
+
+    def taught(self, batch: Batch, loss: LossConfig) -> Tensor:
+        """How many words, or labels, this batch teaches."""
+        return (self.learnt_words(batch, loss)[1] if loss.caption else self.learnt_labels(batch) >= 0).sum()
 
     def _unlikelihood(self, tokens: Tensor, chosen: Tensor, read: Tensor, parts: list, loss: LossConfig) -> Tensor:
         """Negative log-likelihood (B,) of the captions (7), the sum over chosen places; read (B, L, D): of the text tower."""
@@ -228,12 +249,17 @@ def must_have_room(cfg: ModelConfig, fingerprint: dict[str, Any]) -> None:
         raise UserError(f"model.max_frames={cfg.max_frames}: the shards have up to {frames} frames in a clip")
 
 
+def uses_head(loss: LossConfig) -> bool:
+    """Whether any of these losses runs the head."""
+    return bool(loss.tm or loss.caption or loss.label)
+
+
 def needed_towers(loss: LossConfig, modalities: str) -> list[str]:
     """The towers that these losses run, with media of these modalities."""
     needs = {
         "text": loss.at or loss.tv or loss.tm or loss.caption,
-        "vision": loss.av or loss.tv or ((loss.tm or loss.caption) and "v" in modalities),
-        "audio": loss.at or loss.av or loss.aa or ((loss.tm or loss.caption) and "a" in modalities),
+        "vision": loss.av or loss.tv or (uses_head(loss) and "v" in modalities),
+        "audio": loss.at or loss.av or loss.aa or (uses_head(loss) and "a" in modalities),
     }
     return [name for name, needed in needs.items() if needed]
 

@@ -18,12 +18,14 @@ from clip4vla import accumulation, distributed, engine, flops
 from clip4vla.batch import Batch
 from clip4vla.build import Setup, prepare, train_loader
 from clip4vla.checkpoints import Checkpoints
+from clip4vla.classifier import Classifier
 from clip4vla.config import RunConfig, UserError
 from clip4vla.engine import GIB
 from clip4vla.fusion import TOKENS, GlobalToGlobal, LocalToLocal
 from clip4vla.loader import Loader
 from clip4vla.losses import TERMS, features_used
 from clip4vla.meter import peak_memory
+from clip4vla.model import uses_head
 from clip4vla.vectors import obstacle
 
 LOOKED_AT = 4  # batches of which a dry run steps with the largest
@@ -117,8 +119,8 @@ def activations(cfg: RunConfig, setup: Setup, micro: Batch) -> int:
         if flops.elements(getattr(model, name), trained=True):
             blocks, tokens, pixels, count = sequences[name]
             total += count * (tokens * _kept(blocks, cfg.train.recompute) + pixels)
-    if (cfg.loss.tm or cfg.loss.caption) and not isinstance(
-        model.head, GlobalToGlobal
+    if uses_head(cfg.loss) and not isinstance(
+        model.head, GlobalToGlobal | Classifier
     ):  # of local_local a tile at a time
         words = int(model.learnt_words(micro, cfg.loss)[1].sum()) if cfg.loss.caption else 0
         packed = len(micro.segments) + len(micro.frames) + words

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from clip4vla import tracking
-from clip4vla.config import RunConfig, to_dict
+from clip4vla.config import RunConfig
 from clip4vla.loader import Loader
+from clip4vla.settings import to_dict
 from clip4vla.shards import write_text
 
 

@@ -12,9 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from clip4vla import captions_page, queries_page
+from clip4vla import captions_page, class_plots, predictions_page, queries_page
 from clip4vla.captions_page import Written
 from clip4vla.exhibits import Exhibit, data_uri, encoded
+from clip4vla.predictions_page import Predicted
 from clip4vla.queries_page import Query, arrow
 
 TERMS = {
@@ -25,6 +26,7 @@ TERMS = {
     "loss/tv": "text–vision",
     "loss/tm": "text–media",
     "loss/caption": "words",
+    "loss/label": "labels",
 }
 PANELS = {  # of meter.py's rows
     "learning rate": {"lr": ""},
@@ -37,7 +39,7 @@ PANELS = {  # of meter.py's rows
     "shares (%)": {"no_audio": "clips without sound", "hidden_rows": "rows masked"},
     "MFU (%)": {"mfu": ""},
 }
-SHADES = ("#1f2937", "#2563eb", "#059669", "#d97706", "#9333ea", "#dc2626", "#0891b2")
+SHADES = ("#1f2937", "#2563eb", "#059669", "#d97706", "#9333ea", "#dc2626", "#0891b2", "#be185d")
 SMOOTH = ("lr", "memory_gib")  # as they are
 COLOURS = {key: shade for keys in (TERMS, *PANELS.values()) for key, shade in zip(keys, SHADES, strict=False)}
 
@@ -47,14 +49,15 @@ def run_plot(name: str, rows: list[dict[str, Any]]) -> bytes:
 
     Of rows with the same step, as after a resume, the last counts.
     """
-    rows = [row for _, row in sorted({row["step"]: row for row in rows if "loss" in row}.items())]
+    rows = latest(rows)
     panels = [(title, keys) for title, keys in PANELS.items() if any(key in row for row in rows for key in keys)]
     lines = -(-len(panels) // 3)
     figure = Figure(figsize=(7.6, 3.3 + 1.4 * lines), dpi=150, layout="constrained")
     grid = figure.add_gridspec(lines + 1, 3, height_ratios=[2.3] + [1] * lines)
     top = figure.add_subplot(grid[0, :])
     _panel(top, rows, TERMS)
-    top.set(title=name, ylabel="loss (nats)")
+    top.set_title(name, parse_math=False)  # a folder's name may hold $
+    top.set_ylabel("loss (nats)")
     if not top.lines:
         top.text(0.5, 0.5, "no loss logged", ha="center", transform=top.transAxes)
     for place, (title, keys) in enumerate(panels):
@@ -73,23 +76,37 @@ def write_plot(run_dir: str, rows: list[dict[str, Any]]) -> None:
         Path(run_dir, "curves.png").write_bytes(run_plot(Path(run_dir).name, rows))
 
 
-def _panel(axes: Axes, rows: list[dict[str, Any]], keys: dict[str, str], times: float = 1) -> None:
-    """The values of each key, raw (thin) and smoothed; keys: what to call them where there are several."""
-    small = keys is not TERMS
-    for key, label in keys.items():
-        points = [(row["step"], row[key] * times) for row in rows if row.get(key) is not None]
-        if points:
-            steps, values = np.array(points, dtype=float).T
-            smooth = values if key in SMOOTH else _smooth(values)
-            axes.plot(steps, values, color=COLOURS[key], lw=0.7, alpha=0.3)
-            axes.plot(steps, smooth, color=COLOURS[key], lw=1.2 if small else 1.8, label=label)
+def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with a loss in order of steps; of rows with the same step, as after a resume, the last."""
+    return [row for _, row in sorted({row["step"]: row for row in rows if "loss" in row}.items())]
+
+
+def draw(axes: Axes, rows: list[dict[str, Any]], key: str, times: float = 1, **line: Any) -> None:
+    """The values of a key over steps, raw (thin) and smoothed; line: how matplotlib is to draw the smoothed one."""
+    points = [(row["step"], row[key] * times) for row in rows if row.get(key) is not None]
+    if points:
+        steps, values = np.array(points, dtype=float).T
+        axes.plot(steps, values, color=line["color"], lw=0.7, alpha=0.3)
+        axes.plot(steps, values if key in SMOOTH else _smooth(values), **line)
+
+
+def tidy(axes: Axes, size: float) -> None:
+    """Few ticks, of whole steps, in letters of this size, and no frame."""
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.5g}")
-    axes.tick_params(labelsize=7 if small else 8)
+    axes.tick_params(labelsize=size)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
+
+
+def _panel(axes: Axes, rows: list[dict[str, Any]], keys: dict[str, str], times: float = 1) -> None:
+    """The values of each key; keys: what to call them where there are several."""
+    size, width = (8, 1.8) if keys is TERMS else (7, 1.2)
+    for key, label in keys.items():
+        draw(axes, rows, key, times, color=COLOURS[key], lw=width, label=label)
+    tidy(axes, size)
     if axes.lines and len(keys) > 1:
-        axes.legend(frameon=False, fontsize=7 if small else 8)
+        axes.legend(frameon=False, fontsize=size)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -137,6 +154,45 @@ def captions(metrics: dict[str, dict[str, Any]], exhibits: list[Exhibit], writte
     return title + (captions_page.section(exhibits, written) if written else "")
 
 
+def classification(metrics: dict[str, dict[str, Any]], exhibits: list[Exhibit], predicted: list[Predicted]) -> str:
+    """HTML of classification. metrics: as classification.ranked gives them; predicted: refers to exhibits by number."""
+    columns = {"accuracy": "accuracy %", "top5": "top 5 %", "class_mean": "class mean %", "chance": "chance %"}
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td>{''.join(f'<td>{_number(row, key)}</td>' for key in columns)}"
+        f"<td>{row['n_clips']:,}</td><td>{row['n_classes']}</td><td>{row['n_folds']}</td></tr>"
+        for name, row in metrics.items()
+    )
+    head = "".join(f"<th>{name}" for name in ("", *columns.values(), "clips", "classes", "folds"))
+    note = "Chance: always the commonest class. Class mean: every class counts the same. ± : deviation over folds. "
+    note += "In brackets: 95% interval, bootstrap over groups." * any("ci" in row for row in metrics.values())
+    table = f'<div class="scroll"><table><thead><tr>{head}</thead><tbody>{rows}</tbody></table></div>'
+    plots = {name: data_uri(png, "image/png") for name, png in _class_plots(metrics).items()}
+    large = f'<div class="scroll"><img alt="confusion matrix" src="{plots.pop("confusion matrix")}"></div>'
+    small = "".join(f'<img alt="{name}" src="{uri}">' for name, uri in plots.items())
+    title = f'<section><h2>Classification</h2>{table}<p class="note">{note}</p>{large}<div class="curves">{small}</div></section>'
+    return title + (predictions_page.section(exhibits, predicted) if predicted else "")
+
+
+def _class_plots(metrics: dict[str, dict[str, Any]]) -> dict[str, bytes]:
+    """PNGs by what they show: of the main modalities each class, and of all of them few-shot curves."""
+    row = metrics["label"]
+    counts = np.array(row["confusion"])
+    clips = counts.sum(1)
+    recall = np.where(clips, 100 * counts.diagonal() / np.maximum(clips, 1), np.nan)
+    plots = {
+        "confusion matrix": class_plots.confusion(row["classes"], counts),
+        "recall of each class": class_plots.per_class(row["classes"], recall, clips, 100 / len(clips)),
+    }
+    curves = {
+        name: {int(shots): values for shots, values in m.get("few_shot", {}).items() if values}
+        for name, m in metrics.items()
+    }
+    if any(curves.values()):
+        full = {name: m["accuracy"] for name, m in metrics.items()}
+        plots["few-shot curves"] = class_plots.few_shot({k: v for k, v in curves.items() if v}, full)
+    return plots
+
+
 def _settings(settings: dict[str, Any], prefix: str = "") -> str:
     return "".join(
         _settings(value, f"{prefix}{key}.")
@@ -176,7 +232,8 @@ def _metrics_row(subset: str, row: dict[str, Any]) -> str:
 
 def _number(row: dict[str, Any], name: str) -> str:
     interval = row.get("ci", {}).get(name)
-    return f"{row[name]:.1f}" + (f" <i>[{interval[0]:.1f}, {interval[1]:.1f}]</i>" if interval else "")
+    spread = f" <i>± {row['deviation']:.1f}</i>" if name == "accuracy" and "deviation" in row else ""
+    return f"{row[name]:.1f}{spread}" + (f" <i>[{interval[0]:.1f}, {interval[1]:.1f}]</i>" if interval else "")
 
 
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">

@@ -6,7 +6,20 @@ from typing import Any
 
 from clip4vla.config import RunConfig, UserError
 
-HIGHER = ("R@1", "R@5", "R@10", "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")  # is better
+HIGHER = (
+    "R@1",
+    "R@5",
+    "R@10",
+    "BLEU-1",
+    "BLEU-2",
+    "BLEU-3",
+    "BLEU-4",
+    "METEOR",
+    "ROUGE-L",
+    "CIDEr",
+    "accuracy",
+    "top5",
+)  # is better
 LOWER = ("MedR", "MeanR")
 
 

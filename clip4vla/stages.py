@@ -6,6 +6,8 @@ goes on where it was: each run resumes as it would alone.
 
 import gc
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,12 @@ def fit_and_test(cfg: RunConfig, ds_config: str | None) -> dict[str, dict[str, A
         fit(cfg, ds_config)
         test(cfg)
     return distributed.gather_objects(json.loads(file.read_text()) if distributed.rank() == 0 else None)[0]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sample standard deviation, which one value does not have."""
+    middle = f"{statistics.mean(values):.1f}"
+    return f"{middle} ± {statistics.stdev(values):.1f}" if len(values) > 1 else middle
 
 
 def _agreed(here: bool) -> bool:

@@ -14,7 +14,8 @@ import yaml
 from tqdm import tqdm
 
 from clip4vla import distributed
-from clip4vla.config import RunConfig, UserError, to_dict
+from clip4vla.config import RunConfig, UserError
+from clip4vla.settings import to_dict
 from clip4vla.shards import write_text
 
 PACKAGES = ("torch", "deepspeed", "open_clip_torch", "nvidia-dali-cuda130", "webdataset")

@@ -65,6 +65,7 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
     watch.at("the end")
     held_out.finish()
     checkpoints.close()
+    run.destroy()  # else its hooks keep it, and a next run in this process has less memory
     tracker.say(f"step {step} of {cfg.train.max_steps}: state saved in {cfg.run_dir}/checkpoints")
     tracker.close()
     if distributed.rank() == 0:

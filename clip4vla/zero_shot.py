@@ -79,15 +79,12 @@ def directions(clips: dict[int, dict], vectors: dict[str, dict], audio_type: str
 
     A picture or caption of one item counts once, however many clips carry it. Directions without an answer are left out.
     """
-    video, audio = (
-        _media(kind, clips, vectors[key]) for kind, key in (("video", "video"), ("audio", f"audio/{audio_type}"))
-    )
+    video, (spoken, audio) = _media("video", clips, vectors["video"]), heard(clips, vectors, audio_type)
     text = _texts(clips, vectors["text"], video, lambda clip, j: tuple(clip.get("caption_langs", [])[j : j + 1]))
-    spoken = _texts(clips, vectors["text"], audio, lambda clip, _: _tags(clip))
     for a, b in ((text, video), (spoken, audio), (video, audio)):
         seen = []
         for tag in ("", *sorted({tag for tags in a.tags + b.tags for tag in tags})):
-            few = [_once(side.tagged(tag), clips) for side in (a, b)]
+            few = [once(side.tagged(tag), clips) for side in (a, b)]
             rows = [side.clip for side in few]
             if rows in seen or not set(few[0].group.tolist()) & set(few[1].group.tolist()):
                 continue  # the same things under another name, or nothing to find
@@ -97,6 +94,12 @@ def directions(clips: dict[int, dict], vectors: dict[str, dict], audio_type: str
             yield f"{b.kind}_to_{a.kind}{ending}", *reversed(few)
 
 
+def heard(clips: dict[int, dict], vectors: dict[str, dict], audio_type: str) -> tuple[Side, Side]:
+    """(captions, sounds) of the clips that have sound, under a type token; tagged with type and language."""
+    audio = _media("audio", clips, vectors[f"audio/{audio_type}"])
+    return _texts(clips, vectors["text"], audio, lambda clip, _: _tags(clip)), audio
+
+
 def _media(kind: str, clips: dict[int, dict], vectors: dict[int, Tensor]) -> Side:
     tags = [_tags(clips[i]) if kind == "audio" else () for i in vectors]
     return Side(kind, _stack(vectors), _groups(clips, vectors), list(vectors), [""] * len(vectors), tags)
@@ -104,7 +107,8 @@ def _media(kind: str, clips: dict[int, dict], vectors: dict[int, Tensor]) -> Sid
 
 def _texts(clips: dict[int, dict], vectors: dict, media: Side, tags: Callable[[dict, int], tuple[str, ...]]) -> Side:
     """The captions of the clips that have this medium."""
-    rows = {(i, j): vector for (i, j), vector in vectors.items() if i in set(media.clip)}
+    there = set(media.clip)
+    rows = {(i, j): vector for (i, j), vector in vectors.items() if i in there}
     index = [i for i, _ in rows]
     text = [clips[i]["captions"][j] for i, j in rows]
     return Side("text", _stack(rows), _groups(clips, index), index, text, [tags(clips[i], j) for i, j in rows])
@@ -118,7 +122,7 @@ def _groups(clips: dict[int, dict], index: Any) -> Tensor:
     return torch.tensor([number(clips[i]["group"]) for i in index], dtype=torch.int64)
 
 
-def _once(side: Side, clips: dict[int, dict]) -> Side:
+def once(side: Side, clips: dict[int, dict]) -> Side:
     """Each sound, and the first of equal pictures or captions of one item; clips of one video are groups of their own."""
     names = [
         (i, i, text) if side.kind == "audio" else (clips[i].get("item"), clips[i]["group"], text)

@@ -46,12 +46,22 @@ def stamps(root: Path) -> list[Row]:
 
 
 def _stamp_rows(item: str, stamp: Stamp, group: str, nonverbal: set[str]) -> Iterator[Row]:
-    """The picture, the sound if it is a nonverbal one, and every spoken clip."""
+    """The picture, the sound if it is a nonverbal one, and every spoken clip; their label is the stamp's folder."""
+    label = item.partition("/")[0]
 
     def row(source: str, langs: list[str], **more: Any) -> Row:
         captions = [stamp.texts[lang] for lang in langs]
         return Row(
-            f"{source}/{item}", item, group, source, split_of(group), captions, langs, picture=stamp.picture, **more
+            f"{source}/{item}",
+            item,
+            group,
+            source,
+            split_of(group),
+            captions,
+            langs,
+            picture=stamp.picture,
+            label=label,
+            **more,
         )
 
     yield row("pictures", ["en", *(lang for lang in PICTURE_LANGS if lang in stamp.texts)])

@@ -1,43 +1,74 @@
 """The paper's ablations and figures, each by one command; killed, the same command goes on.
 
 Table 5   deepspeed launch/ablate.py table5 configs/pretrain/stamps.yaml configs/finetune/stamps_retrieval.yaml --seeds 0 1 2
+          rows and seeds are runs below --out; [pretrain.|finetune.]KEY=VALUE words change both stages, or one
+Figure 4  python launch/ablate.py figure4 runs/ablation/type/seed-*/pretrain --out runs/ablation
+          text to audio R@k against the mixing ratio of the type tokens: figure4.csv and .png; KEY=VALUE words change data
+types     python launch/ablate.py types runs/demo
+          what the type token tells apart, how verbal each clip is, PCA and t-SNE: RUN/types/
+cost      python launch/ablate.py cost runs/demo
+          hours, clips, parameters and FLOPs from the runs' own logs, beside the paper's (Table 6)
 """
 
 import argparse
 from pathlib import Path
 
 from clip4vla.cli import cli
-from clip4vla.config import UserError
+from clip4vla.config import RunConfig, UserError
+from clip4vla.settings import load
 
 
 @cli
 def main() -> None:
-    args = parsed()
-    {"table5": table5}[args.what](args)
-
-
-def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("table5", "figure4", "types", "cost"))
+    parser.add_argument("words", nargs="+", metavar="CONFIG.yaml|RUN|KEY=VALUE")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of table5")
+    parser.add_argument("--out", default="runs/ablation", help="folder of table5 and figure4")
+    parser.add_argument("--deepspeed_config", help="DeepSpeed's JSON, of all runs of table5")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
-    parts = parser.add_subparsers(dest="what", required=True)
-    part = parts.add_parser("table5", help="rows of Table 5, several seeds")
-    part.add_argument("words", nargs="+", metavar="PRETRAIN.yaml FINETUNE.yaml [pretrain.|finetune.][KEY=VALUE]")
-    part.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    part.add_argument("--out", default="runs/ablation", help="folder of the runs and of table5.md")
-    part.add_argument("--deepspeed_config", help="DeepSpeed's JSON, of all runs")
-    return parser.parse_args()
+    args = parser.parse_intermixed_args()
+    args.places = [word for word in args.words if "=" not in word]
+    args.words = [word for word in args.words if "=" in word]
+    {"table5": table5, "figure4": figure4, "types": types, "cost": cost}[args.what](args)
 
 
 def table5(args: argparse.Namespace) -> None:
-    files = [word for word in args.words if "=" not in word]
-    if len(files) != 2:
-        raise UserError(f"table5: two config files, PRETRAIN.yaml and FINETUNE.yaml, not {len(files)}")
+    if len(args.places) != 2:
+        raise UserError(f"table5: two config files, PRETRAIN.yaml and FINETUNE.yaml, not {len(args.places)}")
     from clip4vla import ablation, distributed  # after the words are read: a typing error shows at once
 
-    plan = ablation.Plan(*files, [word for word in args.words if "=" in word], Path(args.out))
-    table = ablation.run(plan, args.seeds, args.deepspeed_config)
+    table = ablation.run(ablation.Plan(*args.places, args.words, Path(args.out)), args.seeds, args.deepspeed_config)
     if distributed.rank() == 0:
         print(table, end="")
+
+
+def figure4(args: argparse.Namespace) -> None:
+    configs = [config_of(run, args.words) for run in args.places]
+    from clip4vla import mixing
+
+    mixing.sweep_runs(configs, Path(args.out))
+
+
+def types(args: argparse.Namespace) -> None:
+    configs = [config_of(run, args.words) for run in args.places]
+    from clip4vla import audio_types
+
+    for cfg in configs:
+        audio_types.analyse(cfg)
+
+
+def cost(args: argparse.Namespace) -> None:
+    from clip4vla import cost
+
+    print(cost.table(args.places), end="")
+
+
+def config_of(run: str, words: list[str]) -> RunConfig:
+    """Settings of a run, changed by KEY=VALUE words."""
+    if not Path(run, "config.yaml").is_file():
+        raise UserError(f"{run}: no run there (it has no config.yaml): name folders that run_dir gave")
+    return load(RunConfig, f"{run}/config.yaml", [*words, f"run_dir={run}", "eval.select="])
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clip4vla.config import DataConfig, UserError, load
+from clip4vla.config import DataConfig, UserError
 from clip4vla.media import read_clip
+from clip4vla.settings import load
 from clip4vla.spectrogram import crop, decode, encode, log_mel
 from data_prep.manifest import Row
 from data_prep.pictures import jpeg, png

@@ -25,8 +25,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip4vla.config import DataConfig, UserError, load
+from clip4vla.config import DataConfig, UserError
 from clip4vla.media import frame_times, read_clip
+from clip4vla.settings import load
 from clip4vla.spectrogram import crop, decode, encode, log_mel
 from data_prep.manifest import Row
 from data_prep.shard import sample

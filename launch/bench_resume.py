@@ -19,7 +19,8 @@ import torch.multiprocessing as mp
 from clip4vla import accumulation, distributed, engine
 from clip4vla.build import prepare, train_loader
 from clip4vla.checkpoints import Checkpoints, frozen_weights
-from clip4vla.config import RunConfig, load
+from clip4vla.config import RunConfig
+from clip4vla.settings import load
 from launch.bench import count
 from launch.bench_loss import free_port
 from launch.bench_step import configure

@@ -35,8 +35,9 @@ from torch import Tensor
 from clip4vla import accumulation, distributed, engine, flops
 from clip4vla.batch import Batch
 from clip4vla.build import prepare, train_loader
-from clip4vla.config import RunConfig, load
+from clip4vla.config import RunConfig
 from clip4vla.losses import info_nce
+from clip4vla.settings import load
 from launch.bench import count
 from launch.bench_loss import free_port
 from launch.bench_step import configure

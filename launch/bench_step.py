@@ -25,11 +25,12 @@ from clip4vla import accumulation, distributed, engine, flops, towers
 from clip4vla.audio_encoder import type_mix
 from clip4vla.batch import Batch
 from clip4vla.build import Setup, prepare, train_loader
-from clip4vla.config import RunConfig, load
+from clip4vla.config import RunConfig
 from clip4vla.loader import open_folders
 from clip4vla.losses import objective
 from clip4vla.masking import masked_view
 from clip4vla.model import CLIP4VLA
+from clip4vla.settings import load
 from clip4vla.spectrogram import decode, normalise
 from clip4vla.vectors import describe
 from data_prep import embed

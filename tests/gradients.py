@@ -11,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from clip4vla import accumulation, distributed, engine  # noqa: E402
 from clip4vla.build import build_model, train_loader  # noqa: E402
-from clip4vla.config import RunConfig, load  # noqa: E402
+from clip4vla.config import RunConfig  # noqa: E402
 from clip4vla.loader import open_folders  # noqa: E402
+from clip4vla.settings import load  # noqa: E402
 
 
 def gradients(file: str, *words: str) -> dict:

@@ -9,7 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip4vla.config import DataConfig, UserError, load  # noqa: E402
+from clip4vla.config import DataConfig, UserError  # noqa: E402
+from clip4vla.settings import load  # noqa: E402
 from data_prep.annotations import merge, read  # noqa: E402
 from data_prep.manifest import PICTURES, SOUNDS, VIDEOS  # noqa: E402
 

@@ -12,8 +12,9 @@ from conftest import ROOT, TINY, run
 
 sys.path.insert(0, str(ROOT))
 
-from clip4vla.config import DataConfig, UserError, load  # noqa: E402
+from clip4vla.config import DataConfig, UserError  # noqa: E402
 from clip4vla.media import frame_times, read_clip  # noqa: E402
+from clip4vla.settings import load  # noqa: E402
 from launch.bench_plan import markdown  # noqa: E402
 from launch.bench_prep import VIDEOS, peer_frames, prepare, psnr  # noqa: E402
 

@@ -13,9 +13,10 @@ from test_text_video import looks
 
 from clip4vla import captioning, towers
 from clip4vla.batch import Batch
-from clip4vla.config import LossConfig, MaskConfig, ModelConfig, SpectrogramConfig, load
+from clip4vla.config import LossConfig, MaskConfig, ModelConfig, SpectrogramConfig
 from clip4vla.loader import spoken
 from clip4vla.model import CLIP4VLA
+from clip4vla.settings import load
 
 SCRIPT = "launch/finetune_captioning.py"
 SAID = {"a": "A black cat sits.", "b": "a dog barks loudly at the moon", "c": "Rain!"}
@@ -275,7 +276,7 @@ def test_the_nearest_clip_gives_its_caption(learnt, sample_shards, no_java):
     "script, wrong, said",
     [
         (SCRIPT, ["loss.caption=0"], "loss.caption is 0"),
-        (SCRIPT, ["loss.tm=1"], "captioner is trained by loss.caption, the heads of retrieval by loss.tm"),
+        (SCRIPT, ["loss.tm=1"], "captioner is trained by loss.caption, classifier by loss.label"),
         (SCRIPT, ["model.fusion=global_local"], "captioning and captioner go together"),
         (SCRIPT, ["eval.task=retrieval"], "is evaluated by eval.task=captioning"),
         (SCRIPT, ["eval.every=2", "eval.select=caption/SPICE"], "no such number; there is caption, each with BLEU-1, "),

@@ -7,7 +7,8 @@ import yaml
 from conftest import ROOT, run
 
 from clip4vla.cli import help_text
-from clip4vla.config import OFFICIAL, DataConfig, RunConfig, UserError, describe, load, to_dict
+from clip4vla.config import OFFICIAL, DataConfig, RunConfig, UserError
+from clip4vla.settings import describe, load, to_dict
 
 YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
 

@@ -20,7 +20,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip4vla.config import DataConfig, UserError, describe  # noqa: E402
+from clip4vla.config import DataConfig, UserError  # noqa: E402
+from clip4vla.settings import describe  # noqa: E402
 from clip4vla.shards import ShardFolder  # noqa: E402
 from data_prep.manifest import Row  # noqa: E402
 from data_prep.shard import lock, main, sample, shard  # noqa: E402

@@ -12,7 +12,8 @@ from conftest import ROOT, TINY, run
 
 from clip4vla import CLIP4VLA, engine
 from clip4vla.checkpoints import newest_checkpoint
-from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig, TrainConfig, UserError, load
+from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig, TrainConfig, UserError
+from clip4vla.settings import load
 from clip4vla.universal import load_tensors
 
 SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clip4vla import distributed, towers
-from clip4vla.config import DataSources, MaskConfig, RunConfig, UserError, load
+from clip4vla.config import DataSources, MaskConfig, RunConfig, UserError
 from clip4vla.loader import EvalOrder, Loader, Place, TrainOrder, check_fingerprint, open_folders
+from clip4vla.settings import load
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=7)
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from clip4vla.config import MaskConfig, RunConfig, load
+from clip4vla.config import MaskConfig, RunConfig
 from clip4vla.masking import draw, masked_view
+from clip4vla.settings import load
 from clip4vla.spectrogram import normalise
 
 PAPER, OFFICIAL = MaskConfig(), load(RunConfig, None, ["preset=official"]).mask

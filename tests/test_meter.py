@@ -15,8 +15,9 @@ from traffic import made_up
 from clip4vla import CLIP4VLA, flops, fusion, losses
 from clip4vla.batch import Batch
 from clip4vla.build import Setup
-from clip4vla.config import RunConfig, SpectrogramConfig, load
+from clip4vla.config import RunConfig, SpectrogramConfig
 from clip4vla.meter import Meter, audio_space
+from clip4vla.settings import load
 
 STEPS = 3
 

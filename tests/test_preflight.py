@@ -9,7 +9,8 @@ from conftest import TINY, ranks
 
 from clip4vla import CLIP4VLA, preflight
 from clip4vla.build import Setup
-from clip4vla.config import RunConfig, SpectrogramConfig, UserError, load
+from clip4vla.config import RunConfig, SpectrogramConfig, UserError
+from clip4vla.settings import load
 
 PLAIN = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
 

@@ -12,7 +12,8 @@ from conftest import ROOT, ranks, trace, wait_for
 
 sys.path.insert(0, str(ROOT))
 
-from clip4vla.config import DataConfig, load  # noqa: E402
+from clip4vla.config import DataConfig  # noqa: E402
+from clip4vla.settings import load  # noqa: E402
 from clip4vla.shards import ShardFolder  # noqa: E402
 from data_prep.plan import read_plan  # noqa: E402
 from data_prep.shard import shard  # noqa: E402

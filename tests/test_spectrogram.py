@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clip4vla.config import DataConfig, SpectrogramConfig, load
+from clip4vla.config import DataConfig, SpectrogramConfig
+from clip4vla.settings import load
 from clip4vla.spectrogram import crop, decode, encode, log_mel, mel_filters, n_segments, normalise
 
 CFG = SpectrogramConfig()

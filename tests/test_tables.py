@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
-from clip4vla.config import DataConfig, RunConfig, describe, load, to_dict
+from clip4vla.config import DataConfig, RunConfig
+from clip4vla.settings import describe, load, to_dict
 from clip4vla.tables import tables
 
 YAMLS = sorted((ROOT / "configs/finetune").rglob("*.yaml"))

@@ -13,8 +13,9 @@ from test_finetune import SCRIPT
 
 from clip4vla import evaluation, selection, text_video
 from clip4vla.checkpoints import chosen_checkpoint, superseded
-from clip4vla.config import RunConfig, UserError, load
+from clip4vla.config import RunConfig, UserError
 from clip4vla.model import CLIP4VLA
+from clip4vla.settings import load
 
 HEADS = ("global_global", "global_local", "local_local")
 

@@ -45,7 +45,8 @@ for name in SENT:
 
 from clip4vla import accumulation, distributed, meter  # noqa: E402  (DeepSpeed keeps the functions that it finds)
 from clip4vla.batch import Labels  # noqa: E402
-from clip4vla.config import RunConfig, load  # noqa: E402
+from clip4vla.config import RunConfig  # noqa: E402
+from clip4vla.settings import load  # noqa: E402
 from clip4vla.train import train  # noqa: E402
 
 add, objective = meter.Meter.add, accumulation.objective

@@ -1,0 +1,290 @@
+"""Classification of held-out clips: by a linear probe on frozen pooled features, by class names in words, or by a trained head.
+
+B clips, D width, K classes. Accuracies are in percent. Of several modalities each is scored alone too, on the clips that have it.
+"""
+
+import csv
+import io
+import re
+import statistics
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip4vla import captioning, distributed, exhibits, features, fusion, probing
+from clip4vla.classifier import label_of
+from clip4vla.config import RunConfig, UserError
+from clip4vla.features import Features
+from clip4vla.loader import Loader, number, open_folders
+from clip4vla.model import CLIP4VLA
+from clip4vla.predictions_page import Predicted
+from clip4vla.shards import write_text
+from clip4vla.watchdog import watch
+
+THREADS = 4  # that make exhibits
+GUESSES = 5  # of a clip that are shown
+TEXTS = 256  # that go through the text tower at a time
+
+
+@dataclass
+class Found:
+    """What the ranks found, on the CPU."""
+
+    classes: list[str]
+    clips: dict[int, dict]  # json of the held-out clips that take part, by their place in the loader's order
+    left_out: dict[str, list[str]]  # ids by reason
+    scores: dict[
+        str, Tensor
+    ]  # log-probabilities (B, K) by modalities, the main ones first; NaN where a clip has none of them
+    training: dict[str, int] = field(
+        default_factory=dict
+    )  # clips that probes were fitted on beside other folds, by SOURCE/SPLIT
+    told: dict[str, dict[str, Any]] = field(default_factory=dict)  # by modalities: what probing.probes tells
+
+    @property
+    def folds(self) -> list[str]:
+        """SOURCE/SPLIT of each clip."""
+        return [_fold(clip) for clip in self.clips.values()]
+
+    @property
+    def right(self) -> Tensor:
+        """The class (B,) of each clip."""
+        numbers = {label: i for i, label in enumerate(self.classes)}
+        return torch.tensor([numbers[label_of(clip)] for clip in self.clips.values()], dtype=torch.int64)
+
+
+def _fold(clip: dict[str, Any]) -> str:
+    return f"{clip['source']}/{clip['split']}"
+
+
+def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
+    """Log-probabilities of the classes for each of the loader's clips, in the way of cfg.classify.method; on rank 0."""
+    if cfg.classify.method == "classifier":
+        return _by_head(model, loader, cfg)
+    held = features.of_folders(model, loader, loader.folders, cfg)
+    return (_by_names if cfg.classify.method == "zero_shot" else _by_probe)(model, loader, held, cfg)
+
+
+def _by_head(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
+    mine: dict[str, dict] = {"clips": {}, "scores": {}, "heard": {}}
+    for k, batch in enumerate(loader.batches(0, len(loader.order))):
+        watch.at(f"evaluation: batch {k}")
+        parts = model.media(batch.to(loader.device))
+        scores = model.head(parts).log_softmax(1).cpu()
+        heard = torch.stack([part.there.any(1) for part in parts]).any(0).tolist()
+        for i, clip, score, any_part in zip(loader.numbers(k), batch.meta, scores, heard, strict=True):
+            if clip["id"]:
+                mine["clips"][i], mine["scores"][i], mine["heard"][i] = clip, score.clone(), any_part
+    found = distributed.merge(mine)
+    clips, left_out = _taking_part(found["clips"], found["heard"], cfg.model.labels)
+    return Found(
+        cfg.model.labels, clips, left_out, {cfg.model.modalities: torch.stack([found["scores"][i] for i in clips])}
+    )
+
+
+def _taking_part(clips: dict[int, dict], heard: dict[int, bool], classes: list[str]) -> tuple[dict[int, dict], dict]:
+    """(those with a class and a medium, ids of the others by reason); UserError without any."""
+    gone = {
+        "no label": [i for i, clip in clips.items() if not label_of(clip)],
+        "another label": [i for i, clip in clips.items() if label_of(clip) and label_of(clip) not in classes],
+        "no media": [i for i in clips if not heard[i]],
+    }
+    kept = {i: clip for i, clip in clips.items() if not any(i in set(rows) for rows in gone.values())}
+    if not kept:
+        why = ", ".join(f"{reason}: {len(rows)}" for reason, rows in gone.items())
+        raise UserError(f"data.test: none of {len(clips)} clips can be classified ({why})")
+    return kept, {reason: [clips[i]["id"] for i in rows] for reason, rows in gone.items()}
+
+
+def _chosen(held: Features, classes: list[str], cfg: RunConfig) -> tuple[Features, dict[int, dict], dict]:
+    """(the features that take part, their clips by number, ids of the others by reason)."""
+    heard = dict(zip(held.number, held.having(cfg.model.modalities).tolist(), strict=True))
+    clips, left_out = _taking_part(dict(zip(held.number, held.clips, strict=True)), heard, classes)
+    ids = {clip["id"] for clip in clips.values()}
+    return held.where(lambda clip: clip["id"] in ids), clips, left_out
+
+
+def _kinds(cfg: RunConfig) -> list[str]:
+    return list(dict.fromkeys([cfg.model.modalities, *cfg.model.modalities]))
+
+
+def _by_names(model: CLIP4VLA, loader: Loader, held: Features, cfg: RunConfig) -> Found:
+    """Cosines of the classes' sentences with y^g, z^g, or the mean of both, over the temperature."""
+    classes = asked(cfg) or sorted({label_of(clip) for clip in held.clips} - {""})
+    names = class_vectors(model, loader, classes, cfg.classify.templates)
+    some, clips, left_out = _chosen(held, classes, cfg)
+    scale = model.log_scale.exp().item() if cfg.model.learn_temperature else 1 / cfg.model.temperature
+    scores = {}
+    for kinds in _kinds(cfg):
+        media = fusion.mean([some.vectors[kind] for kind in kinds], cfg.model.mean)
+        logits = scale * media @ names.T
+        scores[kinds] = logits.log_softmax(1).masked_fill(~some.having(kinds)[:, None], torch.nan)
+    return Found(classes, clips, left_out, scores)
+
+
+def asked(cfg: RunConfig) -> list[str]:
+    """The classes of classify.labels, perhaps none; UserError for a file that cannot be read, or a class given twice."""
+    names = cfg.classify.labels
+    if len(names) == 1 and names[0].endswith(".txt"):
+        try:
+            lines = Path(names[0]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"classify.labels: cannot read {names[0]} ({error}): a file has a class a line") from None
+        names = [line.strip() for line in lines if line.strip()]
+    if len(names) == 1 or len(set(names)) < len(names):
+        raise UserError(
+            f"classify.labels: {len(names)} classes, {len(set(names))} of them different: give two at least, once each"
+        )
+    return names
+
+
+def in_words(label: str) -> str:
+    """door_wood_knock and ApplyEyeMakeup as a caption would say them."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label).replace("_", " ").lower()
+
+
+def class_vectors(model: CLIP4VLA, loader: Loader, classes: list[str], templates: list[str]) -> Tensor:
+    """Unit vectors (K, D): of each class the mean over its sentences, each brought to unit length first."""
+    texts = [template.replace("{}", in_words(label)) for label in classes for template in templates]
+    parts = [loader.tokenize(texts[i : i + TEXTS]).to(loader.device) for i in range(0, len(texts), TEXTS)]
+    sentences = torch.cat([F.normalize(model.encode_text(tokens)[0].float(), dim=-1).cpu() for tokens in parts])
+    return F.normalize(sentences.view(len(classes), len(templates), -1).mean(1), dim=-1)
+
+
+def _by_probe(model: CLIP4VLA, loader: Loader, held: Features, cfg: RunConfig) -> Found:
+    """Probes that rank 0 fits, for each fold and each of the modalities."""
+    folders = open_folders(cfg.data.train, "data.train", cfg.data) if cfg.data.train else []
+    training = features.of_folders(model, loader, folders, cfg).where(lambda clip: bool(label_of(clip)))
+    if distributed.rank():
+        return Found([], {}, {}, {})
+    classes = sorted({label_of(clip) for clip in [*held.clips, *training.clips]} - {""})
+    some, clips, left_out = _chosen(held, classes, cfg)
+    found = Found(classes, clips, left_out, {}, Counter(map(_fold, training.clips)))
+    for kinds in _kinds(cfg):
+        found.scores[kinds], found.told[kinds] = probing.probes(
+            some, found.folds, training, classes, kinds, cfg, loader.device
+        )
+    return found
+
+
+def ranked(found: Found, cfg: RunConfig) -> dict[str, dict[str, dict]]:
+    """{type token: metrics}: label, and with /v and /a those of one medium alone."""
+    rows = {}
+    for kinds, scores in found.scores.items():
+        heard = ~scores.isnan().any(1)
+        if heard.any():
+            row = _row(found, scores, heard.nonzero()[:, 0], cfg) | found.told.get(kinds, {})
+            rows["label" + f"/{kinds}" * (kinds != cfg.model.modalities)] = row
+    return {cfg.model.audio_type: rows}
+
+
+def _row(found: Found, scores: Tensor, rows: Tensor, cfg: RunConfig) -> dict[str, Any]:
+    """Metrics of these clips; over folds accuracy and top5 are means, and deviation is the sample's of accuracy."""
+    right, folds = found.right[rows], [found.folds[i] for i in rows.tolist()]
+    order = scores[rows].argsort(dim=1, descending=True, stable=True)
+    hits = [100.0 * (order[:, :k] == right[:, None]).any(1).double().numpy() for k in (1, GUESSES)]
+    names = list(dict.fromkeys(folds)) if cfg.classify.held_out == "in_turn" else ["all"]
+    mine = np.array(folds if names != ["all"] else ["all"] * len(folds))
+    by_fold = {name: {"accuracy": float(hits[0][mine == name].mean()), "top5": float(hits[1][mine == name].mean()),
+                      "n_clips": int((mine == name).sum())} for name in names}  # fmt: skip
+    size = len(found.classes)
+    confusion = torch.bincount(right * size + order[:, 0], minlength=size * size).view(size, size)
+    there = confusion.sum(1) > 0
+    row: dict[str, Any] = {name: statistics.mean(f[name] for f in by_fold.values()) for name in ("accuracy", "top5")}
+    row |= {"deviation": statistics.stdev(f["accuracy"] for f in by_fold.values())} if len(names) > 1 else {}
+    row["class_mean"] = 100 * float((confusion.diagonal()[there] / confusion.sum(1)[there]).double().mean())
+    row["chance"] = 100 * int(confusion.sum(1).max()) / len(rows)  # of always naming the commonest class
+    if cfg.eval.bootstrap and len(names) == 1:
+        groups = np.array([number(clip["group"]) for clip in found.clips.values()])[rows]
+        row["ci"] = {"accuracy": captioning.interval(hits[0], groups, cfg.eval.bootstrap, cfg.seed)}
+    sizes = {"n_clips": len(rows), "n_classes": size, "n_folds": len(names)}
+    return (
+        row
+        | sizes
+        | ({"folds": by_fold} if len(names) > 1 else {})
+        | {"classes": found.classes, "confusion": confusion.tolist()}
+    )
+
+
+def account(found: Found, cfg: RunConfig) -> dict[str, Any]:
+    """For the manifest: how clips got their class, from which others, and what is missing."""
+    how = {
+        "probe": "L2 logistic regression on frozen pooled features, its strength chosen by a fifth of the training clips, by "
+        "whole groups of each class, then fitted on all of them",
+        "zero_shot": f"nearest of the classes' names in {len(cfg.classify.templates)} sentences, averaged",
+        "classifier": "the head that was trained",
+    }[cfg.classify.method]
+    turn = "; each folder of data.test held out in turn" * (cfg.classify.held_out == "in_turn")
+    return {"protocol": how + turn, "training_clips": dict(found.training), "left_out": found.left_out}
+
+
+def write_results(folder: Path, found: Found) -> None:
+    """predictions.csv: id, fold, label, guess, its probability, and the rank of the right class, by all modalities together."""
+    scores = next(iter(found.scores.values()))
+    place = 1 + (scores > scores.gather(1, found.right[:, None])).sum(1)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["id", "fold", "label", "guess", "probability", "rank"])
+    for clip, fold, row, rank in zip(found.clips.values(), found.folds, scores, place.tolist(), strict=True):
+        best = int(row.argmax())
+        writer.writerow([clip["id"], fold, label_of(clip), found.classes[best], f"{row[best].exp():.6f}", rank])
+    write_text(folder / "predictions.csv", out.getvalue())
+
+
+def table(metrics: dict[str, dict]) -> str:
+    """The metrics as text, one line for each of the modalities."""
+    lines = [
+        f"{'':<12}{'accuracy':>18}{'top 5':>8}{'class mean':>12}{'chance':>8}{'clips':>8}{'classes':>9}{'folds':>7}"
+    ]
+    for name, row in metrics.items():
+        spread = f" ± {row['deviation']:.1f}" if "deviation" in row else ""
+        lines.append(
+            f"{name:<12}{row['accuracy']:>{18 - len(spread)}.1f}{spread}{row['top5']:>8.1f}{row['class_mean']:>12.1f}"
+            f"{row['chance']:>8.1f}{row['n_clips']:>8}{row['n_classes']:>9}{row['n_folds']:>7}"
+        )
+    return "\n".join(lines)
+
+
+def examples(found: Found, loader: Loader, cfg: RunConfig) -> tuple[list[exhibits.Exhibit], list[Predicted]]:
+    """(clips spread over all of them, what was guessed of each by all modalities together)."""
+    numbers, folds = list(found.clips), found.folds
+    chosen = torch.linspace(0, len(numbers) - 1, min(cfg.eval.report_queries, len(numbers))).long().tolist()
+    scores, guessed = next(iter(found.scores.values())), []
+    several = len(set(folds)) > 1 and cfg.classify.held_out == "in_turn"
+    for n, row in enumerate(chosen):
+        best = scores[row].exp().topk(min(GUESSES, len(found.classes)))
+        guesses = [(found.classes[k], p) for p, k in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+        label = label_of(found.clips[numbers[row]])
+        guessed.append(Predicted(n, label, guesses, folds[row] if several else ""))
+    with ThreadPoolExecutor(THREADS) as pool:
+        shown = pool.map(lambda row: exhibits.of_clip(loader, numbers[row], found.clips, cfg.model.modalities), chosen)
+        return list(shown), guessed
+
+
+def check(cfg: RunConfig) -> None:
+    """UserError for settings that contradict each other."""
+    how = cfg.classify.method
+    if (how == "classifier") != (cfg.model.fusion == "classifier"):
+        raise UserError(f"classify.method={how}, model.fusion={cfg.model.fusion}: classifier goes with classifier")
+    if how == "probe" and cfg.eval.every:
+        raise UserError(f"eval.every={cfg.eval.every}: a probe is fitted after training alone: set eval.every=0")
+    if cfg.classify.held_out == "in_turn" and (len(cfg.data.test) < 2 or how == "classifier"):
+        raise UserError(
+            f"classify.held_out=in_turn: data.test has {len(cfg.data.test)} folders: name two at least"
+            if len(cfg.data.test) < 2
+            else "classify.held_out=in_turn: each fold has a run of its own below run_dir: evaluate one of them"
+        )
+    if how == "probe" and cfg.classify.held_out == "together" and not cfg.data.train:
+        raise UserError("data.train names no shard folder to fit a probe on")
+    if not cfg.classify.strengths or min(cfg.classify.strengths) <= 0 or min([1, *cfg.classify.shots]) < 1:
+        raise UserError("classify: strengths must be positive, shots at least 1")
+    if not cfg.classify.templates or not all("{}" in template for template in cfg.classify.templates):
+        raise UserError(f"classify.templates={cfg.classify.templates}: each needs a {{}} for the class")
+    asked(cfg)

@@ -1,0 +1,297 @@
+"""One HTML page that compares runs: the settings in which they differ, their results, and their curves over each other.
+
+Each run has one colour and line style over the whole page.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import count, islice, takewhile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from clip4vla import report
+from clip4vla.config import UserError
+from clip4vla.exhibits import data_uri, encoded
+from clip4vla.queries_page import arrow
+from clip4vla.selection import HIGHER, LOWER
+from clip4vla.tracking import read_rows
+
+NONE = "–"
+VALIDATED = ("R@1", "accuracy", "CIDEr", "R@10", "MedR", "BLEU-4", "METEOR", "ROUGE-L")  # the first come first
+MOST = 6  # panels of validation
+Rows = list[dict[str, Any]]
+
+
+@dataclass
+class Run:
+    """What the page shows of a run folder."""
+
+    name: str
+    colour: str
+    line: str  # solid, dashed or dotted: matplotlib's words and CSS's
+    settings: dict[str, Any]  # by dotted key
+    versions: dict[str, str]
+    results: dict[str, dict[str, Any]]  # of eval/test, by direction
+    validation: Rows  # a row for each eval/val-STEP, its numbers by direction/metric
+    rows: Rows  # of metrics.jsonl
+
+
+def compare(folders: Sequence[str], page: str = "") -> Path:
+    """Write the page; returns its path: comparison.html in the folder that the runs have in common, unless `page` says.
+
+    Raises UserError for a folder that is no run or is named twice, a file in it that cannot be read, and a page that
+    cannot be written.
+    """
+    runs = read(folders)
+    path = Path(page or os.path.join(os.path.commonpath(map(os.path.abspath, folders)), "comparison.html"))
+    body = f"<style>{STYLE}</style>{_legend(runs)}{settings(runs)}{results(runs)}"
+    body += _plots("Validation", validation(runs)) + _plots("Training", training(runs))
+    title = f"{len(runs)} runs compared" if len(runs) > 1 else runs[0].name
+    try:
+        report.write(path, title, {}, {}, body)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); name another --out") from None
+    return path
+
+
+def read(folders: Sequence[str]) -> list[Run]:
+    """The runs in these folders, in this order; raises UserError as compare() does."""
+    places = [os.path.realpath(folder) for folder in folders]
+    again = next((folder for i, folder in enumerate(folders) if places[i] in places[:i]), None)
+    if again is not None:
+        raise UserError(f"{again}: named twice; name each run once")
+    names = _names([Path(os.path.abspath(folder)).parts for folder in folders])
+    return [_run(Path(folder), names[i], i) for i, folder in enumerate(folders)]
+
+
+def _names(paths: list[tuple[str, ...]]) -> list[str]:
+    """Of each path the shortest ending that no other path has."""
+
+    def alone(path: tuple[str, ...], length: int) -> bool:
+        return sum(other[-length:] == path[-length:] for other in paths) == 1
+
+    return [str(Path(*path[-next(n for n in count(1) if alone(path, n)) :])) for path in paths]
+
+
+def _run(folder: Path, name: str, number: int) -> Run:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name the folders that run_dir gave")
+    line = ("solid", "dashed", "dotted")[number // 10 % 3]
+    settings, versions = _settings(folder)
+    evaluations = sorted((int(f.name[4:]), f) for f in folder.glob("eval/val-*") if f.name[4:].isdecimal())
+    validation = [
+        {"step": step} | {f"{direction}/{k}": v for direction, row in scores.items() for k, v in _numbers(row).items()}
+        for step, scores in ((step, _scores(place)) for step, place in evaluations)
+    ]
+    try:
+        rows = report.latest(read_rows(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}/metrics.jsonl: not readable ({error!r}); mend it or remove it") from None
+    results = _scores(folder / "eval/test")
+    return Run(name, to_hex(f"C{number % 10}"), line, settings, versions, results, validation, rows)
+
+
+def _settings(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """(settings by dotted key, versions) of config.yaml; where the run was evaluated with others, also `KEY (test)`.
+
+    A model that was evaluated, not trained, has only the manifest of that.
+    """
+    config, manifest = folder / "config.yaml", folder / "eval/test/manifest.json"
+    tested = _read(manifest, json.loads) if manifest.exists() else {}
+    flat = _flat(tested.get("settings", {}))
+    if not config.exists():
+        if not tested:
+            raise UserError(f"{folder}: not a run, config.yaml is missing; name the folders that run_dir gave")
+        return flat, tested.get("versions", {})
+    trained = _flat(_read(config, yaml.safe_load))
+    other = {f"{key} (test)": value for key, value in flat.items() if trained.get(key, value) != value}
+    header = takewhile(lambda line: line.startswith("#"), config.read_text(encoding="utf-8").splitlines())
+    return trained | other, {name: version for name, _, version in (line.strip("# ").partition(" ") for line in header)}
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """Dotted keys of the sections; what a setting holds stays as it is, a dictionary too. Without run_dir."""
+    sections = {key: value if isinstance(value, dict) else {"": value} for key, value in tree.items()}
+    flat = {f"{key}.{name}".rstrip("."): value for key, items in sections.items() for name, value in items.items()}
+    return {key: value for key, value in flat.items() if key != "run_dir"}
+
+
+def _scores(folder: Path) -> dict[str, dict[str, Any]]:
+    """metrics.json by direction; nothing if there is none."""
+    path = folder / "metrics.json"
+    tree = _read(path, json.loads) if path.exists() else {}
+    return {direction: row for direction, row in tree.items() if isinstance(row, dict)}
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        tree = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        kind = "valid YAML" if isinstance(error, yaml.YAMLError) else "readable"
+        raise UserError(f"{path}: not {kind} ({' '.join(str(error).split())}); mend it or write it again") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected names with values, found {type(tree).__name__}; write it again")
+    return tree
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """Of a direction: what was measured, not the sizes."""
+    known = {k: v for k, v in row.items() if isinstance(v, int | float) and not k.startswith("n_")}
+    return {name: value for name, value in known.items() if math.isfinite(value)}
+
+
+def differing(trees: list[dict[str, Any]]) -> list[str]:
+    """The keys that some of these lack, or have with another value, in the order of the longest."""
+    keys = dict.fromkeys(key for tree in sorted(trees, key=len, reverse=True) for key in tree)
+    return [
+        key for key in keys if any(key not in t or t[key] != next(u[key] for u in trees if key in u) for t in trees)
+    ]
+
+
+def settings(runs: list[Run]) -> str:
+    """HTML of the settings, versions and commits in which the runs differ."""
+    rows = [
+        f"<tr><td>{escape(str(key))}</td>{''.join(f'<td>{escape(_value(tree, key))}</td>' for tree in trees)}</tr>"
+        for trees in ([run.settings for run in runs], [run.versions for run in runs])
+        for key in differing(trees)
+    ]
+    table = (
+        _table(runs, "settings", f"<tbody>{''.join(rows)}</tbody>")
+        if rows
+        else '<p class="note">No setting differs.</p>'
+    )
+    note = '<p class="note">(test): what data.test was evaluated with, where config.yaml says otherwise.</p>'
+    return f"<section><h2>Settings that differ</h2>{table}{note if '(test)' in table else ''}</section>"
+
+
+def _value(tree: dict[str, Any], key: str) -> str:
+    """As it stands in config.yaml."""
+    if key not in tree:
+        return NONE
+    if isinstance(tree[key], str) and tree[key]:
+        return tree[key]
+    lines = yaml.safe_dump(tree[key], default_flow_style=False, sort_keys=False, allow_unicode=True, width=math.inf)
+    return lines.removesuffix("...\n").strip()
+
+
+def results(runs: list[Run]) -> str:
+    """HTML of eval/test/metrics.json of the runs, the best of each row bold; nothing if no run was evaluated."""
+    directions = dict.fromkeys(direction for run in runs for direction in run.results)
+    if not directions:
+        return ""
+    subsets = [direction for direction in directions if "/" in direction]
+    more = f"<details><summary>By subset or modality: {len(subsets)} more</summary>{_results(runs, subsets)}</details>"
+    note = "Bold: the best. In brackets: 95% interval, bootstrap over groups. p: permutation test against chance."
+    main = _results(runs, [direction for direction in directions if "/" not in direction])
+    return f'<section><h2>Results</h2>{main}<p class="note">{note}</p>{more if subsets else ""}</section>'
+
+
+def _results(runs: list[Run], directions: list[str]) -> str:
+    rows = (_direction(direction, [run.results.get(direction, {}) for run in runs]) for direction in directions)
+    return _table(runs, "results", "".join(rows))
+
+
+def _direction(direction: str, scores: list[dict[str, Any]]) -> str:
+    """The rows of a direction. Numbers from test sets of different sizes are not compared: R@1 of 10 is easier than of 1000."""
+    sizes = {str({k: v for k, v in row.items() if k.startswith("n_")}) for row in scores if _numbers(row)}
+    title = escape(arrow(direction)) + " <i>tested on sets of different sizes: none is the best</i>" * (len(sizes) > 1)
+    metrics = dict.fromkeys(name for row in scores for name in _numbers(row))
+    lines = "".join(f"<tr><td>{escape(name)}</td>{_cells(name, scores, len(sizes) == 1)}</tr>" for name in metrics)
+    return f'<tbody><tr><th colspan="{len(scores) + 1}" scope="rowgroup">{title}</th></tr>{lines}</tbody>'
+
+
+def _cells(name: str, scores: list[dict[str, Any]], comparable: bool) -> str:
+    shown = "{:.2g}".format if name == "p" else "{:.1f}".format
+    values = [_numbers(row).get(name) for row in scores]
+    known = [float(shown(value)) for value in values if value is not None]  # what looks the same is as good
+    better = {**dict.fromkeys((*HIGHER, "accuracy"), max), **dict.fromkeys(LOWER, min)}.get(name)
+    best = better(known) if better and comparable and len(known) > 1 else None
+    cells = []
+    for row, value in zip(scores, values, strict=True):
+        text = NONE if value is None else shown(value)
+        interval = row.get("ci", {}).get(name) if value is not None else None
+        brackets = f" <i>[{', '.join(map(shown, interval))}]</i>" if interval else ""
+        cells.append(f"<td>{f'<b>{text}</b>' if text != NONE and float(text) == best else text}{brackets}</td>")
+    return "".join(cells)
+
+
+def validation(runs: list[Run]) -> Iterator[tuple[str, Figure]]:
+    """(title, figure) of the main metrics on data.val over steps."""
+    keys = dict.fromkeys(key for run in runs for row in run.validation for key in row if key.count("/") == 1)
+    main = sorted((VALIDATED.index(name), key) for key in keys if (name := key.partition("/")[2]) in VALIDATED)
+    for _, key in islice(main, MOST):
+        title = arrow(key.replace("/", ", ", 1)).removeprefix("caption, ")
+        yield title, overlay(title, key, [(run, run.validation) for run in runs])
+
+
+def training(runs: list[Run]) -> Iterator[tuple[str, Figure]]:
+    """(title, figure) of each loss term, and of what else any run's metrics.jsonl has."""
+    panels = {"loss (nats)": report.TERMS} | report.PANELS
+    for group, keys in panels.items():
+        for key, label in keys.items():
+            if any(row.get(key) is not None for run in runs for row in run.rows):
+                title = f"{group}: {label}" if label else group
+                yield title, overlay(title, key, [(run, run.rows) for run in runs], 100 if "%" in title else 1)
+
+
+def overlay(title: str, key: str, curves: list[tuple[Run, Rows]], times: float = 1) -> Figure:
+    """The values of a key over steps, a labelled line for each run that has it, beside a thin one as logged."""
+    figure = Figure(figsize=(4.4, 2.7), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for run, rows in curves:
+        points = [row for row in rows if row.get(key) is not None]
+        marker = "." if len(points) < 12 else ""  # one point makes no line
+        report.draw(axes, points, key, times, color=run.colour, ls=run.line, lw=1.4, marker=marker, label=run.name)
+    report.tidy(axes, 7)
+    axes.set_title(title, fontsize=8, loc="left", color="#5b6472", parse_math=False)
+    axes.set_xlabel("step", fontsize=7)
+    if not key.startswith("loss") and axes.dataLim.y0 >= 0:
+        axes.set_ylim(bottom=0)
+    return figure
+
+
+def _plots(heading: str, figures: Iterator[tuple[str, Figure]]) -> str:
+    images = "".join(
+        f'<img alt="{escape(title)} over steps" src="{data_uri(_png(figure), "image/png")}">'
+        for title, figure in figures
+    )
+    note = "Thin: as measured. Thick: moving average over a twentieth of the points, if they are 40 or more."
+    section = f'<section><h2>{heading}</h2><div class="curves">{images}</div><p class="note">{note}</p></section>'
+    return section if images else ""
+
+
+def _png(figure: Figure) -> bytes:
+    return encoded(lambda buffer: figure.savefig(buffer, format="png"))
+
+
+def _named(run: Run) -> str:
+    return f'<s style="border-top: 3px {run.line} {run.colour}"></s>{escape(run.name)}'
+
+
+def _legend(runs: list[Run]) -> str:
+    return f'<div class="card legend">{"".join(f"<span>{_named(run)}</span>" for run in runs)}</div>'
+
+
+def _table(runs: list[Run], kind: str, bodies: str) -> str:
+    head = "".join(f"<th>{_named(run)}</th>" for run in runs)
+    return f'<div class="scroll"><table class="{kind}"><thead><tr><th></th>{head}</tr></thead>{bodies}</table></div>'
+
+
+STYLE = """
+s { display: inline-block; width: 24px; margin-right: 6px; vertical-align: middle; }
+.legend { position: sticky; top: 0; z-index: 1; margin-top: 16px; padding: 8px 14px; display: flex; flex-wrap: wrap;
+  gap: 2px 20px; max-height: 16vh; overflow-y: auto; font-size: 13px; overflow-wrap: anywhere; }
+.settings :is(th, td):not(:first-child) { text-align: left; }
+.settings td { white-space: pre-wrap; vertical-align: top; }
+.results th i { font-weight: 400; color: var(--soft); margin-left: 8px; }
+summary { margin-bottom: 8px; cursor: pointer; }
+.results b { color: var(--right); }
+"""

@@ -1,0 +1,125 @@
+"""Frozen pooled features of shard folders, computed once: y^g and z^g of every clip, kept in run_dir/features/.
+
+The file of a folder is named after what it depends on: towers, type token, normalisation, and the bytes of the shards.
+n clips, D width.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clip4vla import distributed
+from clip4vla.config import RunConfig
+from clip4vla.loader import EvalOrder, Loader
+from clip4vla.model import CLIP4VLA
+from clip4vla.settings import to_dict
+from clip4vla.shards import ShardFolder
+from clip4vla.watchdog import watch
+
+MEDIA = {"v": "frames", "a": "fbank"}
+
+
+@dataclass
+class Features:
+    """Of the n clips of some folders that could be read, on the CPU."""
+
+    number: list[int]  # of each clip: its place in the order of those folders
+    clips: list[dict[str, Any]]  # their json
+    vectors: dict[str, Tensor]  # by medium, v or a: unit vectors (n, D) fp32, zero where a clip lacks it
+
+    def having(self, kinds: str) -> Tensor:
+        """Which clips (n,) have any of these media."""
+        return torch.stack([self.vectors[kind].any(1) for kind in kinds]).any(0)
+
+    def beside(self, kinds: str) -> Tensor:
+        """The vectors of these media beside each other, (n, D) or (n, 2 D)."""
+        return torch.cat([self.vectors[kind] for kind in kinds], 1)
+
+    def where(self, wanted: Callable[[dict], bool]) -> "Features":
+        """Those whose json is wanted."""
+        rows = [row for row, clip in enumerate(self.clips) if wanted(clip)]
+        number, clips = ([values[row] for row in rows] for values in (self.number, self.clips))
+        return Features(number, clips, {kind: v[rows] for kind, v in self.vectors.items()})
+
+
+def of_folders(model: CLIP4VLA, loader: Loader, folders: list[ShardFolder], cfg: RunConfig) -> Features:
+    """Those of cfg.model.modalities under cfg.model.audio_type; on all ranks. loader: of any folders."""
+    number, clips, start = [], [], 0
+    vectors = {kind: [torch.zeros(0, model.clip_config["embed_dim"])] for kind in cfg.model.modalities}
+    for folder in folders:
+        one = _of_folder(model, loader, folder, cfg)
+        number += [start + n for n in one.number]
+        clips += one.clips
+        for kind, parts in vectors.items():
+            parts.append(one.vectors[kind])
+        start += len(folder)
+    return Features(number, clips, {kind: torch.cat(parts) for kind, parts in vectors.items()})
+
+
+def _of_folder(model: CLIP4VLA, loader: Loader, folder: ShardFolder, cfg: RunConfig) -> Features:
+    """From run_dir/features/ if they are there, else computed by all ranks and written by rank 0."""
+    path = Path(cfg.run_dir, "features", f"{folder.source}-{folder.split}-{_identity(model, folder, cfg)}.safetensors")
+    kept = distributed.gather_objects(_read(path) if distributed.rank() == 0 else None)[0]
+    if kept:
+        return kept
+    found = _computed(model, loader, folder, cfg)
+    if distributed.rank() == 0:
+        _write(path, found)
+    return found
+
+
+def _computed(model: CLIP4VLA, loader: Loader, folder: ShardFolder, cfg: RunConfig) -> Features:
+    order = EvalOrder([[shard.samples for shard in folder.shards]], cfg.eval.batch_size)
+    some = loader.over([folder], order, [MEDIA[kind] for kind in cfg.model.modalities])
+    mine: dict[str, dict] = {"clips": {}, **{kind: {} for kind in cfg.model.modalities}}
+    for k, batch in enumerate(some.batches(0, len(order))):
+        watch.at(f"evaluation: features of {folder.url}, batch {k}")
+        batch, index = batch.to(some.device), some.numbers(k)
+        mine["clips"] |= {i: clip for i, clip in zip(index, batch.meta, strict=True) if clip["id"]}
+        for kind in cfg.model.modalities:
+            pooled = model.encode_vision(batch) if kind == "v" else model.encode_audio(batch, cfg.model.audio_type)
+            rows = zip(index, pooled.float().cpu(), strict=True)
+            mine[kind] |= {i: row.clone() for i, row in rows if i in mine["clips"]}
+    found = distributed.merge(mine)
+    none = torch.zeros(0, model.clip_config["embed_dim"])
+    vectors = {k: torch.stack([*found[k].values()]) if found[k] else none for k in cfg.model.modalities}
+    return Features([*found["clips"]], [*found["clips"].values()], vectors)
+
+
+def _identity(model: CLIP4VLA, folder: ShardFolder, cfg: RunConfig) -> str:
+    """16 hexadecimal digits of all that decides the features."""
+    shards = [(shard.name, shard.sha256) for shard in folder.shards]
+    settings = [model.clip_config, model.image_statistics, to_dict(model.spectrogram), shards]
+    settings += [cfg.model.modalities, cfg.model.audio_type, cfg.model.normalise]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for kind, tower in (("v", model.vision), ("a", model.audio)):
+        for name, value in tower.state_dict().items() if kind in cfg.model.modalities else ():
+            digest.update(f"{kind}.{name}".encode())
+            digest.update(value.to("cpu", torch.float32).contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def _read(path: Path) -> Features | None:
+    """None if they are not there, or damaged."""
+    try:
+        tensors = load_file(path)
+        clips = json.loads(tensors.pop("clips").numpy().tobytes())
+        return Features(tensors.pop("number").tolist(), clips, tensors)
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return None
+
+
+def _write(path: Path, found: Features) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = torch.frombuffer(bytearray(json.dumps(found.clips, ensure_ascii=False).encode()), dtype=torch.uint8)
+    aside = path.with_suffix(".partial")
+    save_file({"clips": told, "number": torch.tensor(found.number, dtype=torch.int64)} | found.vectors, aside)
+    aside.rename(path)

@@ -1,0 +1,63 @@
+"""Fine-tuning on official folds: a run for each, and their mean as the result of the whole."""
+
+import copy
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from clip4vla import distributed, stages
+from clip4vla.config import RunConfig
+from clip4vla.settings import to_dict
+from clip4vla.shards import write_text
+
+
+def runs(cfg: RunConfig) -> list[RunConfig]:
+    """One for each folder of data.test, held out while the others train with data.train; or the run itself."""
+    if cfg.classify.held_out == "together":
+        return [cfg]
+    out = []
+    for url in cfg.data.test:
+        one = copy.deepcopy(cfg)
+        one.run_dir = f"{cfg.run_dir}/{'-'.join(Path(url).parts[-2:])}"
+        one.data.train |= {other: share for other, share in cfg.data.test.items() if other != url}
+        one.data.test, one.classify.held_out = {url: 1.0}, "together"
+        out.append(one)
+    return out
+
+
+def fit_and_test(cfg: RunConfig, ds_config: str | None) -> None:
+    """All of them, as far as they are not done; of several folds run_dir/eval/test/ gets the mean, as a run has it."""
+    some = runs(cfg)
+    found = [stages.fit_and_test(one, ds_config)["label"] for one in some]
+    if len(some) > 1 and distributed.rank() == 0:
+        folder = Path(cfg.run_dir, "eval/test")
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [Path(one.run_dir).name for one in some]
+        write_text(
+            folder / "metrics.json", json.dumps({"label": joined(dict(zip(names, found, strict=True)))}, indent=1)
+        )
+        write_text(folder / "manifest.json", json.dumps(_manifest(cfg, some), indent=1))
+        print(f"{cfg.run_dir}: accuracy {stages.spread([row['accuracy'] for row in found])} over {len(found)} folds")
+
+
+def joined(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Metrics of folds by name as one: means, the deviation of accuracy, sums of clips."""
+    values = list(rows.values())
+    names = ("accuracy", "top5", "class_mean", "chance")
+    row: dict[str, Any] = {name: statistics.mean(value[name] for value in values) for name in names}
+    row["deviation"] = statistics.stdev(value["accuracy"] for value in values)
+    sizes = {
+        "n_clips": sum(value["n_clips"] for value in values),
+        "n_classes": max(value["n_classes"] for value in values),
+    }
+    few = {name: {key: value[key] for key in ("accuracy", "top5", "n_clips")} for name, value in rows.items()}
+    return row | sizes | {"n_folds": len(rows), "folds": few}
+
+
+def _manifest(cfg: RunConfig, some: list[RunConfig]) -> dict[str, Any]:
+    """Where the folds' own manifests are, and all their sources."""
+    files = [str(Path(one.run_dir, "eval/test/manifest.json")) for one in some]
+    trees = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
+    sources = {url: source for tree in trees for url, source in tree["sources"].items()}
+    return {"folds": files, "sources": sources, "settings": to_dict(cfg), "versions": trees[0]["versions"]}

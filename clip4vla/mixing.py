@@ -1,0 +1,135 @@
+"""Figure 4: text to audio retrieval against the mixing ratio r of the audio type token, (1 - r) [VB] + r [NB].
+
+By data set and audio type, each in a gallery of its own, and all together. The ratio to use is the one with the largest sum of
+R@1, R@5 and R@10 on data.val, all together; data.test decides nothing.
+"""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from clip4vla import distributed, evaluation, zero_shot
+from clip4vla.build import weights_to_evaluate
+from clip4vla.config import RunConfig
+from clip4vla.exhibits import encoded
+from clip4vla.model import CLIP4VLA
+from clip4vla.shards import write_text
+
+RATIOS = [f"{i / 10:g}" for i in range(11)]
+BOTH = "both"  # the two tokens beside each other, as the paper fine-tunes, for comparison
+METRICS = {"R@1": "#2563eb", "R@5": "#059669", "R@10": "#d97706"}
+ALL = ("all", "all")
+Row = dict[str, Any]
+
+
+def sweep_runs(configs: Sequence[RunConfig], out: Path) -> None:
+    """Sweep each run's newest checkpoint over data.val, which chooses its r, and data.test; write OUT/figure4.csv and .png."""
+    device = distributed.setup()
+    found: dict[str, list[Row]] = {}
+    chosen: dict[str, str] = {}
+    for cfg in configs:
+        model = weights_to_evaluate(cfg)[0].to(device)
+        parts = [sweep(model, cfg, getattr(cfg.data, key), f"data.{key}") for key in ("val", "test")]
+        if distributed.rank() == 0:
+            found[cfg.run_dir], chosen[cfg.run_dir] = [*parts[0], *parts[1]], best_ratio(parts[0])
+            print(_line(cfg.run_dir, parts[1], chosen[cfg.run_dir]))
+    if distributed.rank() == 0:
+        write(found, chosen, out)
+        print(f"{out}: figure4.csv, figure4.png")
+    distributed.barrier()
+
+
+def _line(run: str, rows: Sequence[Row], ratio: str) -> str:
+    """The ratio that data.val chose, and what it gives on data.test, everything together."""
+    names = {row["data set"] for row in rows}
+    row = next(row for row in rows if row["r"] == ratio and (ALL[0] not in names or row["data set"] == ALL[0]))
+    return f"{run}: r = {ratio} by data.val; on data.test " + ", ".join(f"{name} {row[name]:.1f}" for name in METRICS)
+
+
+def sweep(model: CLIP4VLA, cfg: RunConfig, sources: dict[str, float], key: str) -> list[Row]:
+    """R@k by data set, audio type and r on these folders; on rank 0, nothing elsewhere."""
+    cfg = deepcopy(cfg)
+    cfg.eval.task, cfg.eval.types, cfg.eval.permutations, cfg.eval.bootstrap = "zero_shot", [*RATIOS, BOTH], 0, 0
+    _, found = evaluation.embedded(model, cfg, sources, key)
+    rows = []
+    for (data, kind), clips in _parts(found.clips) if distributed.rank() == 0 else ():
+        for ratio in cfg.eval.types:
+            vectors = {name: _of(clips, found.vectors[name]) for name in ("text", f"audio/{ratio}")}
+            sides = (zero_shot.once(side, clips) for side in zero_shot.heard(clips, vectors, ratio))
+            rows.append({"split": key, "data set": data, "audio type": kind, "r": ratio} | zero_shot.rank(*sides, cfg))
+    return rows
+
+
+def _parts(clips: dict[int, dict]) -> Iterator[tuple[tuple[str, str], dict[int, dict]]]:
+    """(data set, audio type) and its clips with sound; all of them first, if there are several."""
+    heard = {i: clip for i, clip in clips.items() if clip["has_audio"] and clip["captions"]}
+    names = sorted({(clip["source"], clip["audio_type"]) for clip in heard.values()})
+    if len(names) > 1:
+        yield ALL, heard
+    for name in names:
+        yield name, {i: clip for i, clip in heard.items() if (clip["source"], clip["audio_type"]) == name}
+
+
+def _of(clips: dict[int, dict], vectors: dict) -> dict:
+    """Vectors by clip, or by (clip, caption), of these clips."""
+    return {key: vector for key, vector in vectors.items() if (key[0] if isinstance(key, tuple) else key) in clips}
+
+
+def best_ratio(rows: Sequence[Row]) -> str:
+    """The r with the largest R@1 + R@5 + R@10 over everything; of equal ones that nearest to the middle."""
+    names = {(row["data set"], row["audio type"]) for row in rows}
+    whole = [row for row in rows if row["r"] != BOTH and (ALL not in names or row["data set"] == ALL[0])]
+    return max(whole, key=lambda row: (sum(row[name] for name in METRICS), -abs(float(row["r"]) - 0.5)))["r"]
+
+
+def write(found: dict[str, list[Row]], chosen: dict[str, str], out: Path) -> None:
+    """OUT/figure4.csv with the rows of each run, and OUT/figure4.png of data.test; chosen: r by run."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = ["run", "split", "data set", "audio type", "r", *METRICS, "MedR", "MeanR", "n_queries", "n_gallery"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({"run": run} | row for run, rows in found.items() for row in rows)
+    write_text(out / "figure4.csv", text.getvalue())
+    tested = {run: [row for row in rows if row["split"] == "data.test"] for run, rows in found.items()}
+    (out / "figure4.png").write_bytes(encoded(lambda buffer: figure(tested, chosen).savefig(buffer, format="png")))
+
+
+def figure(found: dict[str, list[Row]], chosen: dict[str, str]) -> Figure:
+    """A panel for each data set and audio type: mean and standard deviation over the runs; dotted: both tokens."""
+    names = list(dict.fromkeys((row["data set"], row["audio type"]) for rows in found.values() for row in rows))
+    lines = -(-len(names) // 3)
+    plot = Figure(figsize=(11, 0.6 + 2.7 * lines), dpi=150, layout="constrained")
+    for place, name in enumerate(names):
+        axes = plot.add_subplot(lines, min(3, len(names)), place + 1)
+        mine = {
+            run: [row for row in rows if (row["data set"], row["audio type"]) == name] for run, rows in found.items()
+        }
+        some = {run: rows for run, rows in mine.items() if rows}
+        for metric, colour in METRICS.items():
+            values = np.array([[row[metric] for row in rows if row["r"] != BOTH] for rows in some.values()])
+            ratios, middle, spread = [float(r) for r in RATIOS], values.mean(0), values.std(0)
+            axes.plot(ratios, middle, "o-", color=colour, label=metric, markersize=3)
+            axes.fill_between(ratios, middle - spread, middle + spread, color=colour, alpha=0.15, linewidth=0)
+            both = np.mean([row[metric] for rows in some.values() for row in rows if row["r"] == BOTH])
+            axes.axhline(both, color=colour, linestyle=":", linewidth=1)
+        for ratio in set(chosen.values()):
+            axes.axvline(float(ratio), color="#9ca3af", linewidth=1, zorder=0)
+        size = next(iter(some.values()))[0]
+        axes.set_title(
+            f"{name[0]}, {name[1]}: {size['n_queries']} in {size['n_gallery']}", fontsize=9, parse_math=False
+        )
+        axes.set(ylim=(0, None), xlabel="r" if place >= len(names) - 3 else "")
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.figure.axes[0].legend(fontsize=8, frameon=False)
+    plot.suptitle(
+        "text to audio, % against r: 0 is [VB], 1 is [NB]; dotted: both; grey: chosen on data.val", fontsize=10
+    )
+    return plot

@@ -1,0 +1,34 @@
+"""Classification, Table 6's task: a linear probe on frozen features, class names in words, or all of it fine-tuned.
+
+probe      python launch/finetune_classification.py configs/finetune/stamps_classification.yaml
+zero-shot  python launch/finetune_classification.py configs/finetune/stamps_classification.yaml classify.method=zero_shot
+fine-tuned deepspeed launch/finetune_classification.py configs/finetune/esc50_finetuned.yaml          (a run for each fold)
+"""
+
+from clip4vla.cli import cli, command_line
+from clip4vla.config import RunConfig, UserError
+
+
+@cli
+def main() -> None:
+    cfg, args = command_line(RunConfig, "configs/finetune/stamps_classification.yaml", __doc__, dry_run=True)
+    if cfg.eval.task != "classification":
+        raise UserError(f"eval.task={cfg.eval.task}: what is done here is evaluated by eval.task=classification")
+    trains = cfg.model.fusion == "classifier"
+    if bool(cfg.loss.label) != trains or bool(cfg.train.max_steps) != trains:
+        raise UserError(
+            f"model.fusion={cfg.model.fusion}, loss.label={cfg.loss.label:g}, train.max_steps={cfg.train.max_steps}: fine-tuning "
+            "needs classifier, a weight and steps; a probe or zero-shot, on the weights of init_from, neither weight nor steps"
+        )
+    from clip4vla import folds, preflight, stages  # after the settings are read: a typing error shows at once
+
+    if args.dry_run and trains:
+        preflight.check(folds.runs(cfg)[0], args.deepspeed_config)
+    elif trains:
+        folds.fit_and_test(cfg, args.deepspeed_config)
+    else:
+        stages.test(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Several runs in one HTML page: settings that differ, results on data.test, curves of validation and training.
+
+python launch/report.py runs/demo_clip runs/demo
+python launch/report.py runs/stamps_retrieval-* --out fusions.html
+"""
+
+import argparse
+
+from clip4vla.cli import cli
+
+
+@cli
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument(
+        "--out", metavar="PAGE.html", default="", help="default: comparison.html in the runs' common folder"
+    )
+    args = parser.parse_args()
+    from clip4vla.comparison import compare  # after the words are read: a typing error shows at once
+
+    print(f"comparison: {compare(args.runs, args.out)}")
+
+
+if __name__ == "__main__":
+    main()

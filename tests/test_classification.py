@@ -1,0 +1,352 @@
+"""Classification: probes that scikit-learn agrees with, folds, cached features, names in words, a trained head."""
+
+import copy
+import csv
+import json
+import runpy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, ranks, run, trace
+from sklearn.linear_model import LogisticRegression
+
+from clip4vla import classification, features, probing, towers
+from clip4vla.classifier import Classifier, label_of
+from clip4vla.config import ModelConfig, RunConfig, UserError
+from clip4vla.features import Features
+from clip4vla.fusion import AUDIO, VISION, Sequence
+from clip4vla.model import CLIP4VLA
+from clip4vla.settings import load
+
+SCRIPT = "launch/finetune_classification.py"
+
+
+@pytest.fixture(scope="module")
+def probing_words(tiny, sample_shards):
+    """A probe on what a fresh tiny model makes of the sample: speech in three languages as three folds."""
+    folds = ", ".join(f"{sample_shards}/speech_{lang}/train" for lang in ("en", "es", "fr"))
+    return [
+        *tiny, "train.max_steps=0", "init_from=[scratch]", f"data.test=[{folds}]", "data.train={}", "eval.task=classification",
+        "classify.held_out=in_turn", "classify.strengths=[0.1, 10]", "eval.report_queries=4", "eval.batch_size=16",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def probed(probing_words, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("probe")
+    done = run(SCRIPT, *probing_words, f"run_dir={folder}", "classify.shots=[1, 2]", "classify.draws=2")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def kept(folder):
+    """{fold: Features} of a run."""
+    return {f.name.rpartition("-")[0]: features._read(f) for f in sorted((folder / "features").iterdir())}
+
+
+def test_probes_are_scikit_learns_on_the_same_features(probed):
+    metrics = json.loads((probed / "eval/test/metrics.json").read_text())
+    guesses = {row["id"]: row for row in csv.DictReader((probed / "eval/test/predictions.csv").open())}
+    found = kept(probed)
+    assert (
+        len(found) == 3 and sum(len(one.clips) for one in found.values()) == len(guesses) == metrics["label"]["n_clips"]
+    )
+    for kinds, ending in (("va", ""), ("v", "/v"), ("a", "/a")):
+        row, accuracies = metrics[f"label{ending}"], []
+        for name, held in found.items():
+            others = [one for other, one in found.items() if other != name]
+            x, y = (
+                np.concatenate([beside(o, kinds) for o in others]),
+                sum(([label_of(c) for c in o.clips] for o in others), []),
+            )
+            strength = row["C"][name.replace("-", "/")]
+            judge = LogisticRegression(C=strength, solver="newton-cholesky", tol=1e-10).fit(x, y)
+            said, right = judge.predict(beside(held, kinds)), np.array([label_of(c) for c in held.clips])
+            accuracies.append(100 * (said == right).mean())
+            if not ending:
+                assert [guesses[c["id"]]["guess"] for c in held.clips] == said.tolist()
+                p = judge.predict_proba(beside(held, kinds)).max(1)
+                assert [float(guesses[c["id"]]["probability"]) for c in held.clips] == pytest.approx(p, abs=3e-4)
+        assert row["accuracy"] == pytest.approx(np.mean(accuracies))
+        assert row["deviation"] == pytest.approx(np.std(accuracies, ddof=1))
+        assert [len(values) for values in row["few_shot"].values()] == [6, 6]
+
+
+def beside(found, kinds):
+    return torch.cat([found.vectors[kind] for kind in kinds], 1).double().numpy()
+
+
+def test_the_confusion_matrix_counts_the_predictions(probed):
+    row = json.loads((probed / "eval/test/metrics.json").read_text())["label"]
+    guesses = list(csv.DictReader((probed / "eval/test/predictions.csv").open()))
+    counts = np.array(row["confusion"])
+    assert counts.sum() == len(guesses)
+    for guess in guesses:
+        counts[row["classes"].index(guess["label"]), row["classes"].index(guess["guess"])] -= 1
+        assert (guess["rank"] == "1") == (guess["label"] == guess["guess"])
+    assert not counts.any()
+
+
+def test_the_page_and_the_manifest_say_what_was_done(probed):
+    page = (probed / "report.html").read_text()
+    for said in ("confusion matrix", "recall of each class", "few-shot curves", "Held-out clips", "classified by"):
+        assert said in page
+    manifest = json.loads((probed / "eval/test/manifest.json").read_text())
+    assert "each folder of data.test held out in turn" in manifest["protocol"] and len(manifest["sources"]) == 3
+
+
+def test_features_are_computed_once_by_any_number_of_ranks(probed, probing_words):
+    before = {f: f.stat().st_mtime_ns for f in (probed / "features").iterdir()}
+    metrics = json.loads((probed / "eval/test/metrics.json").read_text())
+    done = ranks(2, SCRIPT, *probing_words, f"run_dir={probed}", "eval.report_queries=0")
+    assert done.returncode == 0, done.stderr
+    assert before == {f: f.stat().st_mtime_ns for f in (probed / "features").iterdir()}
+    again = json.loads((probed / "eval/test/metrics.json").read_text())
+    assert again["label"]["confusion"] == metrics["label"]["confusion"]
+    (probed / "eval/test/metrics.json").write_text(json.dumps(metrics))
+    damaged = next(iter(before))
+    old = copy.deepcopy(features._read(damaged))  # which reads the file on demand
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    done = ranks(2, SCRIPT, *probing_words, f"run_dir={probed}", "eval.report_queries=0", "classify.strengths=[1]")
+    assert done.returncode == 0, done.stderr
+    new = features._read(damaged)
+    assert new.number == old.number and all((new.vectors[k] - v).abs().max() < 1e-5 for k, v in old.vectors.items())
+
+
+def cfg_of(*words):
+    return load(RunConfig, None, ["eval.task=classification", *words])
+
+
+def made(n=120, classes=4, dim=6, seed=0):
+    """Features of clips of noisy classes in groups of two, and their folds."""
+    rng = np.random.default_rng(seed)
+    y = np.arange(n) // 2 % classes
+    x = torch.from_numpy(rng.normal(size=(classes, dim))[y] + rng.normal(size=(n, dim))).float()
+    clips = [{"id": str(i), "label": "abcdefg"[k], "group": str(i // 2)} for i, k in enumerate(y)]
+    some = Features(list(range(n)), clips, {"v": F.normalize(x, dim=1), "a": F.normalize(x[:, :3].repeat(1, 2), dim=1)})
+    some.vectors["a"][::6] = 0
+    return some, [f"fold{i // 2 % 3}" for i in range(n)]
+
+
+NONE = Features([], [], {"v": torch.zeros(0, 6), "a": torch.zeros(0, 6)})
+
+
+def test_what_is_held_out_decides_nothing():
+    """Other labels for a fold change neither its strength nor its scores."""
+    some, folds = made()
+    cfg = cfg_of("classify.held_out=in_turn", "classify.shots=[2]", "classify.draws=3")
+    scores, told = probing.probes(some, folds, NONE, list("abcd"), "va", cfg, torch.device("cpu"))
+    first = [fold == "fold0" for fold in folds]
+    for clip, inside in zip(some.clips, first, strict=True):
+        clip["label"] = "dcba"["abcd".index(clip["label"])] if inside else clip["label"]
+    again, told_again = probing.probes(some, folds, NONE, list("abcd"), "va", cfg, torch.device("cpu"))
+    assert told["C"]["fold0"] == told_again["C"]["fold0"] and len(told["C"]) == 3
+    assert torch.equal(scores[first], again[first]) and not torch.equal(scores, again)
+
+
+def test_a_medium_alone_is_judged_on_the_clips_that_have_it():
+    some, folds = made()
+    scores, _ = probing.probes(
+        some, folds, NONE, list("abcd"), "a", cfg_of("classify.held_out=in_turn"), torch.device("cpu")
+    )
+    assert scores.isnan().any(1).tolist() == [i % 6 == 0 for i in range(120)]
+
+
+def test_few_shots_are_few_and_their_strength_is_chosen_by_other_groups():
+    rng = np.random.default_rng(0)
+    y = torch.from_numpy(rng.integers(0, 5, 300))
+    groups = [str(g) for g in rng.integers(0, 60, 300)]
+    few, more = probing.drawn(y, groups, 3, np.random.default_rng(1))
+    assert y[few].bincount().tolist() == [3] * 5 and y[more].bincount().tolist() == [3] * 5
+    assert not {groups[i] for i in few} & {groups[i] for i in more}
+    _, more = probing.drawn(y, groups, 6, np.random.default_rng(1))
+    assert max(y[more].bincount()) == probing.MOST
+    assert probing.drawn(y, groups, 3, np.random.default_rng(2))[0] != few
+
+
+def test_more_shots_are_better_and_all_clips_are_best():
+    some, folds = made(n=900, seed=3)
+    cfg = cfg_of(
+        "classify.held_out=in_turn", "classify.shots=[1, 16]", "classify.draws=4", "classify.strengths=[1, 10]"
+    )
+    scores, told = probing.probes(some, folds, NONE, list("abcd"), "v", cfg, torch.device("cpu"))
+    right = torch.tensor(["abcd".index(clip["label"]) for clip in some.clips])
+    one, many = (np.mean(told["few_shot"][n]) for n in ("1", "16"))
+    assert one + 5 < many <= 100 * (scores.argmax(1) == right).double().mean() + 3
+
+
+def test_metrics_by_hand():
+    clips = {
+        i: {"id": str(i), "label": "ab"[i % 2], "group": str(i), "source": "s", "split": f"fold{i // 4}"}
+        for i in range(8)
+    }
+    guesses = [0, 1, 0, 0, 1, 1, 0, 1]  # right are 0 1 0 1 0 1 0 1
+    scores = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()[guesses]
+    found = classification.Found(["a", "b"], clips, {}, {"av": scores})
+    row = classification.ranked(found, cfg_of("classify.held_out=in_turn"))["both"]["label"]
+    assert (row["accuracy"], row["deviation"], row["top5"], row["chance"]) == (75, 0, 100, 50)
+    assert row["confusion"] == [[3, 1], [1, 3]] and row["folds"]["s/fold1"]["accuracy"] == 75 and "ci" not in row
+    row = classification.ranked(found, cfg_of())["both"]["label"]
+    assert row["accuracy"] == 75 and row["ci"]["accuracy"][0] < 75 < row["ci"]["accuracy"][1] and "deviation" not in row
+
+
+def test_names_in_words_and_label_lists(tmp_path):
+    names = {
+        "door_wood_knock": "door wood knock",
+        "ApplyEyeMakeup": "apply eye makeup",
+        "YoYo": "yo yo",
+        "a dog": "a dog",
+    }
+    assert {name: classification.in_words(name) for name in names} == names
+    (tmp_path / "names.txt").write_text("cat\n\n dog \n")
+    assert classification.asked(cfg_of(f"classify.labels={tmp_path}/names.txt")) == ["cat", "dog"]
+    for wrong, said in (
+        ("[a, a, b]", "3 classes, 2 of them different"),
+        ("[one]", "1 classes"),
+        ("[no.txt]", "cannot read no.txt"),
+    ):
+        with pytest.raises(UserError, match=said):
+            classification.asked(cfg_of(f"classify.labels={wrong}"))
+    with pytest.raises(UserError, match="several classes"):
+        label_of({"id": "x", "label": "Dog;Bark"})
+    assert label_of({"id": "x", "label": None}) == label_of({"id": "x"}) == ""
+
+
+def test_zero_shot_is_the_nearest_mean_of_sentences(probing_words, sample_shards, tmp_path):
+    """Against the towers by hand."""
+    words = [
+        *probing_words,
+        "classify.method=zero_shot",
+        "classify.held_out=together",
+        "classify.templates=['{}', 'a picture of a {}']",
+    ]
+    words += [
+        f"data.test={sample_shards}/speech_fr/train",
+        "classify.labels=[animals, food, household]",
+        f"run_dir={tmp_path}",
+    ]
+    done = run(SCRIPT, *words)
+    assert done.returncode == 0, done.stderr
+    cfg = load(RunConfig, words[0], words[1:])
+    torch.manual_seed(cfg.seed)
+    model, found = CLIP4VLA.from_checkpoint, kept(tmp_path)["speech_fr-train"]
+    from clip4vla.build import weights_to_evaluate
+
+    model = weights_to_evaluate(cfg)[0]
+    tokenize = towers.tokenizer(cfg.model.clip, cfg.model.max_tokens)
+    with torch.no_grad():
+        sentences = [[tokenize([t.replace("{}", n)]) for t in cfg.classify.templates] for n in cfg.classify.labels]
+        names = torch.stack([sum(F.normalize(model.encode_text(t)[0], dim=1)[0] for t in some) for some in sentences])
+    media = F.normalize(found.vectors["v"] + found.vectors["a"], dim=1)
+    guess = (media @ F.normalize(names, dim=1).T).argmax(1).tolist()
+    expected = {
+        c["id"]: cfg.classify.labels[k]
+        for c, k in zip(found.clips, guess, strict=True)
+        if c["label"] in cfg.classify.labels
+    }
+    said = {row["id"]: row["guess"] for row in csv.DictReader((tmp_path / "eval/test/predictions.csv").open())}
+    assert said == expected and len(said) > 3
+    left = json.loads((tmp_path / "eval/test/manifest.json").read_text())["left_out"]["another label"]
+    assert len(left) == len(found.clips) - len(said)
+
+
+@pytest.fixture(scope="module")
+def training_words(tiny, sample_shards):
+    """All of it fine-tuned, two folds."""
+    folds = ", ".join(f"{sample_shards}/speech_{lang}/train" for lang in ("es", "fr"))
+    return [
+        *tiny, "model.fusion=classifier", "model.train_towers=vision+audio", "loss={at: 0, av: 0, aa: 0, label: 1}",
+        "classify.method=classifier", "classify.held_out=in_turn", f"data.test=[{folds}]", "data.train={}",
+        "eval.task=classification", "train.max_steps=4", "train.lr=3e-3", "eval.report_queries=2", "data.window=1",
+    ]  # fmt: skip
+
+
+def test_fine_tuning_runs_fold_by_fold_and_goes_on(training_words, tmp_path):
+    done = run(SCRIPT, *training_words, f"run_dir={tmp_path}")
+    assert done.returncode == 0 and "over 2 folds" in done.stdout, done.stderr
+    names = ["speech_es-train", "speech_fr-train"]
+    found = {name: json.loads((tmp_path / name / "eval/test/metrics.json").read_text())["label"] for name in names}
+    whole = json.loads((tmp_path / "eval/test/metrics.json").read_text())["label"]
+    each = [row["accuracy"] for row in found.values()]
+    assert whole["accuracy"] == pytest.approx(np.mean(each)) and whole["deviation"] == pytest.approx(
+        np.std(each, ddof=1)
+    )
+    sources = json.loads((tmp_path / "eval/test/manifest.json").read_text())["sources"]
+    assert len(sources) == 2 and "es" in next(
+        iter(json.loads((tmp_path / names[0] / "eval/test/manifest.json").read_text())["sources"])
+    )
+    (tmp_path / names[1] / "eval/test/metrics.json").unlink()  # killed in the second fold's evaluation
+    before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("model.safetensors")}
+    done = run(SCRIPT, *training_words, f"run_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert before == {f: f.stat().st_mtime_ns for f in tmp_path.rglob("model.safetensors")}
+    assert json.loads((tmp_path / "eval/test/metrics.json").read_text())["label"]["folds"] == whole["folds"]
+
+
+def test_the_same_on_ranks_in_micro_batches_and_it_learns(training_words, sample_shards, tmp_path):
+    """One rank = two ranks x two micro-batches; labels learnt by heart."""
+    words = [
+        *training_words,
+        "classify.held_out=together",
+        f"data.train={sample_shards}/speech_fr/train",
+        "train.max_steps=30",
+    ]
+    words += [f"data.test={sample_shards}/speech_fr/train", "loss.label_smoothing=0.1", "train.save_every=30"]
+    assert run(SCRIPT, *words, f"run_dir={tmp_path}/one").returncode == 0
+    done = ranks(2, SCRIPT, *words, f"run_dir={tmp_path}/two", "train.accumulate=2")
+    assert done.returncode == 0, done.stderr
+    one, two = trace(tmp_path / "one"), trace(tmp_path / "two")
+    assert [two[step][0] for step in range(1, 9)] == pytest.approx([one[step][0] for step in range(1, 9)], rel=2e-5)
+    metrics = json.loads((tmp_path / "one/eval/test/metrics.json").read_text())["label"]
+    assert metrics["accuracy"] > 95
+    config = json.loads((tmp_path / "one/checkpoints/step-00000030/config.json").read_text())
+    assert config["model"]["labels"] == metrics["classes"]
+
+
+def test_the_head_reads_media_beside_each_other_and_the_loss_ignores_what_it_cannot_know():
+    torch.manual_seed(0)
+    head = Classifier(ModelConfig(labels=["a", "b", "c"]), 4)
+    v, a = torch.randn(2, 3, 4), torch.randn(2, 2, 4)
+    there = torch.tensor([[True, True, False], [False] * 3]), torch.tensor([[True, False], [True, True]])
+    logits = head([Sequence(VISION, v, there[0]), Sequence(AUDIO, a, there[1])])
+    y = F.normalize(F.normalize(v[0, :2], dim=1).sum(0), dim=0)
+    z = F.normalize(a[0, 0], dim=0)
+    assert torch.allclose(logits[0], head.linear(2 * torch.cat([y, z])), atol=1e-6)
+    assert torch.allclose(
+        logits[1, :],
+        head.linear(2 * torch.cat([torch.zeros(4), F.normalize(F.normalize(a[1], dim=1).sum(0), dim=0)])),
+        atol=1e-6,
+    )
+    model = SimpleNamespace(cfg=ModelConfig(labels=["a", "b"], modalities="a"))
+    batch = SimpleNamespace(
+        meta=[{"id": "1", "label": "b"}, {"id": "2", "label": "z"}, {"id": "3", "label": "a"}, {"id": "4"}],
+        has_frames=torch.ones(4, dtype=torch.bool), has_audio=torch.tensor([True, True, False, True]),
+    )  # fmt: skip
+    assert CLIP4VLA.learnt_labels(model, batch).tolist() == [1, -1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (["eval.task=retrieval"], "evaluated by eval.task=classification"),
+        (["loss.label=1"], "fine-tuning needs classifier"),
+        (["train.max_steps=5"], "neither weight nor steps"),
+        (["classify.method=classifier"], "classifier goes with classifier"),
+        (["classify.templates=[a dog]"], "each needs a {} for the class"),
+        (["classify.strengths=[0]"], "strengths must be positive"),
+        (["data.test={}"], "data.test has 0 folders"),
+        (["classify.held_out=together"], "data.train names no shard folder to fit a probe on"),
+        (["eval.every=5"], "a probe is fitted after training alone"),
+        (["classify.labels=[x, y]", "classify.method=zero_shot", "classify.held_out=together"], "none of"),
+    ],
+)
+def test_mistakes_are_one_line(probing_words, wrong, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", [SCRIPT, *map(str, probing_words), f"run_dir={tmp_path}", *wrong])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(SCRIPT, run_name="__main__")
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ended.value.code == 2 and said in line
