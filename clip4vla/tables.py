@@ -1,4 +1,4 @@
-"""Tables 1 to 4 of the paper, retrieval and captioning, with evaluated runs beside its rows: Markdown or CSV."""
+"""Tables 1 to 4 and 6 of the paper, with evaluated runs beside its rows: Markdown or CSV."""
 
 import csv
 import io
@@ -13,11 +13,12 @@ from clip4vla.config import UserError
 DIRECTIONS = {"text_to_video": "T2V", "video_to_text": "V2T"}
 METRICS = {"R@1": "R@1", "R@5": "R@5", "R@10": "R@10", "MedR": "MdR"}
 CAPTION_METRICS = ["BLEU-4", "METEOR", "ROUGE-L", "CIDEr"]
+CLASSIFICATION_METRICS = ["accuracy", "top5", "class_mean"]
 COMMON = ["method", "modalities"]
 NONE = "-"
 # Source of the shards: its name, and the paper's rows: method, modalities, then R@1, R@5, R@10 (percent) and MdR of text to
-# video, or the caption metrics (times 100). The sizes are those of the splits that these figures are known for: all of 1k-A,
-# half of VATEX's validation clips, the 2,990 test clips of MSR-VTT with 20 references each.
+# video, or the caption metrics (times 100), or accuracy. The sizes are those of the splits that these figures are known for:
+# all of 1k-A, half of VATEX's validation clips, the 2,990 test clips of MSR-VTT with 20 references each.
 Paper = dict[str, tuple[str, list[tuple[str, ...]], tuple[str, str]]]
 RETRIEVAL: Paper = {
     "msrvtt_1ka": (
@@ -52,6 +53,10 @@ CAPTIONING: Paper = {
     ),
     "vatex": ("VATEX captions (Table 4)", [("CLIP4VLA", "av", "36.4", "25.0", "54.7", "59.7")], (NONE, NONE)),
 }
+CLASSIFICATION: Paper = {
+    "esc50": ("ESC-50 (Table 6)", [("CLIP4VLA", "a", "86.8")], ("50", "2000")),
+    "ucf101": ("UCF101 (Table 6)", [("CLIP4VLA", "av", "91.9")], ("101", NONE)),
+}
 
 
 def _retrieval(metrics: dict[str, Any], settings: dict[str, Any]) -> Iterator[list[str]]:
@@ -72,6 +77,19 @@ def _captioning(metrics: dict[str, Any], settings: dict[str, Any]) -> Iterator[l
     how += ", not PTB's words" * ("left_out" in score)  # without Java
     cells = [_cell(score, metric) for metric in CAPTION_METRICS]
     yield [how, settings["model"]["modalities"], *cells, str(score["n_clips"]), str(score["n_references"])]
+
+
+def _classification(metrics: dict[str, Any], settings: dict[str, Any]) -> Iterator[list[str]]:
+    """All modalities together, then each alone where it was scored; mean ± deviation over folds."""
+    how = {"probe": "linear probe", "zero_shot": "class names", "classifier": "fine-tuned"}[
+        settings["classify"]["method"]
+    ]
+    for name, score in metrics.items():
+        folds = f", {score['n_folds']} folds" * (score["n_folds"] > 1)
+        cells = [_cell(score, metric) for metric in CLASSIFICATION_METRICS]
+        cells[0] += f" ± {score['deviation']:.1f}" if "deviation" in score else ""
+        modalities = name.partition("/")[2] or settings["model"]["modalities"]
+        yield [how + folds, modalities, *cells, str(score["n_classes"]), str(score["n_clips"])]
 
 
 @dataclass
@@ -97,6 +115,9 @@ KINDS = {
         RETRIEVAL,
     ),
     "captioning": Kind([*CAPTION_METRICS, "clips", "references"], _captioning, CAPTIONING, " captions"),
+    "classification": Kind(
+        ["accuracy", "top 5", "class mean", "classes", "clips"], _classification, CLASSIFICATION, " classes"
+    ),
 }
 Found = dict[tuple[str, str], list[list[str]]]  # rows by (task, title)
 

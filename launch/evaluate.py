@@ -1,8 +1,8 @@
-"""Retrieval or captions on data.test with a run's newest checkpoint, or its best by eval.select: metrics, manifest, a page.
+"""Retrieval, captions or labels on data.test by a run's newest checkpoint, or its best by eval.select: metrics, manifest, a page.
 
 laptop    python launch/evaluate.py configs/pretrain/stamps.yaml
 two ranks deepspeed --num_accelerators 2 launch/evaluate.py configs/pretrain/stamps.yaml eval.types=[both,0.3]
-table     python launch/evaluate.py --table RUN [RUN ...] [--csv]: evaluated runs beside the paper's Tables 1 to 4
+table     python launch/evaluate.py --table RUN [RUN ...] [--csv]: evaluated runs beside the paper's Tables 1 to 4 and 6
 """
 
 import argparse
@@ -17,23 +17,15 @@ def main() -> None:
     if "--table" in sys.argv:
         return print_tables()
     cfg, _ = command_line(RunConfig, "configs/pretrain/stamps.yaml", __doc__)
-    from clip4vla import distributed  # after the settings are read: a typing error shows at once
-    from clip4vla.build import weights_to_evaluate
-    from clip4vla.evaluation import check_evaluation, evaluate, write_report
+    from clip4vla import stages  # after the settings are read: a typing error shows at once
 
-    device = distributed.setup()
-    check_evaluation(cfg)
-    model, origin = weights_to_evaluate(cfg)
-    result = evaluate(model.to(device), cfg, origin, print)
-    if result:
-        print(f"report: {write_report(cfg, origin, *result)}")
-    distributed.barrier()
+    stages.test(cfg)
 
 
 def print_tables() -> None:
     from clip4vla.tables import tables
 
-    parser = argparse.ArgumentParser(description="Evaluated runs beside the paper's Tables 1 to 4, as Markdown.")
+    parser = argparse.ArgumentParser(description="Evaluated runs beside the paper's tables, as Markdown.")
     parser.add_argument("--table", nargs="+", metavar="RUN", required=True, help="run folders")
     parser.add_argument("--csv", action="store_true", help="CSV instead")
     args = parser.parse_args()

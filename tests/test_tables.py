@@ -126,6 +126,40 @@ def test_captions_stand_below_those_of_tables_3_and_4(tmp_path):
     assert (clotho[0], clotho[4:]) == ("clotho captions, test", [f"| {runs[3]} (beam 3) | a | {scores}"])
 
 
+def test_labels_stand_below_those_of_table_6(tmp_path):
+    row = {
+        "accuracy": 80.04,
+        "top5": 95.0,
+        "class_mean": 79.0,
+        "n_classes": 50,
+        "n_clips": 2000,
+        "n_folds": 5,
+        "deviation": 1.26,
+    }
+    split = {name: value for name, value in row.items() if name != "deviation"}
+    split |= {"n_folds": 1, "ci": {"accuracy": [78.0, 82.0]}}
+    task = "eval.task=classification"
+    runs = [
+        evaluated(tmp_path / "one", "esc50", "fold1", (task, "model.modalities=a"), label=row),
+        evaluated(
+            tmp_path / "two", "ucf101", "test01", (task, "classify.method=zero_shot"), label=split, **{"label/v": split}
+        ),
+    ]
+    esc, ucf = (part.splitlines() for part in tables(runs).split("### ")[1:])
+    assert (esc[0], esc[4:6]) == (
+        "ESC-50 (Table 6), fold1",
+        [
+            "| CLIP4VLA (paper) | a | 86.8 | - | - | 50 | 2000 |",
+            f"| {runs[0]} (linear probe, 5 folds) | a | 80.0 ± 1.3 | 95.0 | 79.0 | 50 | 2000 |",
+        ],
+    )
+    assert ucf[4:7] == [
+        "| CLIP4VLA (paper) | av | 91.9 | - | - | 101 | - |",
+        f"| {runs[1]} (class names) | av | 80.0 [78.0, 82.0] | 95.0 | 79.0 | 50 | 2000 |",
+        f"| {runs[1]} (class names) | v | 80.0 [78.0, 82.0] | 95.0 | 79.0 | 50 | 2000 |",
+    ]
+
+
 def test_both_tasks_in_one_command_have_tables_of_their_own(tmp_path):
     """The Markdown of each is what it is alone; the CSV is one table whose cells of the other task are empty."""
     captions = captioned(tmp_path / "captions", "vatex", "decode.method=nearest", without="METEOR")
@@ -164,7 +198,7 @@ def test_the_command_prints_it_and_mistakes_are_one_line(tmp_path):
     for bad, said in (
         (tmp_path / "nowhere", "no such run"),
         (tmp_path / "new", f"python launch/evaluate.py {tmp_path}/new/config.yaml run_dir={tmp_path}/new"),
-        (zero_shot, "eval.task=retrieval or captioning"),
+        (zero_shot, "eval.task=retrieval or captioning or classification"),
         (old, "KeyError('text_to_video')"),
         (broken, "manifest.json: not readable"),
     ):
