@@ -42,16 +42,16 @@ class Found:
     left_out: dict[str, list[str]]  # ids by reason
     scores: dict[
         str, Tensor
-    ]  # log-probabilities (B, K) by modalities, the main ones first; NaN where a clip has none of them
+    ]  # log-probabilities (B, K) by modalities, the main ones first; NaN: a clip has none of them
     training: dict[str, int] = field(
         default_factory=dict
-    )  # clips that probes were fitted on beside other folds, by SOURCE/SPLIT
+    )  # clips of data.train that probes were fitted on, by SOURCE/SPLIT
     told: dict[str, dict[str, Any]] = field(default_factory=dict)  # by modalities: what probing.probes tells
 
-    @property
-    def folds(self) -> list[str]:
-        """SOURCE/SPLIT of each clip."""
-        return [_fold(clip) for clip in self.clips.values()]
+    def folds(self, cfg: RunConfig) -> list[str]:
+        """The fold of each clip, SOURCE/SPLIT; "all" where all are held out together."""
+        alone = cfg.classify.held_out == "in_turn"
+        return [_source(clip) if alone else "all" for clip in self.clips.values()]
 
     @property
     def right(self) -> Tensor:
@@ -60,7 +60,7 @@ class Found:
         return torch.tensor([numbers[label_of(clip)] for clip in self.clips.values()], dtype=torch.int64)
 
 
-def _fold(clip: dict[str, Any]) -> str:
+def _source(clip: dict[str, Any]) -> str:
     return f"{clip['source']}/{clip['split']}"
 
 
@@ -166,10 +166,10 @@ def _by_probe(model: CLIP4VLA, loader: Loader, held: Features, cfg: RunConfig) -
         return Found([], {}, {}, {})
     classes = sorted({label_of(clip) for clip in [*held.clips, *training.clips]} - {""})
     some, clips, left_out = _chosen(held, classes, cfg)
-    found = Found(classes, clips, left_out, {}, Counter(map(_fold, training.clips)))
+    found = Found(classes, clips, left_out, {}, Counter(map(_source, training.clips)))
     for kinds in _kinds(cfg):
         found.scores[kinds], found.told[kinds] = probing.probes(
-            some, found.folds, training, classes, kinds, cfg, loader.device
+            some, found.folds(cfg), training, classes, kinds, cfg, loader.device
         )
     return found
 
@@ -187,11 +187,11 @@ def ranked(found: Found, cfg: RunConfig) -> dict[str, dict[str, dict]]:
 
 def _row(found: Found, scores: Tensor, rows: Tensor, cfg: RunConfig) -> dict[str, Any]:
     """Metrics of these clips; over folds accuracy and top5 are means, and deviation is the sample's of accuracy."""
-    right, folds = found.right[rows], [found.folds[i] for i in rows.tolist()]
+    folds, right = found.folds(cfg), found.right[rows]
+    mine = np.array([folds[i] for i in rows.tolist()])
+    names = list(dict.fromkeys(mine.tolist()))
     order = scores[rows].argsort(dim=1, descending=True, stable=True)
     hits = [100.0 * (order[:, :k] == right[:, None]).any(1).double().numpy() for k in (1, GUESSES)]
-    names = list(dict.fromkeys(folds)) if cfg.classify.held_out == "in_turn" else ["all"]
-    mine = np.array(folds if names != ["all"] else ["all"] * len(folds))
     by_fold = {name: {"accuracy": float(hits[0][mine == name].mean()), "top5": float(hits[1][mine == name].mean()),
                       "n_clips": int((mine == name).sum())} for name in names}  # fmt: skip
     size = len(found.classes)
@@ -226,15 +226,17 @@ def account(found: Found, cfg: RunConfig) -> dict[str, Any]:
 
 
 def write_results(folder: Path, found: Found) -> None:
-    """predictions.csv: id, fold, label, guess, its probability, and the rank of the right class, by all modalities together."""
+    """predictions.csv: id, source, label, guess, its probability, and the rank of the right class, by all modalities together."""
     scores = next(iter(found.scores.values()))
     place = 1 + (scores > scores.gather(1, found.right[:, None])).sum(1)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["id", "fold", "label", "guess", "probability", "rank"])
-    for clip, fold, row, rank in zip(found.clips.values(), found.folds, scores, place.tolist(), strict=True):
+    writer.writerow(["id", "source", "label", "guess", "probability", "rank"])
+    for clip, row, rank in zip(found.clips.values(), scores, place.tolist(), strict=True):
         best = int(row.argmax())
-        writer.writerow([clip["id"], fold, label_of(clip), found.classes[best], f"{row[best].exp():.6f}", rank])
+        writer.writerow(
+            [clip["id"], _source(clip), label_of(clip), found.classes[best], f"{row[best].exp():.6f}", rank]
+        )
     write_text(folder / "predictions.csv", out.getvalue())
 
 
@@ -254,10 +256,10 @@ def table(metrics: dict[str, dict]) -> str:
 
 def examples(found: Found, loader: Loader, cfg: RunConfig) -> tuple[list[exhibits.Exhibit], list[Predicted]]:
     """(clips spread over all of them, what was guessed of each by all modalities together)."""
-    numbers, folds = list(found.clips), found.folds
+    numbers, folds = list(found.clips), found.folds(cfg)
     chosen = torch.linspace(0, len(numbers) - 1, min(cfg.eval.report_queries, len(numbers))).long().tolist()
     scores, guessed = next(iter(found.scores.values())), []
-    several = len(set(folds)) > 1 and cfg.classify.held_out == "in_turn"
+    several = len(set(folds)) > 1
     for n, row in enumerate(chosen):
         best = scores[row].exp().topk(min(GUESSES, len(found.classes)))
         guesses = [(found.classes[k], p) for p, k in zip(best.values.tolist(), best.indices.tolist(), strict=True)]

@@ -60,7 +60,7 @@ def probes(
             Known(held, kinds, classes, [i for i, f in enumerate(folds) if (f == fold) == inside], device)
             for inside in (True, False)
         )
-        fit = always if cfg.classify.held_out == "together" else rest.joined(always)
+        fit = rest.joined(always) if rest.rows else always
         if not test.rows:
             continue
         if fit.y.unique().numel() < 2:
@@ -94,8 +94,14 @@ def few_shot(fit: Known, test: Known, classes: int, shots: int, cfg: ClassifyCon
 
 def drawn(y: Tensor, groups: list[str], shots: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
     """(rows of `shots` clips of each class, rows of up to MOST and `shots` more of each class, of other groups)."""
-    order = rng.permutation(len(y)).tolist()
-    few = [row for label in y.unique().tolist() for row in [i for i in order if y[i] == label][:shots]]
+    labels, order = y.tolist(), rng.permutation(len(y)).tolist()
+
+    def first(rows: list[int], most: int) -> list[int]:
+        by_class: dict[int, list[int]] = {label: [] for label in sorted(set(labels))}
+        for row in rows:
+            by_class[labels[row]].append(row)
+        return [row for some in by_class.values() for row in some[:most]]
+
+    few = first(order, shots)
     used = {groups[row] for row in few}
-    rest = [row for row in order if groups[row] not in used]
-    return few, [row for label in y.unique().tolist() for row in [i for i in rest if y[i] == label][: min(shots, MOST)]]
+    return few, first([row for row in order if groups[row] not in used], min(shots, MOST))

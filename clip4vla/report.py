@@ -167,7 +167,10 @@ def classification(metrics: dict[str, dict[str, Any]], exhibits: list[Exhibit], 
     note += "In brackets: 95% interval, bootstrap over groups." * any("ci" in row for row in metrics.values())
     table = f'<div class="scroll"><table><thead><tr>{head}</thead><tbody>{rows}</tbody></table></div>'
     plots = {name: data_uri(png, "image/png") for name, png in _class_plots(metrics).items()}
-    large = f'<div class="scroll"><img alt="confusion matrix" src="{plots.pop("confusion matrix")}"></div>'
+    fits = " style='max-width: 100%; width: 900px'" * (
+        len(metrics["label"]["classes"]) <= 20
+    )  # a larger one is scrolled
+    large = f'<div class="scroll"><img alt="confusion matrix"{fits} src="{plots.pop("confusion matrix")}"></div>'
     small = "".join(f'<img alt="{name}" src="{uri}">' for name, uri in plots.items())
     title = f'<section><h2>Classification</h2>{table}<p class="note">{note}</p>{large}<div class="curves">{small}</div></section>'
     return title + (predictions_page.section(exhibits, predicted) if predicted else "")
