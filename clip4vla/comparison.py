@@ -212,7 +212,7 @@ def _cells(name: str, scores: list[dict[str, Any]], comparable: bool) -> str:
     shown = "{:.2g}".format if name == "p" else "{:.1f}".format
     values = [_numbers(row).get(name) for row in scores]
     known = [float(shown(value)) for value in values if value is not None]  # what looks the same is as good
-    better = {**dict.fromkeys((*HIGHER, "accuracy"), max), **dict.fromkeys(LOWER, min)}.get(name)
+    better = {**dict.fromkeys(HIGHER, max), **dict.fromkeys(LOWER, min)}.get(name)
     best = better(known) if better and comparable and len(known) > 1 else None
     cells = []
     for row, value in zip(scores, values, strict=True):

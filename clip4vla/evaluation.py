@@ -155,7 +155,7 @@ def check_evaluation(cfg: RunConfig) -> None:
     if cfg.eval.select and not cfg.eval.every:
         raise UserError(f"eval.select={cfg.eval.select}: nothing is evaluated on data.val: set eval.every")
     if cfg.eval.select and cfg.eval.task == "classification":
-        selection.value({"label": {"accuracy": 0.0, "top5": 0.0}}, cfg.eval.select)
+        selection.value({"label": dict.fromkeys(("accuracy", "top5", "class_mean"), 0.0)}, cfg.eval.select)
     if cfg.eval.select and cfg.eval.task == "captioning":
         selection.value({"caption": dict.fromkeys(captioning.scored(), 0.0)}, cfg.eval.select)
     if cfg.eval.select and cfg.eval.task == "retrieval":

@@ -52,10 +52,10 @@ class Features:
 
 def of_folders(model: CLIP4VLA, loader: Loader, folders: list[ShardFolder], cfg: RunConfig) -> Features:
     """Those of cfg.model.modalities under cfg.model.audio_type; on all ranks. loader: of any folders."""
-    number, clips, start = [], [], 0
+    number, clips, start, made_by = [], [], 0, _identity(model, cfg)
     vectors = {kind: [torch.zeros(0, model.clip_config["embed_dim"])] for kind in cfg.model.modalities}
     for folder in folders:
-        one = _of_folder(model, loader, folder, cfg)
+        one = _of_folder(model, loader, folder, cfg, made_by)
         number += [start + n for n in one.number]
         clips += one.clips
         for kind, parts in vectors.items():
@@ -64,9 +64,11 @@ def of_folders(model: CLIP4VLA, loader: Loader, folders: list[ShardFolder], cfg:
     return Features(number, clips, {kind: torch.cat(parts) for kind, parts in vectors.items()})
 
 
-def _of_folder(model: CLIP4VLA, loader: Loader, folder: ShardFolder, cfg: RunConfig) -> Features:
+def _of_folder(model: CLIP4VLA, loader: Loader, folder: ShardFolder, cfg: RunConfig, made_by: str) -> Features:
     """From run_dir/features/ if they are there, else computed by all ranks and written by rank 0."""
-    path = Path(cfg.run_dir, "features", f"{folder.source}-{folder.split}-{_identity(model, folder, cfg)}.safetensors")
+    shards = json.dumps([(shard.name, shard.sha256) for shard in folder.shards])
+    name = hashlib.sha256(f"{made_by} {shards}".encode()).hexdigest()[:16]
+    path = Path(cfg.run_dir, "features", f"{folder.source}-{folder.split}-{name}.safetensors")
     kept = distributed.gather_objects(_read(path) if distributed.rank() == 0 else None)[0]
     if kept:
         return kept
@@ -94,17 +96,16 @@ def _computed(model: CLIP4VLA, loader: Loader, folder: ShardFolder, cfg: RunConf
     return Features([*found["clips"]], [*found["clips"].values()], vectors)
 
 
-def _identity(model: CLIP4VLA, folder: ShardFolder, cfg: RunConfig) -> str:
-    """16 hexadecimal digits of all that decides the features."""
-    shards = [(shard.name, shard.sha256) for shard in folder.shards]
-    settings = [model.clip_config, model.image_statistics, to_dict(model.spectrogram), shards]
+def _identity(model: CLIP4VLA, cfg: RunConfig) -> str:
+    """sha256 over all that decides the features of given shards."""
+    settings = [model.clip_config, model.image_statistics, to_dict(model.spectrogram)]
     settings += [cfg.model.modalities, cfg.model.audio_type, cfg.model.normalise]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for kind, tower in (("v", model.vision), ("a", model.audio)):
         for name, value in tower.state_dict().items() if kind in cfg.model.modalities else ():
             digest.update(f"{kind}.{name}".encode())
             digest.update(value.to("cpu", torch.float32).contiguous().numpy())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> Features | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from clip4vla import distributed, engine, flops
 from clip4vla.batch import Batch, Labels
 from clip4vla.build import Setup
+from clip4vla.classifier import label_of
 from clip4vla.config import RunConfig, UserError
 
 COUNTS = (
@@ -30,7 +31,7 @@ COUNTS = (
     "silent",
     "told",
     "flops",
-)  # rows hidden, rows valid, clips without sound, with text; FLOPs
+)  # rows hidden, rows valid, clips without sound, with text (or a class to learn); FLOPs
 COMPARED = 1024  # clips of a rank whose vectors are compared with each other: their products take 4 MiB
 
 
@@ -66,6 +67,8 @@ class Meter:
         rows = [int(sum(getattr(m, name).sum() for m in micros)) for name in ("hidden_rows", "segment_rows")]
         silent = sum(len(m) - int(m.has_audio.sum()) for m in micros)
         told = sum(int(m.has_text.sum()) for m in micros)
+        if self.cfg.loss.label:
+            told = sum(label_of(clip) in self.cfg.model.labels for m in micros for clip in m.meta)
         self.counts.append([*rows, silent, told, self.work.flops(micros)])
         self.features, self.labels = features, [m.labels() for m in micros]
 
@@ -104,6 +107,8 @@ class Meter:
             raise UserError(
                 f"step {step + 1}: no clip of the batch has a caption to learn (data.languages={self.cfg.data.languages})"
             )
+        if self.cfg.loss.label and not told:
+            raise UserError(f"step {step + 1}: no clip of the batch has one of model.labels={self.cfg.model.labels}")
         clips, lr = self.cfg.train.batch_size, engine.learning_rate(step, self.cfg.train)
         row = {"step": step + 1, "samples": (step + 1) * clips, "lr": lr} | row
         row["no_audio"] = silent * distributed.world() / clips

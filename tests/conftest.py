@@ -100,10 +100,13 @@ def server():
         yield proxy
 
 
-def run(*words: object, env: dict[str, str] | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+def run(
+    *words: object, env: dict[str, str] | None = None, timeout: float = 300, cwd: Path = ROOT
+) -> subprocess.CompletedProcess:
     """A python script of the repository, from its root, as one process."""
     if str(words[0]).endswith(".py"):
-        return ranks(1, *words, env=env, timeout=timeout)
+        with job(1, *words, env=env, cwd=cwd) as started:
+            return started.wait(timeout)
     return _call([sys.executable, *words], env, timeout)
 
 
@@ -113,11 +116,11 @@ def ranks(count: int, *words: object, env: dict[str, str] | None = None, timeout
         return started.wait(timeout)
 
 
-def job(count: int, *words: object, env: dict[str, str] | None = None) -> Job:
+def job(count: int, *words: object, env: dict[str, str] | None = None, cwd: Path = ROOT) -> Job:
     """Started, not waited for; to be used in a `with` block. Its `ranks` are processes to kill and to signal."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     full = {"PATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
-    return Job(count, [str(word) for word in words], full, free_port())
+    return Job(count, [str(word) for word in words], full, free_port(), cwd)
 
 
 def deepspeed(ranks: int, *words: object, timeout: float = 300) -> subprocess.CompletedProcess:

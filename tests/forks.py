@@ -21,14 +21,14 @@ _context.set_forkserver_preload(IMPORTED)
 class Job:
     """A script on some ranks; those that are left are killed when the `with` block ends."""
 
-    def __init__(self, ranks: int, words: list[str], env: dict[str, str], port: int):
+    def __init__(self, ranks: int, words: list[str], env: dict[str, str], port: int, cwd: Path = ROOT):
         self.folder = Path(tempfile.mkdtemp(prefix="fork"))
         group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
         self.ranks = []
         for rank in range(ranks):
             place = group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             files = [str(self.folder / f"{name}{rank}") for name in ("out", "err")]
-            process = _context.Process(target=_script, args=(words, {**os.environ, **env, **place}, files))
+            process = _context.Process(target=_script, args=(words, {**os.environ, **env, **place}, files, cwd))
             process.start()
             self.ranks.append(process)
 
@@ -64,15 +64,15 @@ class Job:
         return "".join(file.read_text(errors="replace") for file in sorted(self.folder.glob(f"{stream}*")))
 
 
-def _script(words: list[str], env: dict[str, str], files: list[str]) -> None:
+def _script(words: list[str], env: dict[str, str], files: list[str], cwd: Path) -> None:
     """In the fork: what `python WORDS` does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored if a shell runs the tests with `&`
     os.environ.clear()
     os.environ.update(env)
-    os.chdir(ROOT)
+    os.chdir(cwd)
     for file, stream in zip(files, (1, 2), strict=True):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
-    script = str(ROOT / words[0])
+    script = str(cwd / words[0])
     sys.argv = [words[0], *words[1:]]
     sys.path[:] = [str(Path(script).parent), *(p for p in sys.path if p != str(Path(__file__).parent))]
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))

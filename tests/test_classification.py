@@ -286,8 +286,8 @@ def test_fine_tuning_runs_fold_by_fold_and_goes_on(training_words, tmp_path):
     assert json.loads((tmp_path / "eval/test/metrics.json").read_text())["label"]["folds"] == whole["folds"]
 
 
-def test_the_same_on_ranks_in_micro_batches_and_it_learns(training_words, sample_shards, tmp_path):
-    """One rank = two ranks x two micro-batches; labels learnt by heart."""
+def test_the_same_on_zero3_ranks_in_micro_batches_and_it_learns(training_words, sample_shards, zero3, tmp_path):
+    """One rank = two ranks of ZeRO-3 x two micro-batches; labels learnt by heart."""
     words = [
         *training_words,
         "classify.held_out=together",
@@ -296,7 +296,7 @@ def test_the_same_on_ranks_in_micro_batches_and_it_learns(training_words, sample
     ]
     words += [f"data.test={sample_shards}/speech_fr/train", "loss.label_smoothing=0.1", "train.save_every=30"]
     assert run(SCRIPT, *words, f"run_dir={tmp_path}/one").returncode == 0
-    done = ranks(2, SCRIPT, *words, f"run_dir={tmp_path}/two", "train.accumulate=2")
+    done = ranks(2, SCRIPT, *words, f"run_dir={tmp_path}/two", "train.accumulate=2", "--deepspeed_config", zero3)
     assert done.returncode == 0, done.stderr
     one, two = trace(tmp_path / "one"), trace(tmp_path / "two")
     assert [two[step][0] for step in range(1, 9)] == pytest.approx([one[step][0] for step in range(1, 9)], rel=2e-5)

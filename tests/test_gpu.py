@@ -1,5 +1,5 @@
 """What only a GPU can show: every precision under every shipped DeepSpeed config, torch.compile, NCCL, mixed decoding,
-embed.py, fine-tuning with each head, captions, and the loss at N = 32768.
+embed.py, fine-tuning with each head, captions, classification, and the loss at N = 32768.
 
 python -m pytest -m gpu tests/test_gpu.py        # on a machine with one GPU; with two, NCCL too
 """
@@ -111,6 +111,27 @@ def test_captions_are_learnt_in_bf16_and_written_as_on_the_cpu(tiny, sample_shar
         assert done.returncode == 0, done.stderr
         written.append(json.loads((tmp_path / "eval/test/results.json").read_text()))
     assert written[0] == written[1] and written[2] == written[3] and len(written[4]) == len(written[5]) == 18
+
+
+def test_probes_are_those_of_the_cpu_and_a_classifier_learns_in_bf16(tiny, sample_shards, tmp_path):
+    folds = ", ".join(f"{sample_shards}/speech_{lang}/train" for lang in ("es", "fr"))
+    words = [*tiny, f"data.test=[{folds}]", "data.train={}", "eval.task=classification", "classify.held_out=in_turn"]
+    probes, script = [], "launch/finetune_classification.py"
+    for name, env in (("gpu", {}), ("cpu", {"CUDA_VISIBLE_DEVICES": ""})):
+        done = run(script, *words, f"run_dir={tmp_path}/{name}", "train.max_steps=0", env=env)
+        assert done.returncode == 0, done.stderr
+        probes.append(json.loads((tmp_path / name / "eval/test/metrics.json").read_text())["label"])
+    assert probes[0]["confusion"] == probes[1]["confusion"] and probes[0]["C"] == probes[1]["C"]
+    words += [
+        "model.fusion=classifier",
+        "classify.method=classifier",
+        "loss={at: 0, av: 0, aa: 0, label: 1}",
+        "train.max_steps=20",
+    ]
+    done = run(script, *words, "model.train_towers=vision+audio", "train.precision=bf16", f"run_dir={tmp_path}/tuned")
+    assert done.returncode == 0, done.stderr
+    losses = totals(trace(tmp_path / "tuned/speech_fr-train"))
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
 
 
 def test_mixed_decoding_gives_the_pictures_of_the_cpu(sample_shards, tmp_path):
