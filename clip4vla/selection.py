@@ -6,19 +6,8 @@ from typing import Any
 
 from clip4vla.config import RunConfig, UserError
 
-HIGHER = (
-    "R@1",
-    "R@5",
-    "R@10",
-    "BLEU-1",
-    "BLEU-2",
-    "BLEU-3",
-    "BLEU-4",
-    "METEOR",
-    "ROUGE-L",
-    "CIDEr",
-    "accuracy",
-    "top5",
+HIGHER = tuple(
+    "R@1 R@5 R@10 BLEU-1 BLEU-2 BLEU-3 BLEU-4 METEOR ROUGE-L CIDEr accuracy top5 class_mean".split()
 )  # is better
 LOWER = ("MedR", "MeanR")
 
