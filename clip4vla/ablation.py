@@ -6,19 +6,18 @@ with the type token, and are fine-tuned from there. Fine-tuning is the same for 
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import yaml
+from typing import NamedTuple
 
 from clip4vla import distributed, stages
+from clip4vla.checkpoints import newest_checkpoint
 from clip4vla.config import RunConfig, UserError
-from clip4vla.settings import load, to_dict
+from clip4vla.settings import load
 from clip4vla.shards import write_text
 
 METRICS = {"R@1": "R@1", "R@5": "R@5", "R@10": "R@10", "MedR": "MdR"}
-SETTINGS = "settings.yaml"
 
 
 class Row(NamedTuple):
@@ -67,13 +66,17 @@ class Plan(NamedTuple):
             start = [self.stage("pretrain", [*row.pretrain, f"run_dir={place}", f"seed={seed}"])]
         origins = [str(place)] if start else self.stage("pretrain", []).init_from
         words = [*TUNED, *row.finetune, f"run_dir={folder}/finetune", f"seed={seed}", f"init_from={origins}"]
-        return [*start, self.stage("finetune", words)]
+        some = [*start, self.stage("finetune", words)]
+        for cfg in some:
+            cfg.train.mirror = stages.own_mirror(cfg, f"{row.name}/seed-{seed}/{Path(cfg.run_dir).name}")
+        return some
 
 
 def run(plan: Plan, seeds: Sequence[int], ds_config: str | None) -> str:
     """Run what is not there yet, seed by seed; the table, which is also in OUT/table5.md, all values in OUT/table5.csv."""
     distributed.setup(plan.stage("pretrain", []).train.timeout)
-    _must_be_the_same(plan)
+    _must_differ(plan)
+    stages.must_be_the_same(plan.out, {name: plan.stage(name, []) for name in ("pretrain", "finetune")})
     found: dict[str, dict[int, dict]] = {row.name: {} for row in ROWS}
     for seed in seeds:
         for row in ROWS:
@@ -88,27 +91,19 @@ def run(plan: Plan, seeds: Sequence[int], ds_config: str | None) -> str:
     return table(found)
 
 
-def _must_be_the_same(plan: Plan) -> None:
-    """UserError if OUT holds runs of other settings; the first time they are written there."""
-    ours = {name: to_dict(plan.stage(name, [])) for name in ("pretrain", "finetune")}
-    file = plan.out / SETTINGS
-    theirs = distributed.gather_objects(yaml.safe_load(file.read_text()) if file.is_file() else None)[0]
-    if theirs is None and distributed.rank() == 0:
-        plan.out.mkdir(parents=True, exist_ok=True)
-        write_text(file, yaml.safe_dump(ours, sort_keys=False))
-    for key, value in _flat(ours).items() if theirs else ():
-        if _flat(theirs).get(key) != value:
-            raise UserError(
-                f"{plan.out}: its runs have {key}={_flat(theirs).get(key)}, not {value}: name another --out"
-            )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys."""
-    out = {}
-    for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out
+def _must_differ(plan: Plan) -> None:
+    """UserError if the rows would not be what they are called."""
+    cfg = plan.stage("pretrain", [])
+    if not cfg.loss.aa:
+        raise UserError(f"{plan.pretrain}: loss.aa is 0, and + intra-modal is to add it: set pretrain.loss.aa=1")
+    for place in cfg.init_from:
+        folder = newest_checkpoint(place) or Path(place)
+        if (folder / "config.json").is_file():
+            towers = json.loads((folder / "config.json").read_text())["model"]["train_towers"]
+            if "audio" in towers:
+                raise UserError(
+                    f"{plan.pretrain}: init_from {place} has ears already: name the CLIP that they are to be given to"
+                )
 
 
 def table(found: dict[str, dict[int, dict]]) -> str:

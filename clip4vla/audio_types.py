@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from clip4vla import distributed, evaluation, features, probe, zero_shot
+from clip4vla import distributed, evaluation, features, probe, retrieval, zero_shot
 from clip4vla.build import weights_to_evaluate
 from clip4vla.config import RunConfig, UserError
 from clip4vla.exhibits import encoded
@@ -64,6 +64,8 @@ def _under_both(
         with torch.no_grad():
             found = features.of_folders(model, loader, folders, one)
         out[token] = found.where(lambda clip: clip["audio_type"] in TOKENS and clip["has_audio"])
+    seen = set(out["vb"].number) & set(out["nb"].number)  # one of them may be damaged by now
+    out = {token: found.among(seen) for token, found in out.items()}
     kinds = {clip["audio_type"] for clip in out["vb"].clips}
     if kinds != set(TOKENS):
         raise UserError(f"{key}: needs verbal (vb) and nonverbal (nb) sounds to tell apart; there are {sorted(kinds)}")
@@ -98,8 +100,9 @@ def _probes(
 
 def auc(score: Tensor, positive: Tensor) -> float:
     """Area under the ROC curve: how often a positive (1) scores above a negative (0), ties half."""
-    high, low = score[positive == 1][:, None], score[positive == 0]
-    return float(((high > low).double() + 0.5 * (high == low).double()).mean())
+    high, low = score[positive == 1], score[positive == 0].sort().values
+    below, upto = (torch.searchsorted(low, high, right=right) for right in (False, True))
+    return float((below + upto).double().mean() / 2 / len(low))
 
 
 def balanced(guess: Tensor, right: Tensor) -> float:
@@ -124,7 +127,7 @@ def _queries(model: CLIP4VLA, cfg: RunConfig) -> dict[str, dict[str, dict[str, f
         for kind in TOKENS:
             some = captions.tagged(kind)
             row = zero_shot.rank(some, sounds, cfg)
-            best = (some.vectors @ sounds.vectors.T).argmax(1)
+            best = retrieval.top_k(some.vectors, sounds.vectors, 1)[1][:, 0]
             same = float((nonverbal[best] == (kind == "nb")).double().mean())
             few = {name: row[name] for name in ("R@1", "R@10", "MedR", "n_queries", "n_gallery")}
             out.setdefault(token, {})[kind] = few | {"best_hit_of_own_type": 100 * same}

@@ -106,7 +106,9 @@ def labels_of(folders: list[ShardFolder]) -> list[str]:
             for shard, held in enumerate(folder.shards):
                 passed(f"start-up: labels in {held.name}")
                 samples = folder.read([(shard, entry) for entry in range(held.samples)], ("json",))
-                found |= {label_of(json.loads(s["json"])) for s in samples if not isinstance(s, Damaged)}
+                found |= {
+                    label_of(json.loads(s["json"])) for s in samples if not isinstance(s, Damaged) and "json" in s
+                }
         return sorted(found - {""})
 
     labels, failed = by_rank_0(read)
@@ -183,6 +185,7 @@ def weights_to_evaluate(cfg: RunConfig) -> tuple[CLIP4VLA, dict[str, Any]]:
             raise UserError(
                 "train.max_steps=0, model.fusion=classifier: a fresh classifier knows nothing: train it first"
             )
+        torch.manual_seed(cfg.seed)  # what is fresh is the same each time
         fingerprint = open_folders(cfg.data.test, "data.test", cfg.data)[0].fingerprint
         model, origin = build_model(cfg, fingerprint, None)
         there = Path(origin, "model.safetensors").is_file()

@@ -5,6 +5,7 @@ B clips, D width, K classes. Accuracies are in percent. Of several modalities ea
 
 import csv
 import io
+import os
 import re
 import statistics
 from collections import Counter
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip4vla import captioning, distributed, exhibits, features, fusion, probing
+from clip4vla.checkpoints import Passed, by_rank_0
 from clip4vla.classifier import label_of
 from clip4vla.config import RunConfig, UserError
 from clip4vla.features import Features
@@ -83,10 +85,11 @@ def _by_head(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
             if clip["id"]:
                 mine["clips"][i], mine["scores"][i], mine["heard"][i] = clip, score.clone(), any_part
     found = distributed.merge(mine)
-    clips, left_out = _taking_part(found["clips"], found["heard"], cfg.model.labels)
-    return Found(
-        cfg.model.labels, clips, left_out, {cfg.model.modalities: torch.stack([found["scores"][i] for i in clips])}
-    )
+    unknown = {label_of(clip) for clip in found["clips"].values()} - {"", *cfg.model.labels}
+    classes = [*cfg.model.labels, *sorted(unknown)]  # those that were not trained are never guessed, and count
+    clips, left_out = _taking_part(found["clips"], found["heard"], classes)
+    scores = F.pad(torch.stack([found["scores"][i] for i in clips]), (0, len(unknown)), value=-torch.inf)
+    return Found(classes, clips, left_out, {cfg.model.modalities: scores})
 
 
 def _taking_part(clips: dict[int, dict], heard: dict[int, bool], classes: list[str]) -> tuple[dict[int, dict], dict]:
@@ -96,7 +99,8 @@ def _taking_part(clips: dict[int, dict], heard: dict[int, bool], classes: list[s
         "another label": [i for i, clip in clips.items() if label_of(clip) and label_of(clip) not in classes],
         "no media": [i for i in clips if not heard[i]],
     }
-    kept = {i: clip for i, clip in clips.items() if not any(i in set(rows) for rows in gone.values())}
+    lost = {i for rows in gone.values() for i in rows}
+    kept = {i: clip for i, clip in clips.items() if i not in lost}
     if not kept:
         why = ", ".join(f"{reason}: {len(rows)}" for reason, rows in gone.items())
         raise UserError(f"data.test: none of {len(clips)} clips can be classified ({why})")
@@ -107,8 +111,7 @@ def _chosen(held: Features, classes: list[str], cfg: RunConfig) -> tuple[Feature
     """(the features that take part, their clips by number, ids of the others by reason)."""
     heard = dict(zip(held.number, held.having(cfg.model.modalities).tolist(), strict=True))
     clips, left_out = _taking_part(dict(zip(held.number, held.clips, strict=True)), heard, classes)
-    ids = {clip["id"] for clip in clips.values()}
-    return held.where(lambda clip: clip["id"] in ids), clips, left_out
+    return held.among(clips), clips, left_out
 
 
 def _kinds(cfg: RunConfig) -> list[str]:
@@ -118,8 +121,8 @@ def _kinds(cfg: RunConfig) -> list[str]:
 def _by_names(model: CLIP4VLA, loader: Loader, held: Features, cfg: RunConfig) -> Found:
     """Cosines of the classes' sentences with y^g, z^g, or the mean of both, over the temperature."""
     classes = asked(cfg) or sorted({label_of(clip) for clip in held.clips} - {""})
-    names = class_vectors(model, loader, classes, cfg.classify.templates)
     some, clips, left_out = _chosen(held, classes, cfg)
+    names = class_vectors(model, loader, classes, cfg.classify.templates)
     scale = model.log_scale.exp().item() if cfg.model.learn_temperature else 1 / cfg.model.temperature
     scores = {}
     for kinds in _kinds(cfg):
@@ -137,7 +140,7 @@ def asked(cfg: RunConfig) -> list[str]:
             lines = Path(names[0]).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"classify.labels: cannot read {names[0]} ({error}): a file has a class a line") from None
-        names = [line.strip() for line in lines if line.strip()]
+        names = [line.strip() for line in lines if line.strip()] or [""]
     if len(names) == 1 or len(set(names)) < len(names):
         raise UserError(
             f"classify.labels: {len(names)} classes, {len(set(names))} of them different: give two at least, once each"
@@ -162,15 +165,18 @@ def _by_probe(model: CLIP4VLA, loader: Loader, held: Features, cfg: RunConfig) -
     """Probes that rank 0 fits, for each fold and each of the modalities."""
     folders = open_folders(cfg.data.train, "data.train", cfg.data) if cfg.data.train else []
     training = features.of_folders(model, loader, folders, cfg).where(lambda clip: bool(label_of(clip)))
-    if distributed.rank():
-        return Found([], {}, {}, {})
     classes = sorted({label_of(clip) for clip in [*held.clips, *training.clips]} - {""})
     some, clips, left_out = _chosen(held, classes, cfg)
     found = Found(classes, clips, left_out, {}, Counter(map(_source, training.clips)))
-    for kinds in _kinds(cfg):
-        found.scores[kinds], found.told[kinds] = probing.probes(
-            some, found.folds(cfg), training, classes, kinds, cfg, loader.device
-        )
+
+    def work(passed: Passed) -> dict[str, tuple[Tensor, dict]]:
+        some_of = probing.Problem(some, found.folds(cfg), training, classes, cfg, loader.device, passed)
+        return {kinds: some_of.solved(kinds) for kinds in _kinds(cfg)}
+
+    solved, failed = by_rank_0(work)
+    if failed:
+        raise UserError(failed)
+    found.scores, found.told = ({kinds: pair[i] for kinds, pair in solved.items()} for i in (0, 1))
     return found
 
 
@@ -200,7 +206,7 @@ def _row(found: Found, scores: Tensor, rows: Tensor, cfg: RunConfig) -> dict[str
     row: dict[str, Any] = {name: statistics.mean(f[name] for f in by_fold.values()) for name in ("accuracy", "top5")}
     row |= {"deviation": statistics.stdev(f["accuracy"] for f in by_fold.values())} if len(names) > 1 else {}
     row["class_mean"] = 100 * float((confusion.diagonal()[there] / confusion.sum(1)[there]).double().mean())
-    row["chance"] = 100 * int(confusion.sum(1).max()) / len(rows)  # of always naming the commonest class
+    row["commonest"] = 100 * int(confusion.sum(1).max()) / len(rows)  # of always naming the commonest class
     if cfg.eval.bootstrap and len(names) == 1:
         groups = np.array([number(clip["group"]) for clip in found.clips.values()])[rows]
         row["ci"] = {"accuracy": captioning.interval(hits[0], groups, cfg.eval.bootstrap, cfg.seed)}
@@ -216,8 +222,8 @@ def _row(found: Found, scores: Tensor, rows: Tensor, cfg: RunConfig) -> dict[str
 def account(found: Found, cfg: RunConfig) -> dict[str, Any]:
     """For the manifest: how clips got their class, from which others, and what is missing."""
     how = {
-        "probe": "L2 logistic regression on frozen pooled features, its strength chosen by a fifth of the training clips, by "
-        "whole groups of each class, then fitted on all of them",
+        "probe": f"L2 logistic regression on frozen pooled features, strength of {cfg.classify.strengths}, chosen by a fifth "
+        "of the training clips, by whole groups of each class, then fitted on all of them",
         "zero_shot": f"nearest of the classes' names in {len(cfg.classify.templates)} sentences, averaged",
         "classifier": "the head that was trained",
     }[cfg.classify.method]
@@ -243,13 +249,13 @@ def write_results(folder: Path, found: Found) -> None:
 def table(metrics: dict[str, dict]) -> str:
     """The metrics as text, one line for each of the modalities."""
     lines = [
-        f"{'':<12}{'accuracy':>18}{'top 5':>8}{'class mean':>12}{'chance':>8}{'clips':>8}{'classes':>9}{'folds':>7}"
+        f"{'':<12}{'accuracy':>18}{'top 5':>8}{'class mean':>12}{'commonest':>11}{'clips':>8}{'classes':>9}{'folds':>7}"
     ]
     for name, row in metrics.items():
         spread = f" ± {row['deviation']:.1f}" if "deviation" in row else ""
         lines.append(
             f"{name:<12}{row['accuracy']:>{18 - len(spread)}.1f}{spread}{row['top5']:>8.1f}{row['class_mean']:>12.1f}"
-            f"{row['chance']:>8.1f}{row['n_clips']:>8}{row['n_classes']:>9}{row['n_folds']:>7}"
+            f"{row['commonest']:>11.1f}{row['n_clips']:>8}{row['n_classes']:>9}{row['n_folds']:>7}"
         )
     return "\n".join(lines)
 
@@ -270,13 +276,26 @@ def examples(found: Found, loader: Loader, cfg: RunConfig) -> tuple[list[exhibit
         return list(shown), guessed
 
 
+def must_be_apart(cfg: RunConfig) -> None:
+    """UserError if a folder of data.test also trains, or selects."""
+    others = [*cfg.data.train, *(cfg.data.val if cfg.eval.select else ())]
+    both = {os.path.normpath(url) for url in cfg.data.test} & {os.path.normpath(url) for url in others}
+    if both:
+        raise UserError(
+            f"data.test: {both.pop()} is in data.train or data.val too: what is tested on may not be learnt"
+        )
+
+
 def check(cfg: RunConfig) -> None:
     """UserError for settings that contradict each other."""
     how = cfg.classify.method
     if (how == "classifier") != (cfg.model.fusion == "classifier"):
         raise UserError(f"classify.method={how}, model.fusion={cfg.model.fusion}: classifier goes with classifier")
-    if how == "probe" and cfg.eval.every:
-        raise UserError(f"eval.every={cfg.eval.every}: a probe is fitted after training alone: set eval.every=0")
+    if how != "classifier" and cfg.eval.every:
+        raise UserError(
+            f"eval.every={cfg.eval.every}: {how} looks at frozen features, after training: set eval.every=0"
+        )
+    must_be_apart(cfg)
     if cfg.classify.held_out == "in_turn" and (len(cfg.data.test) < 2 or how == "classifier"):
         raise UserError(
             f"classify.held_out=in_turn: data.test has {len(cfg.data.test)} folders: name two at least"

@@ -171,6 +171,7 @@ def check_evaluation(cfg: RunConfig) -> None:
 def eval_loader(cfg: RunConfig, folders: list, device: torch.device, most: int = 0) -> Loader:
     """Every clip of the folders once, in order; the first `most` of each folder, unless that is 0."""
     order = EvalOrder([[shard.samples for shard in folder.shards] for folder in folders], cfg.eval.batch_size, most)
+    Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)  # where damage is listed
     return Loader(
         folders, order, cfg.data, tokenize=tokenizer(cfg.model.clip, cfg.model.max_tokens), mask=cfg.mask, seed=cfg.seed,
         needs=("frames", "fbank"), device=device, damage_log=Path(cfg.run_dir, f"damaged-{distributed.rank()}.jsonl"),

@@ -6,7 +6,7 @@ n clips, D width.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clip4vla import distributed
 from clip4vla.config import RunConfig
-from clip4vla.loader import EvalOrder, Loader
+from clip4vla.loader import EvalOrder, Loader, check_fingerprint
 from clip4vla.model import CLIP4VLA
 from clip4vla.settings import to_dict
 from clip4vla.shards import ShardFolder
@@ -43,9 +43,15 @@ class Features:
         """The vectors of these media beside each other, (n, D) or (n, 2 D)."""
         return torch.cat([self.vectors[kind] for kind in kinds], 1)
 
+    def among(self, numbers: Container[int]) -> "Features":
+        """Those with these numbers."""
+        return self._rows([row for row, n in enumerate(self.number) if n in numbers])
+
     def where(self, wanted: Callable[[dict], bool]) -> "Features":
         """Those whose json is wanted."""
-        rows = [row for row, clip in enumerate(self.clips) if wanted(clip)]
+        return self._rows([row for row, clip in enumerate(self.clips) if wanted(clip)])
+
+    def _rows(self, rows: list[int]) -> "Features":
         number, clips = ([values[row] for row in rows] for values in (self.number, self.clips))
         return Features(number, clips, {kind: v[rows] for kind, v in self.vectors.items()})
 
@@ -53,6 +59,8 @@ class Features:
 def of_folders(model: CLIP4VLA, loader: Loader, folders: list[ShardFolder], cfg: RunConfig) -> Features:
     """Those of cfg.model.modalities under cfg.model.audio_type; on all ranks. loader: of any folders."""
     number, clips, start, made_by = [], [], 0, _identity(model, cfg)
+    for folder in folders:
+        check_fingerprint(model.config(), folder.fingerprint, "the model", folder.url)
     vectors = {kind: [torch.zeros(0, model.clip_config["embed_dim"])] for kind in cfg.model.modalities}
     for folder in folders:
         one = _of_folder(model, loader, folder, cfg, made_by)
@@ -73,7 +81,7 @@ def _of_folder(model: CLIP4VLA, loader: Loader, folder: ShardFolder, cfg: RunCon
     if kept:
         return kept
     found = _computed(model, loader, folder, cfg)
-    if distributed.rank() == 0:
+    if distributed.rank() == 0 and len(found.number) == len(folder):  # what is damaged may be mended
         _write(path, found)
     return found
 
@@ -99,7 +107,7 @@ def _computed(model: CLIP4VLA, loader: Loader, folder: ShardFolder, cfg: RunConf
 def _identity(model: CLIP4VLA, cfg: RunConfig) -> str:
     """sha256 over all that decides the features of given shards."""
     settings = [model.clip_config, model.image_statistics, to_dict(model.spectrogram)]
-    settings += [cfg.model.modalities, cfg.model.audio_type, cfg.model.normalise]
+    settings += [cfg.model.modalities, cfg.model.audio_type, cfg.model.normalise, cfg.data.languages]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for kind, tower in (("v", model.vision), ("a", model.audio)):
         for name, value in tower.state_dict().items() if kind in cfg.model.modalities else ():

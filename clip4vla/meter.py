@@ -25,13 +25,8 @@ from clip4vla.build import Setup
 from clip4vla.classifier import label_of
 from clip4vla.config import RunConfig, UserError
 
-COUNTS = (
-    "hidden",
-    "heard",
-    "silent",
-    "told",
-    "flops",
-)  # rows hidden, rows valid, clips without sound, with text (or a class to learn); FLOPs
+# rows hidden, rows valid, clips without sound, clips with text (or a class to learn), FLOPs
+COUNTS = ("hidden", "heard", "silent", "told", "flops")
 COMPARED = 1024  # clips of a rank whose vectors are compared with each other: their products take 4 MiB
 
 
@@ -82,6 +77,8 @@ class Meter:
         seconds = time.perf_counter() - self.since
         rows = [self._row(step - len(values) + i, row) for i, row in enumerate(values)]
         done = sum(row.pop("flops") for row in rows)
+        if self.cfg.loss.label and not counts[:, COUNTS.index("told")].any():
+            raise UserError(f"no clip of {len(rows)} batches has one of model.labels={self.cfg.model.labels}")
         _must_be_finite(rows, self.cfg.run_dir)
         rows[-1] |= {
             "grad_norm": float(run.get_global_grad_norm() or 0.0),
@@ -107,8 +104,6 @@ class Meter:
             raise UserError(
                 f"step {step + 1}: no clip of the batch has a caption to learn (data.languages={self.cfg.data.languages})"
             )
-        if self.cfg.loss.label and not told:
-            raise UserError(f"step {step + 1}: no clip of the batch has one of model.labels={self.cfg.model.labels}")
         clips, lr = self.cfg.train.batch_size, engine.learning_rate(step, self.cfg.train)
         row = {"step": step + 1, "samples": (step + 1) * clips, "lr": lr} | row
         row["no_audio"] = silent * distributed.world() / clips

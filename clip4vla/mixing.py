@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from clip4vla import distributed, evaluation, zero_shot
 from clip4vla.build import weights_to_evaluate
-from clip4vla.config import RunConfig
+from clip4vla.config import RunConfig, UserError
 from clip4vla.exhibits import encoded
 from clip4vla.model import CLIP4VLA
 from clip4vla.shards import write_text
@@ -63,6 +63,8 @@ def sweep(model: CLIP4VLA, cfg: RunConfig, sources: dict[str, float], key: str) 
             vectors = {name: _of(clips, found.vectors[name]) for name in ("text", f"audio/{ratio}")}
             sides = (zero_shot.once(side, clips) for side in zero_shot.heard(clips, vectors, ratio))
             rows.append({"split": key, "data set": data, "audio type": kind, "r": ratio} | zero_shot.rank(*sides, cfg))
+    if distributed.rank() == 0 and not rows:
+        raise UserError(f"{key}: no clip has sound and a caption")
     return rows
 
 
@@ -114,7 +116,11 @@ def figure(found: dict[str, list[Row]], chosen: dict[str, str]) -> Figure:
         some = {run: rows for run, rows in mine.items() if rows}
         for metric, colour in METRICS.items():
             values = np.array([[row[metric] for row in rows if row["r"] != BOTH] for rows in some.values()])
-            ratios, middle, spread = [float(r) for r in RATIOS], values.mean(0), values.std(0)
+            ratios, middle, spread = (
+                [float(r) for r in RATIOS],
+                values.mean(0),
+                values.std(0, ddof=min(1, len(values) - 1)),
+            )
             axes.plot(ratios, middle, "o-", color=colour, label=metric, markersize=3)
             axes.fill_between(ratios, middle - spread, middle + spread, color=colour, alpha=0.15, linewidth=0)
             both = np.mean([row[metric] for rows in some.values() for row in rows if row["r"] == BOTH])

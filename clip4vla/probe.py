@@ -102,7 +102,9 @@ def chosen(x: Tensor, y: Tensor, classes: int, strengths: Sequence[float], held:
     if len(strengths) == 1:
         return fit(x if again else x[~held], y if again else y[~held], classes, strengths[0])
     if not held.any():
-        raise UserError("classify.strengths: no class has clips of two groups to choose by; give a single one")
+        raise UserError(
+            "a probe: no class has clips of two groups to choose its strength by; give classify.strengths a single one"
+        )
     task, best, most, worse, probe = Task(x[~held], y[~held], classes), None, -1.0, 0, None
     for strength in sorted(strengths):
         probe = task.fit(strength, probe, ROUGH)
@@ -115,7 +117,8 @@ def chosen(x: Tensor, y: Tensor, classes: int, strengths: Sequence[float], held:
 
 
 def held_part(y: Tensor, groups: Sequence[str], seed: int) -> Tensor:
-    """Which clips (n,) to choose by: of each class whole groups drawn by seed, up to SHARE of its clips; one group stays.
+    """Which clips (n,) to choose by: of each class whole groups drawn by seed, SHARE of its clips at most, or its smallest
+    group; at least one group stays.
 
     A group counts to the class of its first clip.
     """
@@ -125,7 +128,7 @@ def held_part(y: Tensor, groups: Sequence[str], seed: int) -> Tensor:
     rng, sizes, held = np.random.default_rng(seed), Counter(groups), set()
     for label in sorted(set(home.values())):
         own = sorted(group for group in home if home[group] == label)
-        room = SHARE * sum(sizes[group] for group in own)
+        room = max(SHARE * sum(sizes[group] for group in own), min(sizes[group] for group in own))
         for i in rng.permutation(len(own))[:-1]:
             if sizes[own[i]] <= room:
                 held.add(own[i])

@@ -1,6 +1,7 @@
 """Linear probes on features of labelled clips: fold by fold, with the strength chosen inside the training part; few shots."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,72 +13,85 @@ from clip4vla.classifier import label_of
 from clip4vla.config import ClassifyConfig, RunConfig, UserError
 from clip4vla.features import Features
 
-MOST = (
-    4  # clips of each class, beside those of a few-shot probe, that its strength is chosen by (Zhou et al. 2022, CoOp)
-)
+# clips of each class, beside those of a few-shot probe, that its strength is chosen by (Zhou et al. 2022, CoOp)
+MOST = 4
 
 
+@dataclass
 class Known:
-    """Clips of known class as a probe reads them: x (n, D), y (n,), their groups."""
+    """Clips of known class as a probe reads them."""
 
-    def __init__(self, clips: Features, kinds: str, classes: list[str], rows: Sequence[int], device: torch.device):
-        there = clips.having(kinds)
-        self.rows = [row for row in rows if there[row]]
-        numbers = {label: i for i, label in enumerate(classes)}
-        self.x = clips.beside(kinds)[self.rows].to(device)
-        self.y = torch.tensor(
-            [numbers[label_of(clips.clips[row])] for row in self.rows], dtype=torch.int64, device=device
-        )
-        self.groups = [clips.clips[row]["group"] for row in self.rows]
+    rows: list[int]  # of the Features that they are from
+    x: Tensor  # n D
+    y: Tensor  # n
+    groups: list[str]
 
     def joined(self, other: "Known") -> "Known":
-        """Both; rows are those of the first."""
-        out = object.__new__(Known)
-        out.rows, out.groups = self.rows, self.groups + other.groups
-        out.x, out.y = torch.cat([self.x, other.x]), torch.cat([self.y, other.y])
-        return out
+        """Both; rows mean nothing any more."""
+        return Known([], torch.cat([self.x, other.x]), torch.cat([self.y, other.y]), self.groups + other.groups)
 
 
-def probes(
-    held: Features,
-    folds: list[str],
-    training: Features,
-    classes: list[str],
-    kinds: str,
-    cfg: RunConfig,
-    device: torch.device,
-) -> tuple[Tensor, dict[str, Any]]:
-    """(log-probabilities (B, K) of the held-out clips, NaN where one has none of these media; the strengths by fold, and the
-    few-shot accuracies in percent by number of shots, over folds and draws).
+@dataclass
+class Problem:
+    """Held-out clips with the fold of each, and clips of data.train, all with a class."""
 
-    Each fold is scored by a probe on all clips of the others, and of `training`.
-    """
-    scores = torch.full((len(folds), len(classes)), torch.nan, dtype=torch.float64)
-    told: dict[str, Any] = {"C": {}, "few_shot": {str(shots): [] for shots in cfg.classify.shots}}
-    always = Known(training, kinds, classes, range(len(training.clips)), device)
-    for fold in dict.fromkeys(folds):
-        test, rest = (
-            Known(held, kinds, classes, [i for i, f in enumerate(folds) if (f == fold) == inside], device)
-            for inside in (True, False)
+    held: Features
+    folds: list[str]
+    training: Features
+    classes: list[str]
+    cfg: RunConfig
+    device: torch.device
+    passed: Callable[[str], None]  # told of each fit, which may take minutes
+
+    def known(self, clips: Features, kinds: str, rows: Sequence[int]) -> Known:
+        """Those of these rows that have any of these media."""
+        there, numbers = clips.having(kinds), {label: i for i, label in enumerate(self.classes)}
+        rows = [row for row in rows if there[row]]
+        y = torch.tensor([numbers[label_of(clips.clips[row])] for row in rows], dtype=torch.int64, device=self.device)
+        return Known(rows, clips.beside(kinds)[rows].to(self.device), y, [clips.clips[row]["group"] for row in rows])
+
+    def solved(self, kinds: str) -> tuple[Tensor, dict[str, Any]]:
+        """(log-probabilities (B, K) of the held-out clips, NaN where one has none of these media; strengths by fold, and few-shot
+        accuracies in percent by number of shots, over folds and draws).
+
+        Each fold is scored by a probe on all clips of the others, and of data.train. Raises UserError where that is
+        impossible for all media together; of one alone the scores are NaN.
+        """
+        scores = torch.full((len(self.folds), len(self.classes)), torch.nan, dtype=torch.float64)
+        told: dict[str, Any] = {"C": {}, "few_shot": {str(shots): [] for shots in self.cfg.classify.shots}}
+        try:
+            for fold in dict.fromkeys(self.folds):
+                self._fold(fold, kinds, scores, told)
+        except UserError:
+            if kinds == self.cfg.model.modalities:
+                raise
+            return torch.full_like(scores, torch.nan), {}
+        return scores, told
+
+    def _fold(self, fold: str, kinds: str, scores: Tensor, told: dict[str, Any]) -> None:
+        inside, outside = (
+            [row for row, name in enumerate(self.folds) if (name == fold) == same] for same in (True, False)
         )
-        fit = rest.joined(always) if rest.rows else always
+        test, rest = (self.known(self.held, kinds, rows) for rows in (inside, outside))
+        fit = rest.joined(self.known(self.training, kinds, range(len(self.training.clips))))
         if not test.rows:
-            continue
-        if fit.y.unique().numel() < 2:
+            return
+        if len(fit.y.unique()) < 2:
             raise UserError(
-                f"classification of {fold}: the clips to train on have {fit.y.unique().numel()} classes: name more in data.train"
+                f"classification of {fold}: the clips to train on have {len(fit.y.unique())} classes: data.train needs more"
             )
-        apart = probe.held_part(fit.y.cpu(), fit.groups, cfg.seed).to(device)
-        best = probe.chosen(fit.x, fit.y, len(classes), cfg.classify.strengths, apart)
+        self.passed(f"evaluation: probe of {kinds}, {fold}")
+        cfg, apart = self.cfg, probe.held_part(fit.y.cpu(), fit.groups, self.cfg.seed).to(self.device)
+        best = probe.chosen(fit.x, fit.y, len(self.classes), cfg.classify.strengths, apart)
         scores[test.rows] = best.log_probabilities(test.x).cpu()
         told["C"][fold] = best.strength
         for shots, accuracies in told["few_shot"].items():
-            accuracies += few_shot(fit, test, len(classes), int(shots), cfg.classify, cfg.seed)
-    return scores, told
+            self.passed(f"evaluation: {shots} shots of {kinds}, {fold}")
+            accuracies += few_shot(fit, test, len(self.classes), int(shots), cfg.classify, cfg.seed)
 
 
 def few_shot(fit: Known, test: Known, classes: int, shots: int, cfg: ClassifyConfig, seed: int) -> list[float]:
-    """Accuracies in percent of probes on `shots` clips of each class, one for each draw.
+    """Accuracies in percent of probes on `shots` clips of each class (all of a class with fewer), one for each draw.
 
     The strength is chosen by up to MOST further clips of each class, of other groups; no draw if there are none.
     """

@@ -40,6 +40,7 @@ PANELS = {  # of meter.py's rows
     "MFU (%)": {"mfu": ""},
 }
 SHADES = ("#1f2937", "#2563eb", "#059669", "#d97706", "#9333ea", "#dc2626", "#0891b2", "#be185d")
+PLOTTED = 200  # classes at most in a confusion matrix, which takes gigabytes beyond
 SMOOTH = ("lr", "memory_gib")  # as they are
 COLOURS = {key: shade for keys in (TERMS, *PANELS.values()) for key, shade in zip(keys, SHADES, strict=False)}
 
@@ -156,21 +157,25 @@ def captions(metrics: dict[str, dict[str, Any]], exhibits: list[Exhibit], writte
 
 def classification(metrics: dict[str, dict[str, Any]], exhibits: list[Exhibit], predicted: list[Predicted]) -> str:
     """HTML of classification. metrics: as classification.ranked gives them; predicted: refers to exhibits by number."""
-    columns = {"accuracy": "accuracy %", "top5": "top 5 %", "class_mean": "class mean %", "chance": "chance %"}
+    columns = {"accuracy": "accuracy %", "top5": "top 5 %", "class_mean": "class mean %", "commonest": "commonest %"}
     rows = "".join(
         f"<tr><td>{escape(name)}</td>{''.join(f'<td>{_number(row, key)}</td>' for key in columns)}"
         f"<td>{row['n_clips']:,}</td><td>{row['n_classes']}</td><td>{row['n_folds']}</td></tr>"
         for name, row in metrics.items()
     )
     head = "".join(f"<th>{name}" for name in ("", *columns.values(), "clips", "classes", "folds"))
-    note = "Chance: always the commonest class. Class mean: every class counts the same. ± : deviation over folds. "
+    note = "Commonest: of always naming the commonest class. Class mean: every class counts the same. ± : deviation over folds. "
     note += "In brackets: 95% interval, bootstrap over groups." * any("ci" in row for row in metrics.values())
     table = f'<div class="scroll"><table><thead><tr>{head}</thead><tbody>{rows}</tbody></table></div>'
     plots = {name: data_uri(png, "image/png") for name, png in _class_plots(metrics).items()}
     fits = " style='max-width: 100%; width: 900px'" * (
         len(metrics["label"]["classes"]) <= 20
     )  # a larger one is scrolled
-    large = f'<div class="scroll"><img alt="confusion matrix"{fits} src="{plots.pop("confusion matrix")}"></div>'
+    large = "".join(
+        f'<div class="scroll"><img alt="confusion matrix"{fits} src="{uri}"></div>'
+        for uri in [plots.pop("confusion matrix", "")]
+        if uri
+    )
     small = "".join(f'<img alt="{name}" src="{uri}">' for name, uri in plots.items())
     title = f'<section><h2>Classification</h2>{table}<p class="note">{note}</p>{large}<div class="curves">{small}</div></section>'
     return title + (predictions_page.section(exhibits, predicted) if predicted else "")
@@ -182,6 +187,8 @@ def _class_plots(metrics: dict[str, dict[str, Any]]) -> dict[str, bytes]:
     counts = np.array(row["confusion"])
     clips = counts.sum(1)
     recall = np.where(clips, 100 * counts.diagonal() / np.maximum(clips, 1), np.nan)
+    if len(clips) > PLOTTED:
+        return {}
     plots = {
         "confusion matrix": class_plots.confusion(row["classes"], counts),
         "recall of each class": class_plots.per_class(row["classes"], recall, clips, 100 / len(clips)),

@@ -6,9 +6,8 @@ from typing import Any
 
 from clip4vla.config import RunConfig, UserError
 
-HIGHER = tuple(
-    "R@1 R@5 R@10 BLEU-1 BLEU-2 BLEU-3 BLEU-4 METEOR ROUGE-L CIDEr accuracy top5 class_mean".split()
-)  # is better
+# what is better if it is higher
+HIGHER = tuple("R@1 R@5 R@10 BLEU-1 BLEU-2 BLEU-3 BLEU-4 METEOR ROUGE-L CIDEr accuracy top5 class_mean".split())
 LOWER = ("MedR", "MeanR")
 
 

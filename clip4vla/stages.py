@@ -11,20 +11,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from clip4vla import distributed, train
 from clip4vla.build import weights_to_evaluate
 from clip4vla.checkpoints import newest_checkpoint
-from clip4vla.config import RunConfig
+from clip4vla.config import RunConfig, UserError
 from clip4vla.evaluation import check_evaluation, evaluate, write_report
+from clip4vla.settings import to_dict
+from clip4vla.shards import write_text
 
 
-def fit(cfg: RunConfig, ds_config: str | None) -> None:
-    """Train up to train.max_steps, if this run's newest checkpoint is not of that step already."""
+def fit(cfg: RunConfig, ds_config: str | None) -> bool:
+    """Train up to train.max_steps; False if this run's newest checkpoint is of that step already."""
     distributed.setup(cfg.train.timeout)
     last = f"step-{cfg.train.max_steps:08d}"
-    if not _agreed((newest_checkpoint(cfg.run_dir) or Path()).name == last):
-        train.train(cfg, ds_config)
-        gc.collect()  # engines hold themselves by their hooks; the next run needs the memory
+    if _agreed((newest_checkpoint(cfg.run_dir) or Path()).name == last):
+        return False
+    train.train(cfg, ds_config)
+    gc.collect()  # the next run needs the memory
+    return True
 
 
 def test(cfg: RunConfig) -> None:
@@ -40,12 +46,39 @@ def test(cfg: RunConfig) -> None:
 
 def fit_and_test(cfg: RunConfig, ds_config: str | None) -> dict[str, dict[str, Any]]:
     """Both, as far as they are not done: the metrics on data.test by direction, on all ranks."""
-    distributed.setup(cfg.train.timeout)
-    file = Path(cfg.run_dir, "eval/test/metrics.json")
-    if not _agreed(file.is_file()):
-        fit(cfg, ds_config)
+    trained, file = fit(cfg, ds_config), Path(cfg.run_dir, "eval/test/metrics.json")
+    if trained or not _agreed(file.is_file() and Path(cfg.run_dir, "report.html").is_file()):  # which is written last
         test(cfg)
     return distributed.gather_objects(json.loads(file.read_text()) if distributed.rank() == 0 else None)[0]
+
+
+def must_be_the_same(folder: str | Path, configs: dict[str, RunConfig]) -> None:
+    """UserError if the runs below a folder were begun with other settings; the first time these are written there."""
+    ours = _flat({name: to_dict(cfg) for name, cfg in configs.items()})
+    file = Path(folder, "settings.yaml")
+    theirs = distributed.gather_objects(yaml.safe_load(file.read_text()) if file.is_file() else None)[0]
+    if theirs is None and distributed.rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, yaml.safe_dump(ours, sort_keys=False))
+    for key in {**ours, **theirs} if theirs else ():
+        if theirs.get(key) != ours.get(key):
+            raise UserError(
+                f"{folder}: its runs have {key}={theirs.get(key)}, not {ours.get(key)}: name another folder"
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys; an empty dictionary is a value."""
+    out = {}
+    for key, value in tree.items():
+        deeper = isinstance(value, dict) and value
+        out |= _flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}
+    return out
+
+
+def own_mirror(cfg: RunConfig, name: str) -> str:
+    """train.mirror of one of several runs: a place below it, or "" without one."""
+    return cfg.train.mirror and f"{cfg.train.mirror.rstrip('/')}/{name}"
 
 
 def spread(values: Sequence[float]) -> str:

@@ -76,15 +76,17 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
 
 
 class _Signals:
-    """SIGTERM and SIGUSR1 ask for a stop; all ranks agree on the step."""
+    """SIGTERM and SIGUSR1 ask for a stop; all ranks agree on the step. Between two runs of a process they stop the next."""
+
+    asked = False
 
     def __init__(self) -> None:
-        self.asked, self.agree = False, distributed.AnyRank()
+        self.agree = distributed.AnyRank()
         for name in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(name, self._ask)
 
     def _ask(self, *_: Any) -> None:
-        self.asked = True
+        _Signals.asked = True
 
     def anywhere(self) -> bool:
         """Whether any rank was asked to stop, as of the last call."""

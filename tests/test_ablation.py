@@ -83,15 +83,21 @@ def test_several_seeds_are_mean_and_spread():
 
 def test_what_is_done_is_not_done_again_and_other_settings_are_refused(table5):
     out, words, _ = table5
-    (out / "type/seed-1/finetune/eval/test/metrics.json").unlink()  # killed before the end
+    (out / "type/seed-1/finetune/report.html").unlink()  # killed before the end
     before = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
     done = run("launch/ablate.py", *words)
     assert done.returncode == 0 and (out / "table5.md").read_text() in done.stdout, done.stderr
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
-    assert (out / "type/seed-1/finetune/eval/test/metrics.json").is_file()
+    assert (out / "type/seed-1/finetune/report.html").is_file()
     done = run("launch/ablate.py", *words, "pretrain.train.lr=0.5")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and "pretrain.train.lr=0.001, not 0.5: name another --out" in line
+    assert done.returncode == 2 and "pretrain.train.lr=0.001, not 0.5: name another folder" in line
+
+
+def test_towers_that_hear_already_are_no_start(table5):
+    out, words, _ = table5
+    done = run("launch/ablate.py", *words[:-1], out / "other", f"pretrain.init_from={out}/type/seed-1/pretrain")
+    assert done.returncode == 2 and "has ears already" in done.stderr
 
 
 def test_figure4_has_the_two_tokens_at_its_ends(table5, tmp_path):
@@ -209,10 +215,14 @@ def test_cost_is_counted_from_the_log(table5, tmp_path):
     assert real["clips"] == 24 and real["hours"]["cores"] > 0 and real["flops"] > 0
 
 
+BOTH = ["table5", "configs/pretrain/stamps.yaml", "configs/finetune/stamps_retrieval.yaml"]
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
         (["table5", "configs/pretrain/stamps.yaml"], "two config files"),
+        ([*BOTH, "pretrain.loss.aa=0"], "loss.aa is 0, and + intra-modal is to add it"),
         (["types", "nowhere"], "nowhere: no run there"),
         (["cost", "nowhere"], "nowhere: no run with metrics.jsonl"),
         (["figure4", "nowhere", "train.lr=1"], "nowhere: no run there"),

@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import runpy
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from conftest import ROOT, ranks, run, trace
 from sklearn.linear_model import LogisticRegression
 
-from clip4vla import classification, features, probing, towers
+from clip4vla import classification, features, folds, probing, towers
+from clip4vla.build import weights_to_evaluate
 from clip4vla.classifier import Classifier, label_of
 from clip4vla.config import ModelConfig, RunConfig, UserError
 from clip4vla.features import Features
@@ -134,25 +136,36 @@ def made(n=120, classes=4, dim=6, seed=0):
 NONE = Features([], [], {"v": torch.zeros(0, 6), "a": torch.zeros(0, 6)})
 
 
+def solved(some, turns, kinds, cfg):
+    """(scores, what is told) without data.train."""
+    return probing.Problem(some, turns, NONE, list("abcd"), cfg, torch.device("cpu"), lambda place: None).solved(kinds)
+
+
 def test_what_is_held_out_decides_nothing():
     """Other labels for a fold change neither its strength nor its scores."""
-    some, folds = made()
+    some, turns = made()
     cfg = cfg_of("classify.held_out=in_turn", "classify.shots=[2]", "classify.draws=3")
-    scores, told = probing.probes(some, folds, NONE, list("abcd"), "va", cfg, torch.device("cpu"))
-    first = [fold == "fold0" for fold in folds]
+    scores, told = solved(some, turns, "va", cfg)
+    first = [fold == "fold0" for fold in turns]
     for clip, inside in zip(some.clips, first, strict=True):
         clip["label"] = "dcba"["abcd".index(clip["label"])] if inside else clip["label"]
-    again, told_again = probing.probes(some, folds, NONE, list("abcd"), "va", cfg, torch.device("cpu"))
+    again, told_again = solved(some, turns, "va", cfg)
     assert told["C"]["fold0"] == told_again["C"]["fold0"] and len(told["C"]) == 3
     assert torch.equal(scores[first], again[first]) and not torch.equal(scores, again)
 
 
 def test_a_medium_alone_is_judged_on_the_clips_that_have_it():
-    some, folds = made()
-    scores, _ = probing.probes(
-        some, folds, NONE, list("abcd"), "a", cfg_of("classify.held_out=in_turn"), torch.device("cpu")
-    )
+    some, turns = made()
+    scores, _ = solved(some, turns, "a", cfg_of("classify.held_out=in_turn"))
     assert scores.isnan().any(1).tolist() == [i % 6 == 0 for i in range(120)]
+
+
+def test_a_medium_that_is_too_rare_is_left_out_and_all_together_remain():
+    some, turns = made()
+    some.vectors["a"][:] = 0
+    some.vectors["a"][:2] = 1
+    assert solved(some, turns, "a", cfg_of("classify.held_out=in_turn"))[0].isnan().all()
+    assert not solved(some, turns, "va", cfg_of("classify.held_out=in_turn"))[0].isnan().any()
 
 
 def test_few_shots_are_few_and_their_strength_is_chosen_by_other_groups():
@@ -168,11 +181,11 @@ def test_few_shots_are_few_and_their_strength_is_chosen_by_other_groups():
 
 
 def test_more_shots_are_better_and_all_clips_are_best():
-    some, folds = made(n=900, seed=3)
+    some, turns = made(n=900, seed=3)
     cfg = cfg_of(
         "classify.held_out=in_turn", "classify.shots=[1, 16]", "classify.draws=4", "classify.strengths=[1, 10]"
     )
-    scores, told = probing.probes(some, folds, NONE, list("abcd"), "v", cfg, torch.device("cpu"))
+    scores, told = solved(some, turns, "v", cfg)
     right = torch.tensor(["abcd".index(clip["label"]) for clip in some.clips])
     one, many = (np.mean(told["few_shot"][n]) for n in ("1", "16"))
     assert one + 5 < many <= 100 * (scores.argmax(1) == right).double().mean() + 3
@@ -187,10 +200,47 @@ def test_metrics_by_hand():
     scores = torch.tensor([[0.9, 0.1], [0.1, 0.9]]).log()[guesses]
     found = classification.Found(["a", "b"], clips, {}, {"av": scores})
     row = classification.ranked(found, cfg_of("classify.held_out=in_turn"))["both"]["label"]
-    assert (row["accuracy"], row["deviation"], row["top5"], row["chance"]) == (75, 0, 100, 50)
+    assert (row["accuracy"], row["deviation"], row["top5"], row["commonest"]) == (75, 0, 100, 50)
     assert row["confusion"] == [[3, 1], [1, 3]] and row["folds"]["s/fold1"]["accuracy"] == 75 and "ci" not in row
     row = classification.ranked(found, cfg_of())["both"]["label"]
     assert row["accuracy"] == 75 and row["ci"]["accuracy"][0] < 75 < row["ci"]["accuracy"][1] and "deviation" not in row
+
+
+def test_clips_that_were_damaged_are_read_again(probing_words, sample_shards, tmp_path):
+    shutil.copytree(sample_shards / "speech_fr/train", tmp_path / "shards")
+    tar = min((tmp_path / "shards").glob("*.tar"))
+    good = tar.read_bytes()
+    place = good.index(b"\xff\xd8") + 100
+    tar.write_bytes(good[:place] + bytes([good[place] ^ 255]) + good[place + 1 :])
+    words = [*probing_words, "classify.method=zero_shot", "classify.held_out=together", f"data.test={tmp_path}/shards"]
+    found = []
+    for data in (None, good):
+        if data:
+            tar.write_bytes(data)
+        done = run(SCRIPT, *words, f"run_dir={tmp_path}/run")
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads((tmp_path / "run/eval/test/metrics.json").read_text())["label"]["n_clips"])
+    assert found == [17, 18]
+
+
+def test_runs_of_folds_share_no_place(tmp_path):
+    words = [
+        "classify.held_out=in_turn",
+        "data.test=[x/f1, x/f2]",
+        "data.train=x/more",
+        "train.mirror=s3://b/m/",
+        f"run_dir={tmp_path}",
+    ]
+    one, two = folds.runs(cfg_of(*words))
+    assert (one.train.mirror, two.train.mirror) == ("s3://b/m/x-f1", "s3://b/m/x-f2") and one.run_dir != two.run_dir
+    assert (set(one.data.train), set(one.data.test)) == ({"x/f2", "x/more"}, {"x/f1"})
+    for wrong, said in (
+        (["data.train=[x/more, x/../x/f1]"], "x/f1 is in data.train"),
+        (["data.test=[a/e/f1, b/e/f1]"], "each with its own name"),
+        (["data.test=[x/f1]"], "two folders at least"),
+    ):
+        with pytest.raises(UserError, match=said):
+            folds.runs(cfg_of(*words, *wrong))
 
 
 def test_names_in_words_and_label_lists(tmp_path):
@@ -231,11 +281,7 @@ def test_zero_shot_is_the_nearest_mean_of_sentences(probing_words, sample_shards
     done = run(SCRIPT, *words)
     assert done.returncode == 0, done.stderr
     cfg = load(RunConfig, words[0], words[1:])
-    torch.manual_seed(cfg.seed)
-    model, found = CLIP4VLA.from_checkpoint, kept(tmp_path)["speech_fr-train"]
-    from clip4vla.build import weights_to_evaluate
-
-    model = weights_to_evaluate(cfg)[0]
+    model, found = weights_to_evaluate(cfg)[0], kept(tmp_path)["speech_fr-train"]
     tokenize = towers.tokenizer(cfg.model.clip, cfg.model.max_tokens)
     with torch.no_grad():
         sentences = [[tokenize([t.replace("{}", n)]) for t in cfg.classify.templates] for n in cfg.classify.labels]
@@ -278,7 +324,7 @@ def test_fine_tuning_runs_fold_by_fold_and_goes_on(training_words, tmp_path):
     assert len(sources) == 2 and "es" in next(
         iter(json.loads((tmp_path / names[0] / "eval/test/manifest.json").read_text())["sources"])
     )
-    (tmp_path / names[1] / "eval/test/metrics.json").unlink()  # killed in the second fold's evaluation
+    (tmp_path / names[1] / "report.html").unlink()  # killed in the second fold's evaluation
     before = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("model.safetensors")}
     done = run(SCRIPT, *training_words, f"run_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -288,10 +334,13 @@ def test_fine_tuning_runs_fold_by_fold_and_goes_on(training_words, tmp_path):
 
 def test_the_same_on_zero3_ranks_in_micro_batches_and_it_learns(training_words, sample_shards, zero3, tmp_path):
     """One rank = two ranks of ZeRO-3 x two micro-batches; labels learnt by heart."""
+    (tmp_path / "again").symlink_to(
+        sample_shards / "speech_fr/train"
+    )  # what is tested on may not be named for training
     words = [
         *training_words,
         "classify.held_out=together",
-        f"data.train={sample_shards}/speech_fr/train",
+        f"data.train={tmp_path}/again",
         "train.max_steps=30",
     ]
     words += [f"data.test={sample_shards}/speech_fr/train", "loss.label_smoothing=0.1", "train.save_every=30"]
@@ -339,7 +388,7 @@ def test_the_head_reads_media_beside_each_other_and_the_loss_ignores_what_it_can
         (["classify.strengths=[0]"], "strengths must be positive"),
         (["data.test={}"], "data.test has 0 folders"),
         (["classify.held_out=together"], "data.train names no shard folder to fit a probe on"),
-        (["eval.every=5"], "a probe is fitted after training alone"),
+        (["eval.every=5"], "probe looks at frozen features, after training"),
         (["classify.labels=[x, y]", "classify.method=zero_shot", "classify.held_out=together"], "none of"),
     ],
 )

@@ -85,10 +85,16 @@ def test_held_part_is_a_fifth_of_each_class_by_whole_groups():
     assert torch.equal(held, probe.held_part(y, groups, 3)) and not torch.equal(held, probe.held_part(y, groups, 4))
 
 
+def test_a_class_with_two_groups_gives_one():
+    y = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    held = probe.held_part(y, list("abcdeef"), 0)
+    assert held[:4].sum() == 1 and held[4:].tolist() == [False, False, True]
+
+
 def test_nothing_to_choose_by_is_said():
     y = torch.tensor([0, 0, 1])
     held = probe.held_part(y, ["a", "a", "b"], 0)
     assert not held.any()
-    with pytest.raises(UserError, match="give a single one"):
+    with pytest.raises(UserError, match="give classify.strengths a single one"):
         probe.chosen(torch.eye(3), y, 2, [1, 10], held)
     assert probe.chosen(torch.eye(3), y, 2, [10], held).strength == 10
