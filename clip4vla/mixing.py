@@ -128,9 +128,8 @@ def figure(found: dict[str, list[Row]], chosen: dict[str, str]) -> Figure:
         for ratio in set(chosen.values()):
             axes.axvline(float(ratio), color="#9ca3af", linewidth=1, zorder=0)
         size = next(iter(some.values()))[0]
-        axes.set_title(
-            f"{name[0]}, {name[1]}: {size['n_queries']} in {size['n_gallery']}", fontsize=9, parse_math=False
-        )
+        title = "everything" if name == ALL else ", ".join(name)
+        axes.set_title(f"{title}: {size['n_queries']} in {size['n_gallery']}", fontsize=9, parse_math=False)
         axes.set(ylim=(0, None), xlabel="r" if place >= len(names) - 3 else "")
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
