@@ -275,7 +275,8 @@ def test_commands_and_settings_of_the_docs_are_there():
             assert flag in text or flag.strip("-").replace("-", "_") in text, (words, flag)
         config = next((word for word in after if word.endswith(".yaml")), None)
         kind = DataConfig if script.startswith("data_prep/shard") else RunConfig
-        load(kind, config and ROOT / config, [word for word in after if "=" in word])
+        given = [word.removeprefix("pretrain.").removeprefix("finetune.") for word in after if "=" in word]
+        load(kind, config and ROOT / config, given)
     known = {key for cls in (RunConfig, DataConfig) for key, _, _ in describe(cls)} | {
         "data.train",
         "data.val",
