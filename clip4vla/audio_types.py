@@ -23,7 +23,7 @@ from clip4vla.config import RunConfig, UserError
 from clip4vla.exhibits import encoded
 from clip4vla.features import Features
 from clip4vla.loader import open_folders
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.shards import write_text
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1e3)
@@ -53,7 +53,7 @@ def analyse(cfg: RunConfig) -> None:
 
 
 def _under_both(
-    model: CLIP4VLA, sources: dict[str, float], key: str, cfg: RunConfig, device: torch.device
+    model: Model, sources: dict[str, float], key: str, cfg: RunConfig, device: torch.device
 ) -> dict[str, Features]:
     """By token: the features of clips that are verbal or not, and have sound."""
     folders, out = open_folders(sources, key, cfg.data), {}
@@ -110,7 +110,7 @@ def balanced(guess: Tensor, right: Tensor) -> float:
     return 50 * sum(float((guess[right == k] == bool(k)).double().mean()) for k in (0, 1))
 
 
-def _queries(model: CLIP4VLA, cfg: RunConfig) -> dict[str, dict[str, dict[str, float]]]:
+def _queries(model: Model, cfg: RunConfig) -> dict[str, dict[str, dict[str, float]]]:
     """By token and type of the query, in a gallery of all sounds: R@1, R@10, MedR, and the best hits that have its type."""
     cfg = deepcopy(cfg)
     cfg.eval.types, cfg.eval.permutations, cfg.eval.bootstrap, cfg.eval.task = (

@@ -9,12 +9,12 @@ import torch
 from clip4vla import distributed, engine, provenance
 from clip4vla.checkpoints import Passed, by_rank_0, checkpoint_to_resume, chosen_checkpoint, newest_checkpoint
 from clip4vla.classifier import label_of
-from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig, UserError
+from clip4vla.config import FramesConfig, ModelConfig, RunConfig, SpectrogramConfig, UserError
 from clip4vla.evaluation import check_evaluation
 from clip4vla.flops import towers_run
 from clip4vla.loader import Loader, TrainOrder, check_fingerprint, open_folders
 from clip4vla.losses import TERMS
-from clip4vla.model import CLIP4VLA, must_have_room, needed_towers, uses_head
+from clip4vla.model import Model, must_have_room, needed_towers, uses_head
 from clip4vla.settings import to_dict
 from clip4vla.shards import Damaged, ShardFolder
 from clip4vla.towers import describe_clip, tokenizer
@@ -30,7 +30,7 @@ class Setup(NamedTuple):
     folders: list[ShardFolder]
     ds: dict[str, Any]  # DeepSpeed's settings, merged with the YAML's
     resume: Path | None  # the checkpoint to go on from
-    model: CLIP4VLA
+    model: Model
     origin: str  # of its weights
     vectors: list[ShardFolder] | None
 
@@ -132,7 +132,7 @@ def train_loader(cfg: RunConfig, folders: list, vectors: list | None, device: to
     )  # fmt: skip
 
 
-def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None) -> tuple[CLIP4VLA, str]:
+def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None) -> tuple[Model, str]:
     """(model, where its weights come from), the first of:
 
     1. the newest complete checkpoint of this run, here or at train.mirror; 2. init_from;
@@ -141,7 +141,7 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
     must_have_room(cfg.model, fingerprint)
     spectrogram = SpectrogramConfig(**fingerprint["spectrogram"])
     if resume:
-        model = CLIP4VLA.from_checkpoint(resume)
+        model = Model.from_checkpoint(resume)
         _must_match(model, cfg, spectrogram, resume)
         _same_head(model, cfg, resume)
         for name in ("train_towers", "freeze_layers"):  # the optimizer's state is of these
@@ -150,7 +150,8 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
         model.must_have_positions()
         model.freeze()
         return model.train(), str(resume)
-    model = CLIP4VLA(describe_clip(cfg.model.clip, cfg.model.quick_gelu), cfg.model, spectrogram)
+    frames = FramesConfig(**fingerprint["frames"])
+    model = Model(describe_clip(cfg.model.clip, cfg.model.quick_gelu), cfg.model, spectrogram, frames)
     model.must_have_positions()
     size = (spectrogram.segment_rows, spectrogram.n_mels)
     if model.vision.image_size != size:
@@ -177,7 +178,7 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
     return model.train(), source
 
 
-def weights_to_evaluate(cfg: RunConfig) -> tuple[CLIP4VLA, dict[str, Any]]:
+def weights_to_evaluate(cfg: RunConfig) -> tuple[Model, dict[str, Any]]:
     """(model, for the manifest where its weights come from): the run's best checkpoint by eval.select, else its newest one;
     with train.max_steps=0 what training would start from. Raises UserError if there is none."""
     if not cfg.train.max_steps:
@@ -196,7 +197,7 @@ def weights_to_evaluate(cfg: RunConfig) -> tuple[CLIP4VLA, dict[str, Any]]:
             f"run_dir {cfg.run_dir}: no checkpoint there; train first, name the run with run_dir=FOLDER, or set "
             "train.max_steps=0 to evaluate the weights that init_from and model.clip give"
         )
-    model = CLIP4VLA.from_checkpoint(checkpoint)
+    model = Model.from_checkpoint(checkpoint)
     cfg.model.labels = cfg.model.labels or model.cfg.labels
     _same_head(model, cfg, checkpoint)
     model.cfg = cfg.model
@@ -209,10 +210,10 @@ def _checkpoint_in(place: str) -> Path | None:
     return newest_checkpoint(place) or (Path(place) if Path(place, "model.safetensors").is_file() else None)
 
 
-def _load_initial(model: CLIP4VLA, source: str, cfg: RunConfig, spectrogram: SpectrogramConfig) -> Path:
+def _load_initial(model: Model, source: str, cfg: RunConfig, spectrogram: SpectrogramConfig) -> Path:
     """Weights of another run or checkpoint; its audio tower only if it was trained there."""
     folder = _checkpoint_in(source)
-    other = CLIP4VLA.from_checkpoint(folder)
+    other = Model.from_checkpoint(folder)
     heard = "audio" in other.cfg.train_towers
     _must_match(other, cfg, spectrogram if heard else None, folder)
     for name in ("text", "vision", *(["audio"] if heard else [])):
@@ -239,7 +240,7 @@ def _shapes_head(cfg: ModelConfig) -> list[str]:
     return names + {"all": ["words", "max_tokens"], "eos": ["words"]}[cfg.words] * (cfg.fusion == "local_local")
 
 
-def _same_head(model: CLIP4VLA, cfg: RunConfig, folder: Path) -> None:
+def _same_head(model: Model, cfg: RunConfig, folder: Path) -> None:
     """UserError if the checkpoint's head is not this run's."""
     for name in _shapes_head(cfg.model):
         theirs, ours = getattr(model.cfg, name), getattr(cfg.model, name)
@@ -249,7 +250,7 @@ def _same_head(model: CLIP4VLA, cfg: RunConfig, folder: Path) -> None:
             )
 
 
-def _must_match(model: CLIP4VLA, cfg: RunConfig, spectrogram: SpectrogramConfig | None, folder: Path) -> None:
+def _must_match(model: Model, cfg: RunConfig, spectrogram: SpectrogramConfig | None, folder: Path) -> None:
     """UserError if a checkpoint's towers or spectrograms are not those of this run."""
     ours = describe_clip(cfg.model.clip, cfg.model.quick_gelu)
     if model.clip_config != ours:

@@ -22,7 +22,7 @@ from clip4vla import decoding, distributed, exhibits, nearest
 from clip4vla.captions_page import Written
 from clip4vla.config import DecodeConfig, RunConfig, UserError
 from clip4vla.loader import Loader, number
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.shards import write_text
 from clip4vla.watchdog import watch
 
@@ -54,7 +54,7 @@ def decode_settings(cfg: RunConfig) -> DecodeConfig:
     return replace(decode, max_tokens=most)
 
 
-def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
+def embed(model: Model, loader: Loader, cfg: RunConfig) -> Found:
     """Write a caption for each of the loader's clips, in the way of cfg.decode."""
     write = _nearest if cfg.decode.method == "nearest" else _written
     mine = write(model, loader, cfg)
@@ -68,7 +68,7 @@ def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
     return Found(clips, {i: found["captions"][i] for i in clips}, unheard, {"no reference": without})
 
 
-def _written(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> dict[str, dict]:
+def _written(model: Model, loader: Loader, cfg: RunConfig) -> dict[str, dict]:
     """Of this rank's clips, by number: `clips` their json, `captions` (text, score), `unheard` those without media."""
     mine: dict[str, dict] = {"clips": {}, "captions": {}, "unheard": {}}
     decode, (tokens, read) = decode_settings(cfg), decoding.tokens_of(cfg.model.clip)
@@ -86,13 +86,13 @@ def _written(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> dict[str, dict]
     return mine
 
 
-def _nearest(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> dict[str, dict]:
+def _nearest(model: Model, loader: Loader, cfg: RunConfig) -> dict[str, dict]:
     """A baseline: the first caption of the training clip that looks most like each; score: the cosine. None without frames."""
     mine: dict[str, dict] = {"clips": {}, "captions": {}, "unheard": {}}
     looks = {}
     for k, batch in enumerate(loader.batches(0, len(loader.order))):
         watch.at(f"evaluation: batch {k}")
-        vectors = model.encode_vision(batch.to(loader.device)).cpu()
+        vectors = model.pooled_frames(batch.to(loader.device)).cpu()
         for i, meta, seen, look in zip(loader.numbers(k), batch.meta, batch.has_frames.tolist(), vectors, strict=True):
             if meta["id"]:
                 mine["clips"][i], mine["captions"][i] = meta, ("", 0.0)

@@ -25,7 +25,7 @@ from clip4vla.classifier import label_of
 from clip4vla.config import RunConfig, UserError
 from clip4vla.features import Features
 from clip4vla.loader import Loader, number, open_folders
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.predictions_page import Predicted
 from clip4vla.shards import write_text
 from clip4vla.watchdog import watch
@@ -66,7 +66,7 @@ def _source(clip: dict[str, Any]) -> str:
     return f"{clip['source']}/{clip['split']}"
 
 
-def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
+def embed(model: Model, loader: Loader, cfg: RunConfig) -> Found:
     """Log-probabilities of the classes for each of the loader's clips, in the way of cfg.classify.method; on rank 0."""
     if cfg.classify.method == "classifier":
         return _by_head(model, loader, cfg)
@@ -74,7 +74,7 @@ def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
     return (_by_names if cfg.classify.method == "zero_shot" else _by_probe)(model, loader, held, cfg)
 
 
-def _by_head(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
+def _by_head(model: Model, loader: Loader, cfg: RunConfig) -> Found:
     mine: dict[str, dict] = {"clips": {}, "scores": {}, "heard": {}}
     for k, batch in enumerate(loader.batches(0, len(loader.order))):
         watch.at(f"evaluation: batch {k}")
@@ -118,7 +118,7 @@ def _kinds(cfg: RunConfig) -> list[str]:
     return list(dict.fromkeys([cfg.model.modalities, *cfg.model.modalities]))
 
 
-def _by_names(model: CLIP4VLA, loader: Loader, held: Features, cfg: RunConfig) -> Found:
+def _by_names(model: Model, loader: Loader, held: Features, cfg: RunConfig) -> Found:
     """Cosines of the classes' sentences with y^g, z^g, or the mean of both, over the temperature."""
     classes = asked(cfg) or sorted({label_of(clip) for clip in held.clips} - {""})
     some, clips, left_out = _chosen(held, classes, cfg)
@@ -153,15 +153,15 @@ def in_words(label: str) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label).replace("_", " ").lower()
 
 
-def class_vectors(model: CLIP4VLA, loader: Loader, classes: list[str], templates: list[str]) -> Tensor:
+def class_vectors(model: Model, loader: Loader, classes: list[str], templates: list[str]) -> Tensor:
     """Unit vectors (K, D): of each class the mean over its sentences, each brought to unit length first."""
     texts = [template.replace("{}", in_words(label)) for label in classes for template in templates]
     parts = [loader.tokenize(texts[i : i + TEXTS]).to(loader.device) for i in range(0, len(texts), TEXTS)]
-    sentences = torch.cat([F.normalize(model.encode_text(tokens)[0].float(), dim=-1).cpu() for tokens in parts])
+    sentences = torch.cat([F.normalize(model.encode_tokens(tokens)[0].float(), dim=-1).cpu() for tokens in parts])
     return F.normalize(sentences.view(len(classes), len(templates), -1).mean(1), dim=-1)
 
 
-def _by_probe(model: CLIP4VLA, loader: Loader, held: Features, cfg: RunConfig) -> Found:
+def _by_probe(model: Model, loader: Loader, held: Features, cfg: RunConfig) -> Found:
     """Probes that rank 0 fits, for each fold and each of the modalities."""
     folders = open_folders(cfg.data.train, "data.train", cfg.data) if cfg.data.train else []
     training = features.of_folders(model, loader, folders, cfg).where(lambda clip: bool(label_of(clip)))

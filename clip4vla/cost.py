@@ -10,7 +10,7 @@ from typing import Any
 from clip4vla import flops
 from clip4vla.checkpoints import newest_checkpoint
 from clip4vla.config import UserError
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.tracking import read_rows
 
 PAPER = ["CLIP4VLA (paper)", "3.2 M, 10 times", "88", "-", "1,152 GPU h (48 V100 days)", "-"]
@@ -38,7 +38,7 @@ def of_run(run: str) -> dict[str, Any]:
             total["hours"][kind] = total["hours"].get(kind, 0.0) + seconds * row[kind] / 3600
             total["flops"] += row["tflops"] * 1e12 * seconds * row["ranks"]
             before = row["samples"]
-    model = CLIP4VLA.from_checkpoint(checkpoint)
+    model = Model.from_checkpoint(checkpoint)
     model.freeze()
     return total | {"parameters": flops.elements(model), "trained": flops.elements(model, trained=True)}
 

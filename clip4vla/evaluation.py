@@ -26,7 +26,7 @@ from clip4vla import (
 from clip4vla.audio_encoder import type_mix
 from clip4vla.config import RunConfig, UserError
 from clip4vla.loader import EvalOrder, Loader, check_fingerprint, open_folders
-from clip4vla.model import CLIP4VLA, must_have_room
+from clip4vla.model import Model, must_have_room
 from clip4vla.shards import write_text
 from clip4vla.towers import tokenizer
 from clip4vla.tracking import read_rows
@@ -44,7 +44,7 @@ class Job(NamedTuple):
 
 
 def evaluate(
-    model: CLIP4VLA, cfg: RunConfig, weights: dict[str, Any], say: Say
+    model: Model, cfg: RunConfig, weights: dict[str, Any], say: Say
 ) -> tuple[dict[str, dict], list[report.Exhibit], list] | None:
     """Evaluate on data.test; rank 0 returns the main metrics by direction and, for the report page, exhibits and queries (or
     captions that were written)."""
@@ -62,7 +62,7 @@ class HeldOut:
         self.pool = concurrent.futures.ThreadPoolExecutor(1, "evaluation")
         self.ranking: concurrent.futures.Future | None = None
 
-    def start(self, model: CLIP4VLA, step: int) -> None:
+    def start(self, model: Model, step: int) -> None:
         """Embed, then rank in the background, eval.clips of each folder at most."""
         self.finish()
         found = embedded(model, self.cfg, self.cfg.data.val, "data.val", self.cfg.eval.clips)
@@ -92,7 +92,7 @@ def _task(cfg: RunConfig) -> Any:
     return tasks[cfg.eval.task]
 
 
-def embedded(model: CLIP4VLA, cfg: RunConfig, sources: dict[str, float], key: str, most: int = 0) -> tuple[Loader, Any]:
+def embedded(model: Model, cfg: RunConfig, sources: dict[str, float], key: str, most: int = 0) -> tuple[Loader, Any]:
     """(loader, what the task's embed() gives) of the clips of these folders, the first `most` of each unless that is 0."""
     folders = open_folders(sources, key, cfg.data)
     check_fingerprint(model.config(), folders[0].fingerprint, "the model", folders[0].url)

@@ -19,7 +19,7 @@ from torch import Tensor
 from clip4vla import distributed
 from clip4vla.config import RunConfig
 from clip4vla.loader import EvalOrder, Loader, check_fingerprint
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.settings import to_dict
 from clip4vla.shards import ShardFolder
 from clip4vla.watchdog import watch
@@ -56,7 +56,7 @@ class Features:
         return Features(number, clips, {kind: v[rows] for kind, v in self.vectors.items()})
 
 
-def of_folders(model: CLIP4VLA, loader: Loader, folders: list[ShardFolder], cfg: RunConfig) -> Features:
+def of_folders(model: Model, loader: Loader, folders: list[ShardFolder], cfg: RunConfig) -> Features:
     """Those of cfg.model.modalities under cfg.model.audio_type; on all ranks. loader: of any folders."""
     number, clips, start, made_by = [], [], 0, _identity(model, cfg)
     for folder in folders:
@@ -72,7 +72,7 @@ def of_folders(model: CLIP4VLA, loader: Loader, folders: list[ShardFolder], cfg:
     return Features(number, clips, {kind: torch.cat(parts) for kind, parts in vectors.items()})
 
 
-def _of_folder(model: CLIP4VLA, loader: Loader, folder: ShardFolder, cfg: RunConfig, made_by: str) -> Features:
+def _of_folder(model: Model, loader: Loader, folder: ShardFolder, cfg: RunConfig, made_by: str) -> Features:
     """From run_dir/features/ if they are there, else computed by all ranks and written by rank 0."""
     shards = json.dumps([(shard.name, shard.sha256) for shard in folder.shards])
     name = hashlib.sha256(f"{made_by} {shards}".encode()).hexdigest()[:16]
@@ -86,7 +86,7 @@ def _of_folder(model: CLIP4VLA, loader: Loader, folder: ShardFolder, cfg: RunCon
     return found
 
 
-def _computed(model: CLIP4VLA, loader: Loader, folder: ShardFolder, cfg: RunConfig) -> Features:
+def _computed(model: Model, loader: Loader, folder: ShardFolder, cfg: RunConfig) -> Features:
     order = EvalOrder([[shard.samples for shard in folder.shards]], cfg.eval.batch_size)
     some = loader.over([folder], order, [MEDIA[kind] for kind in cfg.model.modalities])
     mine: dict[str, dict] = {"clips": {}, **{kind: {} for kind in cfg.model.modalities}}
@@ -95,7 +95,7 @@ def _computed(model: CLIP4VLA, loader: Loader, folder: ShardFolder, cfg: RunConf
         batch, index = batch.to(some.device), some.numbers(k)
         mine["clips"] |= {i: clip for i, clip in zip(index, batch.meta, strict=True) if clip["id"]}
         for kind in cfg.model.modalities:
-            pooled = model.encode_vision(batch) if kind == "v" else model.encode_audio(batch, cfg.model.audio_type)
+            pooled = model.pooled_frames(batch) if kind == "v" else model.pooled_segments(batch, cfg.model.audio_type)
             rows = zip(index, pooled.float().cpu(), strict=True)
             mine[kind] |= {i: row.clone() for i, row in rows if i in mine["clips"]}
     found = distributed.merge(mine)
@@ -104,7 +104,7 @@ def _computed(model: CLIP4VLA, loader: Loader, folder: ShardFolder, cfg: RunConf
     return Features([*found["clips"]], [*found["clips"].values()], vectors)
 
 
-def _identity(model: CLIP4VLA, cfg: RunConfig) -> str:
+def _identity(model: Model, cfg: RunConfig) -> str:
     """sha256 over all that decides the features of given shards."""
     settings = [model.clip_config, model.image_statistics, to_dict(model.spectrogram)]
     settings += [cfg.model.modalities, cfg.model.audio_type, cfg.model.normalise, cfg.data.languages]

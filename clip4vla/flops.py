@@ -29,7 +29,7 @@ from clip4vla.batch import Batch
 from clip4vla.classifier import Classifier
 from clip4vla.config import RunConfig
 from clip4vla.fusion import GlobalToGlobal, LocalToLocal
-from clip4vla.model import CLIP4VLA, needed_towers, uses_head
+from clip4vla.model import Model, needed_towers, uses_head
 
 
 def shape(parameter: nn.Parameter) -> torch.Size:
@@ -51,7 +51,7 @@ def towers_run(cfg: RunConfig, vectors: bool) -> list[str]:
 class Work:
     """Counts the useful FLOPs of a run's steps."""
 
-    def __init__(self, model: CLIP4VLA, cfg: RunConfig):
+    def __init__(self, model: Model, cfg: RunConfig):
         self.cfg, self.loss, self.dim, self.head = cfg, cfg.loss, model.clip_config["embed_dim"], model.head
         self.parts = cfg.train.accumulate if cfg.train.negatives == "micro" else 1
         channels = 1 if model.spectrogram.channels == "mono" else 3
@@ -134,7 +134,7 @@ def _picture(tower: VisionTransformer, channels: int, extra: int) -> float:
     return 2 * first + 3 * rest if elements(tower, trained=True) else first + rest
 
 
-def bytes_sent(model: CLIP4VLA, cfg: RunConfig, stage: int, width: int, vectors: bool) -> int:
+def bytes_sent(model: Model, cfg: RunConfig, stage: int, width: int, vectors: bool) -> int:
     """Bytes that a rank passes into collectives in one step (all-gathers and reductions count their own input); 0 on one rank.
 
     The losses' are those of losses.py. T trained parameters of `width` bytes give T w of gradients, under ZeRO-2 and 3 for
@@ -159,7 +159,7 @@ def bytes_sent(model: CLIP4VLA, cfg: RunConfig, stage: int, width: int, vectors:
     return total + micros * (2 * weights + gradients if twice else weights) // world
 
 
-def _sequence_bytes(model: CLIP4VLA, cfg: RunConfig, n: int, width: int) -> int:
+def _sequence_bytes(model: Model, cfg: RunConfig, n: int, width: int) -> int:
     """What local_local gathers of own clips, vectors and which of them are there, and the gradient of everybody's vectors."""
     room = {"v": cfg.model.max_frames, "a": model.spectrogram.max_segments}
     places = sum(room[kind] for kind in cfg.model.modalities)

@@ -117,7 +117,7 @@ def objective(
     modalities: str = "av",
     taught: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The terms by name, and their weighted sum under `loss`. features: as CLIP4VLA.forward gives them for these modalities.
+    """The terms by name, and their weighted sum under `loss`. features: as Model.forward gives them for these modalities.
 
     taught: words of the captions, or labels, of all ranks: `caption` or `label`, cross entropy in nats, is the mean over them.
     """

@@ -18,7 +18,7 @@ from clip4vla import distributed, evaluation, zero_shot
 from clip4vla.build import weights_to_evaluate
 from clip4vla.config import RunConfig, UserError
 from clip4vla.exhibits import encoded
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.shards import write_text
 
 RATIOS = [f"{i / 10:g}" for i in range(11)]
@@ -52,7 +52,7 @@ def _line(run: str, rows: Sequence[Row], ratio: str) -> str:
     return f"{run}: r = {ratio} by data.val; on data.test " + ", ".join(f"{name} {row[name]:.1f}" for name in METRICS)
 
 
-def sweep(model: CLIP4VLA, cfg: RunConfig, sources: dict[str, float], key: str) -> list[Row]:
+def sweep(model: Model, cfg: RunConfig, sources: dict[str, float], key: str) -> list[Row]:
     """R@k by data set, audio type and r on these folders; on rank 0, nothing elsewhere."""
     cfg = deepcopy(cfg)
     cfg.eval.task, cfg.eval.types, cfg.eval.permutations, cfg.eval.bootstrap = "zero_shot", [*RATIOS, BOTH], 0, 0

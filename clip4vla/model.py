@@ -1,4 +1,4 @@
-"""CLIP4VLA: text, vision and audio towers into one space, and the pooling of frames and segments into clips."""
+"""Text, vision and audio towers into one space, and the pooling of frames and segments into clips."""
 
 import json
 import math
@@ -16,18 +16,25 @@ from clip4vla.audio_encoder import AudioEncoder, type_mix
 from clip4vla.batch import Batch
 from clip4vla.captioner import Captioner, Growing
 from clip4vla.classifier import Classifier, label_of
-from clip4vla.config import DataConfig, LossConfig, MaskConfig, ModelConfig, SpectrogramConfig, UserError
+from clip4vla.config import FramesConfig, LossConfig, MaskConfig, ModelConfig, SpectrogramConfig, UserError
 from clip4vla.masking import masked_view
-from clip4vla.settings import load, to_dict
+from clip4vla.settings import to_dict
 from clip4vla.spectrogram import decode, normalise
 
 
-class CLIP4VLA(nn.Module):
-    """The model. clip: open_clip configuration of the towers; spectrogram: as the shards that it is trained on were made."""
+class Model(nn.Module):
+    """The model. clip: open_clip configuration of the towers; spectrogram, frames: as the shards it is trained on were made."""
 
-    def __init__(self, clip: dict[str, Any], cfg: ModelConfig, spectrogram: SpectrogramConfig):
+    def __init__(
+        self,
+        clip: dict[str, Any],
+        cfg: ModelConfig,
+        spectrogram: SpectrogramConfig,
+        frames: FramesConfig | None = None,
+    ):
         super().__init__()
         self.clip_config, self.cfg, self.spectrogram = clip, cfg, spectrogram
+        self.frames = frames or FramesConfig()
         built = towers.build_clip(clip)
         self.text, self.vision = built.text, built.visual
         self.audio = AudioEncoder(built.visual, cfg.position_init)
@@ -82,7 +89,7 @@ class CLIP4VLA(nn.Module):
             towers.freeze_first(self.audio.trunk if name == "audio" else getattr(self, name), blocks, name)
         self.log_scale.requires_grad_(self.cfg.learn_temperature)
 
-    def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(x^g (B, D) at [EOS], all token outputs (B, L, D)), not normalised."""
         return towers.encode_text(self.text, tokens)
 
@@ -110,14 +117,14 @@ class CLIP4VLA(nn.Module):
         """x^g (B, D), not normalised, and all word outputs of tokens (B, L); from embed.py x^g alone, if the batch has them."""
         if batch.text_vectors is not None:
             return batch.text_vectors, None
-        sentence, words = self.encode_text(tokens)
+        sentence, words = self.encode_tokens(tokens)
         return sentence, fusion.Sequence(fusion.TEXT, words, towers.words_there(self.text, tokens))
 
-    def encode_audio(self, batch: Batch, audio_type: str) -> Tensor:
+    def pooled_segments(self, batch: Batch, audio_type: str) -> Tensor:
         """z^g (B, D), unit length, of a batch's segments under a type token; zero where a clip has no audio."""
         return pool(self.segment_vectors(batch, audio_type), batch.segment_clip, len(batch))
 
-    def encode_vision(self, batch: Batch) -> Tensor:
+    def pooled_frames(self, batch: Batch) -> Tensor:
         """y^g (B, D), unit length, from the frames' vectors if it has them; zero where a clip has no frames."""
         return pool(self.frame_vectors(batch), batch.frame_clip, len(batch))
 
@@ -228,14 +235,16 @@ class CLIP4VLA(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Everything that from_checkpoint needs beside the weights."""
-        return {"clip": self.clip_config, "model": to_dict(self.cfg), "spectrogram": to_dict(self.spectrogram)}
+        settings = {"model": self.cfg, "spectrogram": self.spectrogram, "frames": self.frames}
+        return {"clip": self.clip_config} | {name: to_dict(cfg) for name, cfg in settings.items()}
 
     @classmethod
-    def from_checkpoint(cls, folder: str | Path) -> "CLIP4VLA":
+    def from_checkpoint(cls, folder: str | Path) -> "Model":
         """The model of a checkpoint folder (model.safetensors and config.json), in fp32, in evaluation mode."""
         try:
             tree = json.loads((Path(folder) / "config.json").read_text())
-            model = cls(tree["clip"], ModelConfig(**tree["model"]), SpectrogramConfig(**tree["spectrogram"]))
+            frames = FramesConfig(**tree.get("frames", {}))  # version 0.1.0 did not write them
+            model = cls(tree["clip"], ModelConfig(**tree["model"]), SpectrogramConfig(**tree["spectrogram"]), frames)
             model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: not a readable checkpoint ({' '.join(str(error).split())[:200]})") from None
@@ -272,48 +281,3 @@ def pool(vectors: Tensor, clip: Tensor, clips: int) -> Tensor:
     unit = F.normalize(vectors.float(), dim=-1)
     total = unit.new_zeros(clips + 1, unit.shape[1]).index_add(0, clip, unit)[:clips]
     return F.normalize(total, dim=-1)
-
-
-def from_official(state: dict[str, Tensor], cfg: ModelConfig) -> CLIP4VLA:
-    """CLIP4VLA from the authors' flat state dict: clip.* (OpenAI's names), audio.visual.*, and the head that cfg.fusion names."""
-    clip = {key[5:]: value.float() for key, value in state.items() if key.startswith("clip.")}
-    config = towers.infer_config(clip, "official checkpoint") | {"quick_gelu": True}
-    model = CLIP4VLA(config, cfg, load(DataConfig, None, ["preset=official"]).spectrogram)
-    vision = {key[7:]: value for key, value in clip.items() if key.startswith("visual.")}
-    text = {key: value for key, value in clip.items() if not key.startswith("visual.") and key != "logit_scale"}
-    audio = {key[13:]: value.float() for key, value in state.items() if key.startswith("audio.visual.")}
-    model.audio.type_embedding.data.copy_(audio.pop("control_embedding"))  # row 0 VB, row 1 NB
-    model.vision.load_state_dict(vision)
-    model.text.load_state_dict(text)
-    model.audio.trunk.load_state_dict(audio)
-    if cfg.fusion != "global_global":
-        model.head.load_state_dict(_official_head(state, model.head))
-    if cfg.fusion == "captioner":  # tied: in their checkpoints both names hold one tensor
-        model.text.token_embedding.weight.data.copy_(state["cls.predictions.decoder.weight"])
-    return model
-
-
-def _official_head(state: dict[str, Tensor], head: nn.Module) -> dict[str, Tensor]:
-    """The authors' cross.*, similarity_dense.* and cls.predictions.* under our names; they have as many positions as CLIP's
-    text tower."""
-    names = {"transformer.resblocks.": "blocks.", "token_type_embeddings.weight": "type_embedding"}
-    out = {}
-    for key, value in state.items():
-        if key.startswith("cross."):
-            name = key[6:]
-            for theirs, ours in names.items():
-                name = name.replace(theirs, ours)
-            out[f"encoder.{name}"] = value.float()
-    rows = len(head.encoder.positional_embedding)
-    out["encoder.positional_embedding"] = out["encoder.positional_embedding"][:rows]
-    if isinstance(head, fusion.LocalToLocal):
-        out |= {f"score.{name}": state[f"similarity_dense.{name}"].float() for name in ("weight", "bias")}
-    if isinstance(head, Captioner):
-        theirs, pairs = "cls.predictions.", {"transform.dense": "dense", "transform.LayerNorm": "norm"}
-        out |= {
-            f"{our}.{n}": state[f"{theirs}{their}.{n}"].float()
-            for their, our in pairs.items()
-            for n in ("weight", "bias")
-        }
-        out["bias"] = state[f"{theirs}bias"].float()
-    return out

@@ -12,12 +12,12 @@ from torch import Tensor
 from clip4vla import distributed, fusion, retrieval
 from clip4vla.config import RunConfig, UserError
 from clip4vla.loader import EvalOrder, Loader, Place, open_folders, spoken
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.shards import Damaged
 from clip4vla.watchdog import watch
 
 
-def sounds(model: CLIP4VLA, loader: Loader, cfg: RunConfig, looks: dict[int, Tensor]) -> dict[int, tuple[str, Tensor]]:
+def sounds(model: Model, loader: Loader, cfg: RunConfig, looks: dict[int, Tensor]) -> dict[int, tuple[str, Tensor]]:
     """For y^g (D,) of silent clips by number: (id, segment vectors (S, D)) of the nearest clip with sound in data.train."""
     if not looks:
         return {}
@@ -31,7 +31,7 @@ def sounds(model: CLIP4VLA, loader: Loader, cfg: RunConfig, looks: dict[int, Ten
     return {i: heard[n] for i, n in numbers.items() if n in heard}  # a damaged donor is listed, and gives nothing
 
 
-def captions(model: CLIP4VLA, loader: Loader, cfg: RunConfig, looks: dict[int, Tensor]) -> dict[int, tuple[str, float]]:
+def captions(model: Model, loader: Loader, cfg: RunConfig, looks: dict[int, Tensor]) -> dict[int, tuple[str, float]]:
     """For y^g (D,) of clips by number: (first caption, cosine) of the nearest clip with a caption in data.train."""
     if not looks:
         return {}
@@ -51,7 +51,7 @@ def _training(cfg: RunConfig) -> tuple[list, EvalOrder]:
 
 
 def _nearest(
-    model: CLIP4VLA, loader: Loader, cfg: RunConfig, looks: dict[int, Tensor], wanted: Callable[[dict], bool], what: str
+    model: Model, loader: Loader, cfg: RunConfig, looks: dict[int, Tensor], wanted: Callable[[dict], bool], what: str
 ) -> dict[int, tuple[Place, float]]:
     """(place in data.train, cosine) for each of the looks, among clips with frames that are wanted by their json."""
     folders, order = _training(cfg)
@@ -59,7 +59,7 @@ def _nearest(
     training = loader.over(folders, order, ["frames"])
     for k, batch in enumerate(training.batches(0, len(order))):
         watch.at(f"evaluation: looks of training clips, batch {k}")
-        vectors = model.encode_vision(batch.to(loader.device)).cpu()
+        vectors = model.pooled_frames(batch.to(loader.device)).cpu()
         rows = zip(training.numbers(k), batch.meta, batch.has_frames.tolist(), vectors, strict=True)
         mine |= {i: v.clone() for i, clip, seen, v in rows if seen and wanted(clip)}
     found = distributed.merge({"looks": mine})["looks"]
@@ -74,7 +74,7 @@ def _nearest(
     return {i: (places[row], cosine) for i, row, cosine in rows}
 
 
-def _sounds(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> dict[int, tuple[str, Tensor]]:
+def _sounds(model: Model, loader: Loader, cfg: RunConfig) -> dict[int, tuple[str, Tensor]]:
     """(id, segment vectors) of the clips of a loader, by their place in its order."""
     mine = {}
     for k, batch in enumerate(loader.batches(0, len(loader.order))):

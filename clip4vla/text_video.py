@@ -16,7 +16,7 @@ from clip4vla import distributed, exhibits, fusion, nearest, retrieval, towers
 from clip4vla.config import RunConfig, UserError
 from clip4vla.fusion import AUDIO, TEXT, VISION, LocalToLocal, Sequence
 from clip4vla.loader import Loader, number
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.queries_page import Hit, Query
 from clip4vla.watchdog import watch
 
@@ -52,7 +52,7 @@ class Found(NamedTuple):
     filled: dict[str, str]  # id of a silent clip: id of the training clip whose sound it takes
 
 
-def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
+def embed(model: Model, loader: Loader, cfg: RunConfig) -> Found:
     """Embed the loader's clips, give silent ones a sound as cfg.eval.silent says, and compare clips with captions."""
     found = distributed.merge(_embed(model, loader, cfg))
     clips, modalities = found["clips"], cfg.model.modalities
@@ -79,7 +79,7 @@ def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
     return Found(clips, list(text), compared, len(lacking), names, filled)
 
 
-def _embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> dict[str, dict]:
+def _embed(model: Model, loader: Loader, cfg: RunConfig) -> dict[str, dict]:
     """Of this rank's clips, by number: `clips` their json, `v` frame vectors (F, D), `a` segment vectors (S, D), `looks` y^g (D,)
     of those without sound; `text` by (clip, caption): (sentence (D,), words (L, D))."""
     mine: dict[str, dict] = {"clips": {}, "v": {}, "a": {}, "looks": {}, "text": {}}
@@ -98,19 +98,17 @@ def _embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> dict[str, dict]:
             there = (batch.has_frames & ~batch.has_audio).tolist()
             seen = next((fusion.pooled(part) for part in parts if part.kind == VISION), None)
             looks = (
-                model.encode_vision(batch) if seen is None else seen
+                model.pooled_frames(batch) if seen is None else seen
             ).cpu()  # on all ranks, whoever is silent: ZeRO-3
             mine["looks"] |= {i: look.clone() for i, look, ok in zip(index, looks, there, strict=True) if ok}
     return mine
 
 
-def _captions(
-    model: CLIP4VLA, loader: Loader, clips: dict[int, dict], most: int | None
-) -> dict[tuple[int, int], tuple]:
+def _captions(model: Model, loader: Loader, clips: dict[int, dict], most: int | None) -> dict[tuple[int, int], tuple]:
     """(sentence (D,), words (L, D), none for heads that read the sentence alone) of captions, by (clip, caption)."""
     texts = {(i, j): text for i, clip in clips.items() for j, text in enumerate(clip["captions"][:most])}
     tokens = loader.tokenize([*texts.values()] or [""]).to(loader.device)
-    sentence, words = model.encode_text(tokens)
+    sentence, words = model.encode_tokens(tokens)
     read = _rows(Sequence(TEXT, words, towers.words_there(model.text, tokens)))
     keep = None if isinstance(model.head, LocalToLocal) else 0
     sentence = sentence.float().cpu()
@@ -130,7 +128,7 @@ def _stacked(kind: int, vectors: list[Tensor | None], dim: int) -> Sequence:
     return fusion.sequence(kind, packed, torch.repeat_interleave(counts), len(vectors))
 
 
-def _compare(model: CLIP4VLA, text: list[tuple[Tensor, Tensor]], media: dict[str, list[Tensor | None]]) -> Compared:
+def _compare(model: Model, text: list[tuple[Tensor, Tensor]], media: dict[str, list[Tensor | None]]) -> Compared:
     """Captions (sentence, words) and clips as the head compares them."""
     dim, device = model.clip_config["embed_dim"], model.log_scale.device
     sentence = torch.stack([s for s, _ in text]) if text else torch.zeros(0, dim)

@@ -14,7 +14,7 @@ import torch
 
 from clip4vla import storage
 from clip4vla.config import RunConfig, UserError
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.shards import INDEX, ShardFolder
 
 FOLDER = "clip"
@@ -22,13 +22,13 @@ MEMBER = "clip.f16"
 REMEDY = "run data_prep/embed.py again, or set data.vectors=off"
 
 
-def describe(model: CLIP4VLA) -> dict[str, Any]:
+def describe(model: Model) -> dict[str, Any]:
     """The fingerprint of the vectors that a model's text and vision towers give."""
     made = {"identity": identity(model), "name": model.cfg.clip, "dim": model.clip_config["embed_dim"]}
     return {"clip": made | {"max_tokens": model.cfg.max_tokens}}
 
 
-def identity(model: CLIP4VLA) -> str:
+def identity(model: Model) -> str:
     """sha256 over all that decides the vectors: both towers' structure and weights (as fp32), image statistics, max_tokens."""
     settings = [model.clip_config, model.image_statistics, model.cfg.max_tokens]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -39,7 +39,7 @@ def identity(model: CLIP4VLA) -> str:
     return digest.hexdigest()
 
 
-def open_vectors(folders: list[ShardFolder], cfg: RunConfig, model: CLIP4VLA) -> list[ShardFolder] | None:
+def open_vectors(folders: list[ShardFolder], cfg: RunConfig, model: Model) -> list[ShardFolder] | None:
     """The vectors of each folder, or None where data.vectors and the towers of this run say that they are not used.
 
     The model's weights must not be rounded yet. Raises UserError for vectors of other towers or of other shards.
@@ -56,7 +56,7 @@ def open_vectors(folders: list[ShardFolder], cfg: RunConfig, model: CLIP4VLA) ->
     return found
 
 
-def obstacle(folders: list[ShardFolder], cfg: RunConfig, model: CLIP4VLA) -> str:
+def obstacle(folders: list[ShardFolder], cfg: RunConfig, model: Model) -> str:
     """Why this run cannot use vectors; empty if it can."""
     if cfg.data.vectors == "off":
         return "data.vectors=off"

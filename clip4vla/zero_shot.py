@@ -14,7 +14,7 @@ from clip4vla import distributed, retrieval
 from clip4vla.config import RunConfig
 from clip4vla.exhibits import Exhibit, exhibit
 from clip4vla.loader import Loader, number
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.queries_page import Hit, Query
 from clip4vla.watchdog import watch
 
@@ -54,7 +54,7 @@ def types(cfg: RunConfig) -> list[str]:
     return cfg.eval.types or [cfg.model.audio_type]
 
 
-def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
+def embed(model: Model, loader: Loader, cfg: RunConfig) -> Found:
     """(json of the clips, vectors). Clips are numbered by their place in the loader's order: `video` and
     `audio/TYPE` map clip numbers to vectors (D,), `text` maps (clip number, caption number) to them."""
     mine: dict[str, dict] = {name: {} for name in ("clips", "video", "text", *(f"audio/{t}" for t in types(cfg)))}
@@ -64,12 +64,12 @@ def embed(model: CLIP4VLA, loader: Loader, cfg: RunConfig) -> Found:
         captions = [c["captions"][:1] if cfg.eval.captions == "first" else c["captions"] for c in batch.meta]
         flat = [(i, j) for i, texts in zip(index, captions, strict=True) for j in range(len(texts))]
         tokens = loader.tokenize([text for texts in captions for text in texts] or [""]).to(loader.device)
-        texts = F.normalize(model.encode_text(tokens)[0].float(), dim=-1)
+        texts = F.normalize(model.encode_tokens(tokens)[0].float(), dim=-1)
         mine["clips"] |= {i: meta for i, meta in zip(index, batch.meta, strict=True) if meta["id"]}
         mine["text"] |= {name: vector.clone() for name, vector in zip(flat, texts.cpu(), strict=False)}
-        mine["video"] |= _where(batch.has_frames, index, model.encode_vision(batch))
+        mine["video"] |= _where(batch.has_frames, index, model.pooled_frames(batch))
         for audio_type in types(cfg):
-            mine[f"audio/{audio_type}"] |= _where(batch.has_audio, index, model.encode_audio(batch, audio_type))
+            mine[f"audio/{audio_type}"] |= _where(batch.has_audio, index, model.pooled_segments(batch, audio_type))
     found = distributed.merge(mine)
     return Found({}, {}) if distributed.rank() else Found(found.pop("clips"), found)
 

@@ -33,7 +33,7 @@ from clip4vla.checkpoints import newest_checkpoint  # noqa: E402
 from clip4vla.cli import cli, command_line  # noqa: E402
 from clip4vla.config import RunConfig, UserError  # noqa: E402
 from clip4vla.loader import EvalOrder, Loader, open_folders  # noqa: E402
-from clip4vla.model import CLIP4VLA  # noqa: E402
+from clip4vla.model import Model  # noqa: E402
 from clip4vla.shards import INDEX, Shard, ShardFolder, write_index, write_json, write_shard  # noqa: E402
 from clip4vla.towers import tokenizer  # noqa: E402
 from clip4vla.vectors import FOLDER, MEMBER, describe  # noqa: E402
@@ -98,7 +98,7 @@ def place(folder: ShardFolder) -> Path:
     return Path(folder.path, FOLDER)
 
 
-def frozen_towers(cfg: RunConfig, folder: ShardFolder) -> CLIP4VLA:
+def frozen_towers(cfg: RunConfig, folder: ShardFolder) -> Model:
     """The model that a run of this config starts with; UserError if its towers have no weights or will change."""
     resume = distributed.gather_objects(newest_checkpoint(cfg.run_dir))[0]
     model, origin = build_model(cfg, folder.fingerprint, resume)
@@ -110,7 +110,7 @@ def frozen_towers(cfg: RunConfig, folder: ShardFolder) -> CLIP4VLA:
     return model.eval()
 
 
-def embed(cfg: RunConfig, model: CLIP4VLA, folders: list[ShardFolder], fingerprint: dict[str, Any]) -> None:
+def embed(cfg: RunConfig, model: Model, folders: list[ShardFolder], fingerprint: dict[str, Any]) -> None:
     """Make the vectors of every shard that has none yet, this rank its part of them; returns when all ranks are done."""
     identity = fingerprint["clip"]["identity"]
     units = [Unit(folder, i, identity) for folder in folders for i in range(len(folder.shards))]
@@ -137,7 +137,7 @@ def make_loader(cfg: RunConfig, folder: ShardFolder, device: torch.device) -> Lo
     )  # fmt: skip
 
 
-def make(unit: Unit, model: CLIP4VLA, loader: Loader, bar: tqdm) -> None:
+def make(unit: Unit, model: Model, loader: Loader, bar: tqdm) -> None:
     """The tar of one shard, then its note."""
     unit.note.parent.mkdir(parents=True, exist_ok=True)
     sizes = [shard.samples if i == unit.number else 0 for i, shard in enumerate(unit.folder.shards)]
@@ -151,7 +151,7 @@ def make(unit: Unit, model: CLIP4VLA, loader: Loader, bar: tqdm) -> None:
 
 
 def _members(
-    shard: Shard, model: CLIP4VLA, loader: Loader, note: dict[str, Any], bar: tqdm
+    shard: Shard, model: Model, loader: Loader, note: dict[str, Any], bar: tqdm
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, its one member) of a shard's samples; counts go into the note."""
     keys = iter(key for key, _ in shard.entries)
@@ -166,12 +166,12 @@ def _members(
             bar.update(1)
 
 
-def vectors(model: CLIP4VLA, loader: Loader, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def vectors(model: Model, loader: Loader, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(captions' vectors (n, D), frames' vectors (m, D)), unit length, float16, of each clip; none of a damaged one."""
     captions = [meta["captions"] for meta in batch.meta]
     flat = [text for texts in captions for text in texts]
     tokens = loader.tokenize(flat or [""]).to(loader.device)
-    texts = F.normalize(model.encode_text(tokens)[0].float(), dim=-1)[: len(flat)].half().cpu()
+    texts = F.normalize(model.encode_tokens(tokens)[0].float(), dim=-1)[: len(flat)].half().cpu()
     frames = F.normalize(model.encode_frames(batch.frames).float(), dim=-1).half().cpu()
     counts = torch.bincount(batch.frame_clip, minlength=len(batch)).tolist()
     return list(zip(texts.split([len(t) for t in captions]), frames.split(counts), strict=True))

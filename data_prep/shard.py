@@ -33,12 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip4vla.cli import cli, help_text  # noqa: E402
 from clip4vla.config import DataConfig, UserError  # noqa: E402
 from clip4vla.media import Clip, read_clip  # noqa: E402
+from clip4vla.pictures import jpeg, png, read_picture  # noqa: E402
 from clip4vla.settings import load  # noqa: E402
 from clip4vla.shards import INDEX, fingerprint, write_index, write_json, write_shard, write_text  # noqa: E402
 from clip4vla.spectrogram import crop, encode, log_mel  # noqa: E402
 from data_prep.annotations import read  # noqa: E402
 from data_prep.manifest import Row, inside  # noqa: E402
-from data_prep.pictures import jpeg, png, read_picture  # noqa: E402
 from data_prep.plan import Unit, make_plan, read_plan  # noqa: E402
 from data_prep.pool import NO_ITEM, At, work  # noqa: E402
 from data_prep.progress import Progress, estimate  # noqa: E402

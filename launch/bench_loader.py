@@ -32,10 +32,10 @@ from torch import Tensor
 from clip4vla.config import DataConfig, DataSources, FramesConfig, MaskConfig, UserError
 from clip4vla.loader import Loader, TrainOrder, open_folders
 from clip4vla.media import Clip, read_clip
+from clip4vla.pictures import jpeg
 from clip4vla.shards import ShardFolder, fingerprint, write_index, write_shard
 from clip4vla.towers import tokenizer
 from clip4vla.vectors import FOLDER, MEMBER
-from data_prep.pictures import jpeg
 from data_prep.shard import fbank
 from launch.bench import count
 from launch.bench_prep import BIKES, BUNNY, find

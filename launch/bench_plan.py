@@ -16,10 +16,10 @@ from PIL import Image
 
 from clip4vla.config import DataConfig, UserError
 from clip4vla.media import read_clip
+from clip4vla.pictures import jpeg, png
 from clip4vla.settings import load
 from clip4vla.spectrogram import crop, decode, encode, log_mel
 from data_prep.manifest import Row
-from data_prep.pictures import jpeg, png
 from data_prep.shard import sample
 from launch.bench import count
 from launch.bench_prep import BIKES, BUNNY, H264, SMALL, Video, ffmpeg_version, psnr, rms, timed

@@ -29,7 +29,7 @@ from clip4vla.config import RunConfig
 from clip4vla.loader import open_folders
 from clip4vla.losses import objective
 from clip4vla.masking import masked_view
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.settings import load
 from clip4vla.spectrogram import decode, normalise
 from clip4vla.vectors import describe
@@ -115,7 +115,7 @@ class Ours:
 class Peer:
     """Three towers in fp32, all trained, on padded batches."""
 
-    def __init__(self, model: CLIP4VLA, cfg: RunConfig, batch: Batch):
+    def __init__(self, model: Model, cfg: RunConfig, batch: Batch):
         self.model, self.cfg = model.float().requires_grad_(True), cfg
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.train.lr)
         self.frames, self.seen = _padded(batch.frames, batch.frame_clip, len(batch), FRAMES)
@@ -137,7 +137,7 @@ class Peer:
 
     def loss(self) -> Tensor:
         """NCE_at + NCE_av + NCE_aa."""
-        text = F.normalize(self.model.encode_text(self.tokens)[0], dim=-1)
+        text = F.normalize(self.model.encode_tokens(self.tokens)[0], dim=-1)
         vision = _pooled(self.model.encode_frames(self.frames.flatten(0, 1)), self.seen)
         decibels, how = decode(self.segments.flatten(0, 1), self.model.spectrogram), self.model.cfg.normalise
         views = normalise(decibels, self.rows, how), masked_view(decibels, self.rows, self.hidden, self.cfg.mask, how)

@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as OUT/model.safetensors and OUT/config.json, for CLIP4VLA.from_checkpoint(OUT).
+"""The weights of a checkpoint as OUT/model.safetensors and OUT/config.json, for Model.from_checkpoint(OUT).
 
 local     python launch/export.py runs/stamps exported/stamps-300 --step 300 --dtype fp16
 remote    python launch/export.py s3://bucket/run exported/run          (a train.mirror)
@@ -56,10 +56,10 @@ def export(folder: Path, out: Path, dtype: str) -> str:
     import torch
     from safetensors.torch import save_file
 
-    from clip4vla.model import CLIP4VLA
+    from clip4vla.model import Model
     from clip4vla.universal import fsync
 
-    model = CLIP4VLA.from_checkpoint(folder)
+    model = Model.from_checkpoint(folder)
     weights = {name: value.to(getattr(torch, DTYPES[dtype])) for name, value in model.state_dict().items()}
     if not all(value.isfinite().all() for value in weights.values()):
         raise UserError(f"{folder}: some weights are not finite in {dtype}; take another --dtype or --step")

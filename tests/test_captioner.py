@@ -24,7 +24,7 @@ SPECIAL = Tokens(start=4, end=5, known=6)
 @torch.no_grad()
 def test_the_authors_scores():
     ref, model, _, words, parts = official(fusion="captioner")
-    _, read = model.encode_text(ref["in.tokens"])  # with the weights that the output is tied to
+    _, read = model.encode_tokens(ref["in.tokens"])  # with the weights that the output is tied to
     words = words._replace(vectors=read)
     everywhere = torch.ones_like(words.there)
     scores = model.head(words, [parts["v"], parts["a"]], everywhere, model.text.token_embedding.weight)

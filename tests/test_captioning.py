@@ -15,7 +15,7 @@ from clip4vla import captioning, towers
 from clip4vla.batch import Batch
 from clip4vla.config import LossConfig, MaskConfig, ModelConfig, SpectrogramConfig
 from clip4vla.loader import spoken
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.settings import load
 
 SCRIPT = "launch/finetune_captioning.py"
@@ -114,7 +114,7 @@ def batch_of(texts):
 @pytest.mark.parametrize("smoothing, padded", [(0.0, False), (0.1, False), (0.0, True)])
 def test_the_loss_is_that_of_each_word_alone(smoothing, padded):
     torch.manual_seed(1)
-    model = CLIP4VLA(
+    model = Model(
         TINY, ModelConfig(fusion="captioner", fusion_layers=2, max_tokens=12, fusion_dropout=0.0), SpectrogramConfig()
     )
     batch = batch_of(["a cat", "a dog barks at the moon", "rain"])
@@ -260,7 +260,7 @@ def test_without_java_the_rest_is_scored_and_two_ranks_write_what_one_writes(lea
 def test_the_nearest_clip_gives_its_caption(learnt, sample_shards, no_java):
     train, test = sample_shards / "speech_fr/train", sample_shards / "speech_es/test"
     _, _, results, _ = evaluated(learnt, "decode.method=nearest", f"data.test={test}", env=no_java)
-    model = CLIP4VLA.from_checkpoint(next(learnt[0].glob("checkpoints/step-*")))
+    model = Model.from_checkpoint(next(learnt[0].glob("checkpoints/step-*")))
     (known, _), (asked, _) = (looks(folder, model) for folder in (train, test))
     texts = {}
     for path in train.glob("*.tar"):

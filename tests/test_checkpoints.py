@@ -16,10 +16,11 @@ import torch
 from conftest import job, ranks, run, trace, wait_for
 from safetensors.torch import load_file
 
-from clip4vla import CLIP4VLA, storage
+from clip4vla import storage
 from clip4vla.checkpoints import Checkpoints, Mirror, checkpoint_to_resume, chosen_checkpoint
 from clip4vla.config import RunConfig, TrainConfig, UserError
 from clip4vla.mirror import remove, upload
+from clip4vla.model import Model
 from clip4vla.universal import load_tensors
 
 STEPS = 10
@@ -340,7 +341,7 @@ def test_export_gives_one_file_of_weights_in_any_precision(undisturbed, tmp_path
     weights = load_file(tmp_path / "out/bf16/model.safetensors")
     full = load_file(undisturbed / "checkpoints/step-00000004/model.safetensors")
     assert all(torch.equal(weights[name], full[name].bfloat16()) for name in full)
-    CLIP4VLA.from_checkpoint(tmp_path / "out/bf16")
+    Model.from_checkpoint(tmp_path / "out/bf16")
     _refused(run("launch/export.py", undisturbed, tmp_path / "out/bf16"), "out/bf16 is there already")
     _refused(run("launch/export.py", undisturbed, tmp_path / "out/x", "--step", 5), "no complete checkpoint of step 5")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["bf16", "fp32"]

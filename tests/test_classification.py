@@ -20,7 +20,7 @@ from clip4vla.classifier import Classifier, label_of
 from clip4vla.config import ModelConfig, RunConfig, UserError
 from clip4vla.features import Features
 from clip4vla.fusion import AUDIO, VISION, Sequence
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.settings import load
 
 SCRIPT = "launch/finetune_classification.py"
@@ -285,7 +285,7 @@ def test_zero_shot_is_the_nearest_mean_of_sentences(probing_words, sample_shards
     tokenize = towers.tokenizer(cfg.model.clip, cfg.model.max_tokens)
     with torch.no_grad():
         sentences = [[tokenize([t.replace("{}", n)]) for t in cfg.classify.templates] for n in cfg.classify.labels]
-        names = torch.stack([sum(F.normalize(model.encode_text(t)[0], dim=1)[0] for t in some) for some in sentences])
+        names = torch.stack([sum(F.normalize(model.encode_tokens(t)[0], dim=1)[0] for t in some) for some in sentences])
     media = F.normalize(found.vectors["v"] + found.vectors["a"], dim=1)
     guess = (media @ F.normalize(names, dim=1).T).argmax(1).tolist()
     expected = {
@@ -374,7 +374,7 @@ def test_the_head_reads_media_beside_each_other_and_the_loss_ignores_what_it_can
         meta=[{"id": "1", "label": "b"}, {"id": "2", "label": "z"}, {"id": "3", "label": "a"}, {"id": "4"}],
         has_frames=torch.ones(4, dtype=torch.bool), has_audio=torch.tensor([True, True, False, True]),
     )  # fmt: skip
-    assert CLIP4VLA.learnt_labels(model, batch).tolist() == [1, -1, -1, -1]
+    assert Model.learnt_labels(model, batch).tolist() == [1, -1, -1, -1]
 
 
 @pytest.mark.parametrize(

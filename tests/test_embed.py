@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from clip4vla import towers
 from clip4vla.config import DataSources, LossConfig, MaskConfig, ModelConfig
 from clip4vla.loader import EvalOrder, Loader, TrainOrder, open_folders
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.shards import Damaged, ShardFolder, write_index, write_shard
 
 SOURCES = ("speech_fr", "sounds", "odd")
@@ -213,7 +213,7 @@ def loader(root: Path, clip: Path, with_vectors: bool, order=None) -> Loader:
 def test_a_batch_with_vectors_is_the_same_batch(made, plain, clip):
     """Captions drawn, masks, order and what is there; and the model makes the same features of it."""
     cfg = ModelConfig(clip=str(clip), max_tokens=24)
-    model = CLIP4VLA(towers.describe_clip(str(clip)), cfg, loader(plain, clip, False).spectrogram)
+    model = Model(towers.describe_clip(str(clip)), cfg, loader(plain, clip, False).spectrogram)
     model.load_clip()
     for k in range(5):
         ours, theirs = loader(made[0], clip, True).batch(k), loader(plain, clip, False).batch(k)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import ROOT, TINY, run
 
-from clip4vla import CLIP4VLA, engine
+from clip4vla import engine
 from clip4vla.checkpoints import newest_checkpoint
 from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig, TrainConfig, UserError
+from clip4vla.model import Model
 from clip4vla.settings import load
 from clip4vla.universal import load_tensors
 
@@ -84,8 +85,8 @@ def test_learning_rate_is_a_warm_up_and_a_cosine():
     assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False)) and rates[-1] < 0.01
 
 
-def tiny(**settings) -> CLIP4VLA:
-    model = CLIP4VLA(TINY, ModelConfig(clip="tiny.json", **settings), SpectrogramConfig())
+def tiny(**settings) -> Model:
+    model = Model(TINY, ModelConfig(clip="tiny.json", **settings), SpectrogramConfig())
     model.freeze()
     return model
 

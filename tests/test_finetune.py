@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from clip4vla import engine, text_video
 from clip4vla.config import ModelConfig, SpectrogramConfig
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 
 SCRIPT = "launch/finetune_retrieval.py"
 
@@ -78,7 +78,7 @@ def test_learning_rates_by_tower_and_frozen_blocks(tuning, tmp_path):
 
 
 def test_groups_have_their_share_of_the_learning_rate():
-    model = CLIP4VLA(
+    model = Model(
         TINY, ModelConfig(train_towers="text+audio", fusion="global_local", fusion_layers=1), SpectrogramConfig()
     )
     model.freeze()

@@ -14,7 +14,8 @@ from clip4vla import fusion, towers
 from clip4vla.audio_encoder import type_mix
 from clip4vla.config import ModelConfig, UserError
 from clip4vla.fusion import AUDIO, TEXT, VISION, Sequence, sequence
-from clip4vla.model import from_official, pool
+from clip4vla.model import pool
+from clip4vla.official import from_official
 
 OFFICIAL = {"mean": "raw", "max_tokens": 12, "max_frames": 3, "fusion_layers": 2}
 
@@ -32,7 +33,7 @@ def official(**settings):
         "v": Sequence(VISION, seen, ref["in.frame_mask"].bool()),
         "a": Sequence(AUDIO, heard, ref["in.segment_mask"].bool()),
     }
-    sentence, tokens = model.encode_text(ref["in.tokens"])
+    sentence, tokens = model.encode_tokens(ref["in.tokens"])
     return ref, model, sentence, Sequence(TEXT, tokens, towers.words_there(model.text, ref["in.tokens"])), parts
 
 

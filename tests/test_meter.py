@@ -12,11 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from traffic import made_up
 
-from clip4vla import CLIP4VLA, flops, fusion, losses
+from clip4vla import flops, fusion, losses
 from clip4vla.batch import Batch
 from clip4vla.build import Setup
 from clip4vla.config import RunConfig, SpectrogramConfig
 from clip4vla.meter import Meter, audio_space
+from clip4vla.model import Model
 from clip4vla.settings import load
 
 STEPS = 3
@@ -51,7 +52,7 @@ def matrices(features, cfg):
 def test_useful_flops_are_those_that_torch_counts(towers, aa):
     """But for 3%: the text's projection counts at [EOS] alone. Padding adds nothing."""
     cfg = load(RunConfig, None, [f"model.train_towers={towers}", f"loss.aa={aa}"])
-    model = CLIP4VLA(TINY, cfg.model, SpectrogramConfig()).train()
+    model = Model(TINY, cfg.model, SpectrogramConfig()).train()
     model.freeze()
     whole = batch()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -68,7 +69,7 @@ def test_useful_flops_of_a_head(head, monkeypatch):
     term = "caption" if head == "captioner" else "tm"
     words = [f"model.fusion={head}", "model.fusion_layers=2", f"loss={{at: 0, av: 0, aa: 0, {term}: 1}}"]
     cfg = load(RunConfig, None, words)
-    model = CLIP4VLA(TINY, cfg.model, SpectrogramConfig()).train()
+    model = Model(TINY, cfg.model, SpectrogramConfig()).train()
     model.freeze()
     whole = batch(segments=8, frames=8)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -166,7 +167,7 @@ class Engine:
 def test_rows_of_an_interval():
     """Shares are of each step, rates of the interval; the loss is the given one."""
     cfg = load(RunConfig, None, ["train.batch_size=5"])
-    model = CLIP4VLA(TINY, cfg.model, SpectrogramConfig())
+    model = Model(TINY, cfg.model, SpectrogramConfig())
     ds = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
     meter = Meter(cfg, Setup(torch.device("cpu"), [], ds, None, model, "", None))
     features = {name: F.normalize(torch.randn(5, 8), dim=-1) for name in ("audio", "text", "masked")}

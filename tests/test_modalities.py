@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip4vla.config import DataConfig  # noqa: E402
 from clip4vla.media import Clip  # noqa: E402
+from clip4vla.pictures import jpeg  # noqa: E402
 from clip4vla.shards import fingerprint, write_index, write_shard  # noqa: E402
-from data_prep.pictures import jpeg  # noqa: E402
 from data_prep.shard import fbank  # noqa: E402
 
 SCRIPTS = ("launch/finetune_retrieval.py", "launch/evaluate.py")

@@ -11,11 +11,12 @@ from conftest import TINY
 from open_clip.model import CustomTextCLIP
 from safetensors.torch import load_file, save_file
 
-from clip4vla import CLIP4VLA, towers
+from clip4vla import towers
 from clip4vla.audio_encoder import AudioEncoder, type_mix
 from clip4vla.config import ModelConfig, SpectrogramConfig, UserError
 from clip4vla.losses import info_nce
-from clip4vla.model import from_official, pool
+from clip4vla.model import Model, pool
+from clip4vla.official import from_official
 
 REFERENCE = Path(__file__).parent / "reference/official_small.safetensors"
 
@@ -45,7 +46,7 @@ def audio(model, ref, audio_type, which="in.segments"):
 
 def test_reference_text_and_vision(official):
     ref, model = official
-    sentence, tokens = model.encode_text(ref["in.tokens"])
+    sentence, tokens = model.encode_tokens(ref["in.tokens"])
     same(tokens, ref["ref.text.tokens".removeprefix("ref.")])
     end = (ref["in.tokens"] == 99).int().argmax(1)
     assert torch.equal(sentence, tokens[torch.arange(5), end])
@@ -63,7 +64,7 @@ def test_reference_audio_with_every_type_token(official, key, audio_type):
 def test_reference_logits_losses_and_gradients(official):
     ref, model = official
     model.zero_grad()
-    text = F.normalize(model.encode_text(ref["in.tokens"])[0], dim=-1)
+    text = F.normalize(model.encode_tokens(ref["in.tokens"])[0], dim=-1)
     vision = pooled(model.vision(ref["in.frames"].float().flatten(0, 1)).view(5, 3, -1), ref["in.frame_mask"])
     heard = pooled(audio(model, ref, "data"), ref["in.segment_mask"])
     masked = pooled(audio(model, ref, "data", "in.masked_segments"), ref["in.segment_mask"])
@@ -156,12 +157,12 @@ def test_towers_from_a_weights_file(tmp_path, form):
         tokens = torch.zeros(1, 77, dtype=torch.int64)
         torch.jit.save(torch.jit.trace(clip, (torch.zeros(1, 3, 224, 224), tokens)), file)
     cfg = ModelConfig(clip=str(file), quick_gelu="auto" if form == "archive.pt" else "yes")
-    model = CLIP4VLA(towers.describe_clip(str(file), cfg.quick_gelu), cfg, SpectrogramConfig()).eval()
+    model = Model(towers.describe_clip(str(file), cfg.quick_gelu), cfg, SpectrogramConfig()).eval()
     assert model.load_clip()
     model.start_audio()
     texts = towers.tokenizer(str(file), 77)(["a dog barks", "rain"])
     full = F.pad(texts, (0, 77 - texts.shape[1]))
-    torch.testing.assert_close(model.encode_text(texts)[0], clip.encode_text(full), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.encode_tokens(texts)[0], clip.encode_text(full), atol=1e-5, rtol=1e-4)
     picture = torch.randint(0, 256, (2, 3, 224, 224))
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in towers.image_statistics(str(file)))
     torch.testing.assert_close(
@@ -174,7 +175,7 @@ def test_any_vit_of_open_clip_by_name():
     assert config["vision_cfg"]["patch_size"] == 16
     config["vision_cfg"] |= {"layers": 1, "width": 64}
     config["text_cfg"] |= {"layers": 1, "width": 64, "heads": 1}
-    model = CLIP4VLA(config, ModelConfig(clip="ViT-B-16"), SpectrogramConfig())
+    model = Model(config, ModelConfig(clip="ViT-B-16"), SpectrogramConfig())
     assert model.encode_segments(torch.zeros(2, 1, 224, 224), type_mix("both")).shape == (2, config["embed_dim"])
 
 
@@ -242,6 +243,6 @@ def test_marks_of_exclamation_are_no_padding():
 def test_a_fixed_temperature_is_exact_in_bf16(official):
     from clip4vla.config import LossConfig, MaskConfig
 
-    model = CLIP4VLA(TINY, ModelConfig(clip="tiny.json", temperature=0.01), SpectrogramConfig()).to(torch.bfloat16)
+    model = Model(TINY, ModelConfig(clip="tiny.json", temperature=0.01), SpectrogramConfig()).to(torch.bfloat16)
     scale = model.forward(None, LossConfig(at=0, av=0, aa=0), MaskConfig())["scale"]
     assert scale.item() == 100 and scale.dtype == torch.float32

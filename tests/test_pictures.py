@@ -1,4 +1,4 @@
-"""data_prep/pictures.py: stills of every kind to pixels."""
+"""pictures.py: stills of every kind to pixels."""
 
 import sys
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 sys.path.insert(0, str(ROOT))
 
-from data_prep.pictures import read_picture  # noqa: E402
+from clip4vla.pictures import read_picture  # noqa: E402
 
 
 def test_pictures_are_composited_on_white_and_padded(tmp_path):

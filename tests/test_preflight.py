@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import TINY, ranks
 
-from clip4vla import CLIP4VLA, preflight
+from clip4vla import preflight
 from clip4vla.build import Setup
 from clip4vla.config import RunConfig, SpectrogramConfig, UserError
+from clip4vla.model import Model
 from clip4vla.settings import load
 
 PLAIN = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
@@ -29,7 +30,7 @@ def words(sample_shards, tmp_path_factory):
 def setup(ds, **model):
     cfg = load(RunConfig, None, ["model.train_towers=audio"])
     clip = TINY | {"vision_cfg": TINY["vision_cfg"] | model}
-    towers = CLIP4VLA(clip, cfg.model, SpectrogramConfig()).train()
+    towers = Model(clip, cfg.model, SpectrogramConfig()).train()
     towers.freeze()
     return cfg, Setup(torch.device("cpu"), [], ds, None, towers, "", None)
 

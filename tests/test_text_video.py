@@ -14,7 +14,7 @@ from test_finetune import SCRIPT
 from clip4vla import evaluation, selection, text_video
 from clip4vla.checkpoints import chosen_checkpoint, superseded
 from clip4vla.config import RunConfig, UserError
-from clip4vla.model import CLIP4VLA
+from clip4vla.model import Model
 from clip4vla.settings import load
 
 HEADS = ("global_global", "global_local", "local_local")
@@ -91,7 +91,7 @@ def test_silent_clips_take_the_sound_of_the_training_clip_that_looks_most_like_t
         how: evaluated(tuned, "global_global", both, f"eval.silent={how}") for how in ("nearest", "zero", "exclude")
     }
     silent = found["nearest"][1]["silent"]
-    model = CLIP4VLA.from_checkpoint(folder / "checkpoints/step-00000002")
+    model = Model.from_checkpoint(folder / "checkpoints/step-00000002")
     train, heard = looks(sample_shards / "speech_fr/train", model)
     wanted = {}
     for split in ("test", "val"):
@@ -206,7 +206,7 @@ def test_the_page_shows_what_the_metrics_count(tuned, sample_shards, head, modal
     folder, (config, *more) = tuned[head]
     test = f"data.test=[{sample_shards}/speech_fr/train, {sample_shards}/pictures/test]"
     cfg = load(RunConfig, config, [*more, test, f"model.modalities={modalities}", "eval.report_queries=1000"])
-    model = CLIP4VLA.from_checkpoint(folder / "checkpoints/step-00000002")
+    model = Model.from_checkpoint(folder / "checkpoints/step-00000002")
     model.cfg = cfg.model
     loader, found = evaluation.embedded(model, cfg, cfg.data.test, "data.test")
     metrics = text_video.ranked(found, cfg)[cfg.model.audio_type]
