@@ -5,22 +5,24 @@ al. 2002), METEOR 1.5 (Denkowski & Lavie 2014), ROUGE-L (Lin 2004), CIDEr-D (Ved
 print them (CIDEr goes to 1000). METEOR and the tokeniser need Java: without it words alone are compared, and METEOR is left out.
 """
 
+import functools
 import importlib.util
 import json
 import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from clip4vla import decoding, distributed, exhibits, nearest
 from clip4vla.captions_page import Written
-from clip4vla.config import DecodeConfig, RunConfig, UserError
+from clip4vla.config import RunConfig, UserError
 from clip4vla.loader import Loader, number
 from clip4vla.model import Model
 from clip4vla.shards import write_text
@@ -42,18 +44,6 @@ class Found:
     scores: dict[str, list[float]] = field(default_factory=dict)  # of each clip, by metric, once they are computed
 
 
-def decode_settings(cfg: RunConfig) -> DecodeConfig:
-    """cfg.decode with max_tokens as the model has positions; UserError if it asks for more, or less than min_tokens."""
-    room, decode = cfg.model.max_tokens - 1, cfg.decode
-    most = decode.max_tokens or room
-    if not decode.min_tokens < most <= room:
-        raise UserError(
-            f"decode.max_tokens={decode.max_tokens}, min_tokens={decode.min_tokens}: the first must be larger, and at most "
-            f"{room}: model.max_tokens={cfg.model.max_tokens} less [SOS]"
-        )
-    return replace(decode, max_tokens=most)
-
-
 def embed(model: Model, loader: Loader, cfg: RunConfig) -> Found:
     """Write a caption for each of the loader's clips, in the way of cfg.decode."""
     write = _nearest if cfg.decode.method == "nearest" else _written
@@ -71,12 +61,12 @@ def embed(model: Model, loader: Loader, cfg: RunConfig) -> Found:
 def _written(model: Model, loader: Loader, cfg: RunConfig) -> dict[str, dict]:
     """Of this rank's clips, by number: `clips` their json, `captions` (text, score), `unheard` those without media."""
     mine: dict[str, dict] = {"clips": {}, "captions": {}, "unheard": {}}
-    decode, (tokens, read) = decode_settings(cfg), decoding.tokens_of(cfg.model.clip)
+    decode, (tokens, read) = decoding.within(cfg.decode, cfg.model.max_tokens), decoding.tokens_of(cfg.model.clip)
     for k, batch in enumerate(loader.batches(0, len(loader.order))):
         watch.at(f"evaluation: batch {k}")
         batch, index = batch.to(loader.device), loader.numbers(k)
         parts = model.media(batch)
-        found = decoding.write(lambda copies, p=parts: model.grow(p, copies), batch.ids, decode, tokens, cfg.seed)
+        found = decoding.write(functools.partial(model.grow, parts), batch.ids, decode, tokens, cfg.seed)
         there = torch.stack([part.there.any(1) for part in parts]).any(0).tolist()
         rows = zip(index, batch.meta, found.tokens.tolist(), found.score.tolist(), there, strict=True)
         for i, meta, numbers, score, heard in rows:
@@ -89,7 +79,7 @@ def _written(model: Model, loader: Loader, cfg: RunConfig) -> dict[str, dict]:
 def _nearest(model: Model, loader: Loader, cfg: RunConfig) -> dict[str, dict]:
     """A baseline: the first caption of the training clip that looks most like each; score: the cosine. None without frames."""
     mine: dict[str, dict] = {"clips": {}, "captions": {}, "unheard": {}}
-    looks = {}
+    looks: dict[int, Tensor] = {}
     for k, batch in enumerate(loader.batches(0, len(loader.order))):
         watch.at(f"evaluation: batch {k}")
         vectors = model.pooled_frames(batch.to(loader.device)).cpu()
@@ -131,7 +121,8 @@ def score(captions: dict[Any, str], references: dict[Any, list[str]]) -> tuple[d
     scorers = [(METRICS[:4], Bleu(4)), (METRICS[5:6], Rouge()), (METRICS[6:], Cider())]
     if java:
         scorers.insert(1, (METRICS[4:5], Meteor()))
-    totals, each = {}, {}
+    totals: dict[str, Any] = {}
+    each: dict[str, list[float]] = {}
     for names, scorer in scorers:
         quiet = {"verbose": 0} if isinstance(scorer, Bleu) else {}
         total, by_clip = scorer.compute_score(wanted, said, **quiet)
@@ -150,7 +141,7 @@ def scored() -> list[str]:
 def must_have_scorers() -> None:
     """UserError where pycocoevalcap is not installed, or cannot write the file that its tokeniser reads."""
     spec = importlib.util.find_spec("pycocoevalcap")
-    if not spec:
+    if not spec or not spec.submodule_search_locations:
         raise UserError("eval.task=captioning: captions are scored by pycocoevalcap: pip install 'clip4vla[eval]'")
     folder = Path(spec.submodule_search_locations[0], "tokenizer")
     if shutil.which("java") and not os.access(folder, os.W_OK):

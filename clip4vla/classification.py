@@ -6,7 +6,6 @@ B clips, D width, K classes. Accuracies are in percent. Of several modalities ea
 import csv
 import io
 import os
-import re
 import statistics
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from clip4vla import captioning, distributed, exhibits, features, fusion, probing
 from clip4vla.checkpoints import Passed, by_rank_0
-from clip4vla.classifier import label_of
+from clip4vla.classifier import class_vectors, label_of
 from clip4vla.config import RunConfig, UserError
 from clip4vla.features import Features
 from clip4vla.loader import Loader, number, open_folders
@@ -32,7 +31,6 @@ from clip4vla.watchdog import watch
 
 THREADS = 4  # that make exhibits
 GUESSES = 5  # of a clip that are shown
-TEXTS = 256  # that go through the text tower at a time
 
 
 @dataclass
@@ -122,7 +120,7 @@ def _by_names(model: Model, loader: Loader, held: Features, cfg: RunConfig) -> F
     """Cosines of the classes' sentences with y^g, z^g, or the mean of both, over the temperature."""
     classes = asked(cfg) or sorted({label_of(clip) for clip in held.clips} - {""})
     some, clips, left_out = _chosen(held, classes, cfg)
-    names = class_vectors(model, loader, classes, cfg.classify.templates)
+    names = class_vectors(model, loader.tokenize, classes, cfg.classify.templates).cpu()
     scale = model.log_scale.exp().item() if cfg.model.learn_temperature else 1 / cfg.model.temperature
     scores = {}
     for kinds in _kinds(cfg):
@@ -146,19 +144,6 @@ def asked(cfg: RunConfig) -> list[str]:
             f"classify.labels: {len(names)} classes, {len(set(names))} of them different: give two at least, once each"
         )
     return names
-
-
-def in_words(label: str) -> str:
-    """door_wood_knock and ApplyEyeMakeup as a caption would say them."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label).replace("_", " ").lower()
-
-
-def class_vectors(model: Model, loader: Loader, classes: list[str], templates: list[str]) -> Tensor:
-    """Unit vectors (K, D): of each class the mean over its sentences, each brought to unit length first."""
-    texts = [template.replace("{}", in_words(label)) for label in classes for template in templates]
-    parts = [loader.tokenize(texts[i : i + TEXTS]).to(loader.device) for i in range(0, len(texts), TEXTS)]
-    sentences = torch.cat([F.normalize(model.encode_tokens(tokens)[0].float(), dim=-1).cpu() for tokens in parts])
-    return F.normalize(sentences.view(len(classes), len(templates), -1).mean(1), dim=-1)
 
 
 def _by_probe(model: Model, loader: Loader, held: Features, cfg: RunConfig) -> Found:

@@ -1,12 +1,18 @@
-"""The head that names a clip's class: a linear layer on what it shows and sounds like (fine-tuning of Table 6's task)."""
+"""What names a clip's class: a linear layer on what it shows and sounds like (fine-tuning of Table 6's task), or sentences."""
 
-from typing import Any
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip4vla import fusion
 from clip4vla.config import ModelConfig, UserError
+
+if TYPE_CHECKING:
+    from clip4vla.model import Model
 
 
 def label_of(clip: dict[str, Any]) -> str:
@@ -17,6 +23,20 @@ def label_of(clip: dict[str, Any]) -> str:
             f"{clip['id']}: its label {label!r} names several classes: classification knows one for each clip"
         )
     return label
+
+
+def in_words(label: str) -> str:
+    """door_wood_knock and ApplyEyeMakeup as a caption would say them."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label).replace("_", " ").lower()
+
+
+def class_vectors(
+    model: "Model", tokenize: Callable[[list[str]], Tensor], classes: Sequence[str], templates: Sequence[str]
+) -> Tensor:
+    """Unit vectors (K, D): of each class the mean over its sentences, each brought to unit length first."""
+    texts = [template.replace("{}", in_words(label)) for label in classes for template in templates]
+    sentences = model.sentence_vectors(texts, tokenize)
+    return F.normalize(sentences.view(len(classes), len(templates), -1).mean(1), dim=-1)
 
 
 class Classifier(nn.Module):

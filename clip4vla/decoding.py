@@ -5,6 +5,7 @@ Notation: B clips, K beams, R captions at work (B, or B K, those of a clip one b
 
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +50,18 @@ def named(cfg: DecodeConfig) -> str:
     """The way of writing in a few words, such as beam 5."""
     number = {"beam": f" {cfg.beams}", "nucleus": f" {cfg.top_p:g}"}
     return cfg.method + number.get(cfg.method, "")
+
+
+def within(cfg: DecodeConfig, positions: int) -> DecodeConfig:
+    """cfg with max_tokens as a model of so many positions has room; UserError if it asks for more, or less than min_tokens."""
+    room = positions - 1
+    most = cfg.max_tokens or room
+    if not cfg.min_tokens < most <= room:
+        raise UserError(
+            f"decode.max_tokens={cfg.max_tokens}, min_tokens={cfg.min_tokens}: the first must be larger, and at most "
+            f"{room}: model.max_tokens={positions} less [SOS]"
+        )
+    return replace(cfg, max_tokens=most)
 
 
 @torch.no_grad()

@@ -145,7 +145,7 @@ def check_evaluation(cfg: RunConfig) -> None:
     if cfg.eval.task == "classification":
         classification.check(cfg)
     if cfg.eval.task == "captioning":
-        captioning.decode_settings(cfg)
+        decoding.within(cfg.decode, cfg.model.max_tokens)
         decoding.tokens_of(cfg.model.clip)
         captioning.must_have_scorers()
     if cfg.eval.task == "zero_shot" and (cfg.model.fusion, media) != ("global_global", "av"):
@@ -198,6 +198,7 @@ def write_report(
         "classification": {"classified by": cfg.classify.method} | media,
     }[cfg.eval.task] | {"preset": cfg.preset}
     runs = {k: v for k, v in places.items() if v}
-    make = {"captioning": report.captions, "classification": report.classification}.get(cfg.eval.task, report.retrieval)
+    makers: dict[str, Callable] = {"captioning": report.captions, "classification": report.classification}
+    make = makers.get(cfg.eval.task, report.retrieval)
     report.write(page, f"{Path(cfg.run_dir).name}: test split", settings, runs, make(metrics, exhibits, queries))
     return page

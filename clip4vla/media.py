@@ -6,6 +6,8 @@ not say or there is none. Whatever is wrong with a file is a ValueError that say
 
 import bisect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from clip4vla.config import FramesConfig
 
+VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ts", ".wmv", ".ogv")
+SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma")
 PREROLL = 0.5  # s read before the interval: decoders of sound need some packets to settle
 SLACK = 0.5  # s that streams may end before the length that the header states
 GUESSED = ("mp3", "aac")  # their headers state no length: libavformat divides the file's size by a bit rate
@@ -54,20 +58,73 @@ class _Skipped(Exception):
 
 
 def _read(path, start, end, frames, longest, skip) -> Clip:
+    with _opened(path) as file:
+        return _interval(file, start or 0.0, end, frames, longest, skip)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[av.container.InputContainer]:
+    """The open file; what PyAV raises while it is read is a ValueError."""
     try:
         # a playlist posing as a video opens nothing but files; some AVIs have no timestamps of their own
         with av.open(str(path), container_options={"protocol_whitelist": "file", "fflags": "+genpts"}) as file:
-            return _interval(file, start or 0.0, end, frames, longest, skip)
+            yield file
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"unreadable media: {getattr(error, 'strerror', None) or error}") from None
     except (AttributeError, IndexError, TypeError) as error:  # what PyAV makes of headers that contradict themselves
         raise ValueError(f"unreadable media: no codec or no timestamps where there must be some ({error})") from None
 
 
+def listen(
+    path: Path, seconds: float, least: float, start: float | None = None, end: float | None = None
+) -> Iterator[tuple[float, float, Tensor | None, int]]:
+    """(begin s, finish s, waveform (channels, T) or None, rate Hz) of windows of so many seconds, one behind the other.
+
+    One pass through the file, one window in memory; each is what read_clip gives of its interval. What is left behind the
+    last one is a window too if it has `least` seconds, or is all there is. Raises ValueError as read_clip does.
+    """
+    with _opened(path) as file:
+        stream = _sound_stream(file)
+        if not stream:
+            raise ValueError("no sound in it")
+        begin, length = start or 0.0, _length(file, stream)
+        finish = length if end is None else min(end, length)
+        if begin >= finish:
+            raise ValueError(f"the interval begins at {begin:g} s, the medium ends at {length:.2f} s")
+        if begin > PREROLL:
+            file.seek(int((begin - PREROLL + _origin(file)) * av.time_base))
+        for sound in _windows(file, stream, edges(begin, finish, seconds, least)):
+            yield sound.begin, sound.until, sound.wave(), sound.rate or stream.sample_rate
+
+
+def edges(begin: float, finish: float, seconds: float, least: float) -> list[tuple[float, float]]:
+    """The windows that `listen` gives of an interval."""
+    count = max(1, math.floor((finish - begin - least) / seconds) + 1)
+    return [(begin + i * seconds, min(finish, begin + (i + 1) * seconds)) for i in range(count)]
+
+
+def _windows(file: av.container.InputContainer, stream: av.AudioStream, edges: list[tuple[float, float]]) -> Iterator["_Sound"]:
+    coming = iter(edges)
+    sound = _Sound(stream, *next(coming), _origin(file))
+    for packet in file.demux(stream):
+        for frame in sound.decoded(packet):
+            sound.hear(frame)
+            while sound.done:
+                yield sound
+                following = next(coming, None)
+                if not following:
+                    return
+                sound = _Sound(stream, *following, _origin(file))
+                sound.hear(frame)  # it may reach into this one
+        if not packet.size:
+            sound.close()
+    _must_be_whole(file, [sound])
+    yield sound
+
+
 def _interval(file, start, end, frames, longest, skip) -> Clip:
-    shown = (s for s in file.streams.video if s.codec_context and not s.disposition & Disposition.attached_pic)
-    video = next(shown, None) if frames else None
-    sound = next((s for s in file.streams.audio if s.codec_context), None)
+    video = _video_stream(file) if frames else None
+    sound = _sound_stream(file)
     if not video and not sound:
         raise ValueError("neither pictures nor sound in it" if frames else "no sound in it")
     length = _length(file, video or sound)
@@ -87,8 +144,15 @@ def _interval(file, start, end, frames, longest, skip) -> Clip:
             break
     _must_be_whole(file, list(readers.values()))
     return Clip(
-        finish - start, pictures.frames if pictures else [], heard.wave() if heard else None, heard and heard.rate
+        finish - start, pictures.frames if pictures else [], heard.wave() if heard else None, heard.rate if heard else None
     )
+
+
+def _sound_stream(file: av.container.InputContainer) -> av.AudioStream | None:
+    stream = next((s for s in file.streams.audio if s.codec_context), None)
+    if stream:
+        stream.codec_context.thread_count = 1  # shard.py has a process for each core
+    return stream
 
 
 def _must_be_whole(file: av.container.InputContainer, readers: list) -> None:
@@ -98,6 +162,21 @@ def _must_be_whole(file: av.container.InputContainer, readers: list) -> None:
     if all(short) or any(early and s < math.inf for early, s in zip(short, stated, strict=True)):
         reader = readers[short.index(True)]
         raise ValueError(f"truncated: {reader.stream.type} ends at {reader.end:.2f} s, {reader.until:.2f} s is wanted")
+
+
+def _video_stream(file: av.container.InputContainer) -> av.VideoStream | None:
+    """The first that can be decoded; a cover is none."""
+    shown = (s for s in file.streams.video if s.codec_context and not s.disposition & Disposition.attached_pic)
+    return next(shown, None)
+
+
+def duration(path: Path) -> float:
+    """Seconds of a file's pictures, or of its sound if it has none; ValueError if it cannot be read or has neither."""
+    with _opened(path) as file:
+        stream = _video_stream(file) or _sound_stream(file)
+        if not stream:
+            raise ValueError("neither pictures nor sound in it")
+        return _length(file, stream)
 
 
 def frame_times(begin: float, finish: float, cfg: FramesConfig) -> list[float]:
@@ -244,7 +323,6 @@ class _Sound:
         self.rate: int | None = None
         self.first = self.next = 0  # samples from `begin` to the first one, and to the one that follows the last
         self.end = math.inf  # s where the stream ended, if it did within the interval
-        stream.codec_context.thread_count = 1
 
     @property
     def done(self) -> bool:
@@ -254,23 +332,34 @@ class _Sound:
     @property
     def length(self) -> int:
         """Samples in the interval."""
+        assert self.rate
         return round((self.until - self.begin) * self.rate)
 
     def take(self, packet: av.Packet) -> None:
         """The next packet of the stream; an empty one ends it."""
         if self.done:
             return
+        for frame in self.decoded(packet):
+            self.hear(frame)
+        if not packet.size and not self.done:
+            self.close()
+
+    def decoded(self, packet: av.Packet) -> list[av.AudioFrame]:
+        """The frames of a packet; ValueError if it is corrupt and lies in the interval."""
         try:
-            for frame in self.stream.codec_context.decode(packet if packet.size else None):
-                self._hear(frame)
+            return self.stream.codec_context.decode(packet if packet.size else None)
         except av.error.InvalidDataError:
             time = float((_stamp(packet) or 0) * self.stream.time_base) - self.origin
             if time >= self.begin:
                 raise ValueError(f"corrupt sound at {time:.2f} s") from None
-        if not packet.size and not self.done:
-            self.end = self.begin + self.next / self.rate if self.rate else 0.0
+            return []
 
-    def _hear(self, frame: av.AudioFrame) -> None:
+    def close(self) -> None:
+        """The stream is over, and nothing more comes."""
+        self.end = self.begin + self.next / self.rate if self.rate else 0.0
+
+    def hear(self, frame: av.AudioFrame) -> None:
+        """Keep what of a decoded frame lies in the interval."""
         self.rate = self.rate or frame.sample_rate
         at = round((float(frame.pts * frame.time_base) - self.origin - self.begin) * self.rate)
         if at + frame.samples <= 0:

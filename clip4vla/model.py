@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ from clip4vla.masking import masked_view
 from clip4vla.settings import to_dict
 from clip4vla.spectrogram import decode, normalise
 
+TEXTS = 256  # of a pass through the text tower
+
 
 class Model(nn.Module):
     """The model. clip: open_clip configuration of the towers; spectrogram, frames: as the shards it is trained on were made."""
+
+    head: Any  # as cfg.fusion names it: a Classifier, a Captioner, or one of fusion.py's
 
     def __init__(
         self,
@@ -93,6 +98,12 @@ class Model(nn.Module):
         """(x^g (B, D) at [EOS], all token outputs (B, L, D)), not normalised."""
         return towers.encode_text(self.text, tokens)
 
+    def sentence_vectors(self, texts: list[str], tokenize: Callable[[list[str]], Tensor]) -> Tensor:
+        """x^g (N, D), unit length, fp32, of any number of texts; tokenize: see towers.tokenizer."""
+        some = [tokenize(texts[i : i + TEXTS]).to(self.log_scale.device) for i in range(0, len(texts), TEXTS)]
+        none = self.log_scale.new_zeros(0, self.clip_config["embed_dim"])
+        return F.normalize(torch.cat([none, *(self.encode_tokens(tokens)[0] for tokens in some)]).float(), dim=-1)
+
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Vectors (F, D), not normalised, of RGB frames (F, 3, 224, 224) in 0..255."""
         if not len(frames):  # open_clip's tower fails on none, and under ZeRO-3 all ranks must run it
@@ -155,11 +166,12 @@ class Model(nn.Module):
             )
             features |= self._compared(sentence, words, parts)
         if loss.caption:
+            assert words is not None and chosen is not None
             features["nll"] = self._unlikelihood(tokens, chosen, words.vectors, self.media(batch, frames), loss)
         if loss.label:
             logits, right = self.head(self.media(batch, frames)), self.learnt_labels(batch)
-            smooth = {"label_smoothing": loss.label_smoothing, "ignore_index": -1}
-            features["nll"] = F.cross_entropy(logits, right, reduction="none", **smooth)
+            smoothing = loss.label_smoothing
+            features["nll"] = F.cross_entropy(logits, right, reduction="none", label_smoothing=smoothing, ignore_index=-1)
         return features
 
     def media(

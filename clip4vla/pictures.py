@@ -6,16 +6,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".svg")
+
 
 def read_picture(path: Path, size: int) -> np.ndarray:
-    """The picture as (size, size, 3) uint8: transparency on white, aspect ratio kept, padded with white."""
+    """The picture in a file as `fitted` has it."""
     try:
         with Image.open(io.BytesIO(_render_svg(path, size)) if path.suffix.lower() == ".svg" else path) as image:
-            rgba = ImageOps.exif_transpose(image).convert("RGBA")
+            return fitted(image, size)
     except UnidentifiedImageError:
         raise ValueError("not a picture that Pillow can read") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"unreadable picture: {error}") from None
+
+
+def fitted(image: Image.Image, size: int) -> np.ndarray:
+    """A picture as (size, size, 3) uint8: upright, transparency on white, aspect ratio kept, padded with white."""
+    rgba = ImageOps.exif_transpose(image).convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     flat = Image.alpha_composite(white, rgba).convert("RGB")
     return np.asarray(ImageOps.pad(flat, (size, size), Image.Resampling.BICUBIC, color="white"))

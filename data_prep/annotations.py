@@ -12,13 +12,15 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from clip4vla.config import DataConfig, UserError
+from clip4vla.media import SOUNDS, VIDEOS
+from clip4vla.pictures import PICTURES
 from data_prep import tables
-from data_prep.manifest import PICTURES, SOUNDS, VIDEOS, MediaFolder, Row, Skipped, inside, slug
+from data_prep.manifest import MediaFolder, Row, Skipped, inside, slug
 from data_prep.stamps import stamps
 from data_prep.tables import Found, Line
 
@@ -41,7 +43,10 @@ def read(cfg: DataConfig) -> tuple[list[Row], list[Skipped]]:
     rows: list[Row] = []
     skipped: list[Skipped] = []
     for item in map(tables.as_text, _found(cfg, place, root)):
-        (rows if isinstance(item, Row) else skipped).append(item)
+        if isinstance(item, Row):
+            rows.append(item)
+        else:
+            skipped.append(item)
     if not rows:
         counts = Counter(item.why for item in skipped)
         first = [f"{item.where}: {item.reason}" for item in skipped[:1]]
@@ -119,9 +124,9 @@ def _narrated(where: str, video: str, talk: Any, path: str, category: str, count
         clips = [clips[(2 * i + 1) * len(clips) // (2 * count)] for i in range(count)]  # middles of equal parts
     split = "train" if int(hashlib.sha256(video.encode()).hexdigest(), 16) % 1000 else "val"
     for number, (start, end, text) in clips:
-        more = {"media": path, "audio_type": "vb", "label": category or None, "start": start, "end": end}
+        more: dict[str, Any] = {"media": path, "audio_type": "vb", "label": category or None}
         name = f"{video}_{number}"
-        yield Row(name, video, name, "howto100m", split, [text], ["en"], **more)
+        yield Row(name, video, name, "howto100m", split, [text], ["en"], start=start, end=end, **more)
 
 
 def merge(lines: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
@@ -191,9 +196,8 @@ def clotho(place: Path, media: MediaFolder) -> Found:
 
     def row(split: str, line: dict[str, str]) -> Row:
         name = line["file_name"]
-        path = inside(f"{parts[split]}/{name}")  # where the archives put it: another part may have the same name
-        if not (media.root / path).is_file():
-            path = media.find(os.path.splitext(name)[0])
+        usual = inside(f"{parts[split]}/{name}")  # where the archives put it: another part may have the same name
+        path = usual if (media.root / usual).is_file() else media.find(os.path.splitext(name)[0])
         return tables.whole_row("clotho", split, name, path, [line[column] for column in columns], audio_type="nb")
 
     files = {f"clotho_captions_{part}.csv": split for split, part in parts.items()}
@@ -379,7 +383,7 @@ def _own_row(root: Path, line: Any) -> Row:
     line = json.loads(line) if isinstance(line, str) else line
     if not isinstance(line, dict):
         raise ValueError("not a JSON object")
-    get = {key: value for key, value in line.items() if value not in (None, "")}.get
+    get: Callable[..., Any] = {key: value for key, value in line.items() if value not in (None, "")}.get
     path, caption, kind, lang = (
         get("path"),
         tables.clean(get("caption", "")),
@@ -397,6 +401,6 @@ def _own_row(root: Path, line: Any) -> Row:
     tables.check_span(start, end)
     span = "" if start is end is None else f"@{start or 0:.10g}-{'' if end is None else f'{end:.10g}'}"
     medium = {"picture" if suffix in PICTURES else "media": path if (root / path).is_file() else None}
-    more = {"lang": lang, "audio_type": kind, "label": get("label") and str(get("label")), "start": start, "end": end}
+    more: dict[str, Any] = {"lang": lang, "audio_type": kind, "label": get("label") and str(get("label")), "start": start, "end": end}
     split = slug(str(get("split", "train")))
     return Row(path + span, path, path, slug(root.name), split, [caption], [lang], **medium, **more)

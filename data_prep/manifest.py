@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".svg")
-VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ts", ".wmv", ".ogv")
-SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma")
+from clip4vla.media import SOUNDS, VIDEOS
 
 
 @dataclass(slots=True)
@@ -82,7 +80,9 @@ class MediaFolder:
             if path := self.find(name):
                 return path, None, None
         path = self.find(video) or self.find(f"v_{video}")
-        return path and ((path, None, None) if self.cut else (path, start, end))
+        if not path or self.cut:
+            return (path, None, None) if path else None
+        return path, start, end
 
 
 def _walk(root: Path) -> Iterator[str]:

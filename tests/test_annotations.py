@@ -10,9 +10,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip4vla.config import DataConfig, UserError  # noqa: E402
+from clip4vla.media import SOUNDS, VIDEOS  # noqa: E402
+from clip4vla.pictures import PICTURES  # noqa: E402
 from clip4vla.settings import load  # noqa: E402
 from data_prep.annotations import merge, read  # noqa: E402
-from data_prep.manifest import PICTURES, SOUNDS, VIDEOS  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 

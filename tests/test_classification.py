@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 
 from clip4vla import classification, features, folds, probing, towers
 from clip4vla.build import weights_to_evaluate
-from clip4vla.classifier import Classifier, label_of
+from clip4vla.classifier import Classifier, in_words, label_of
 from clip4vla.config import ModelConfig, RunConfig, UserError
 from clip4vla.features import Features
 from clip4vla.fusion import AUDIO, VISION, Sequence
@@ -250,7 +250,7 @@ def test_names_in_words_and_label_lists(tmp_path):
         "YoYo": "yo yo",
         "a dog": "a dog",
     }
-    assert {name: classification.in_words(name) for name in names} == names
+    assert {name: in_words(name) for name in names} == names
     (tmp_path / "names.txt").write_text("cat\n\n dog \n")
     assert classification.asked(cfg_of(f"classify.labels={tmp_path}/names.txt")) == ["cat", "dog"]
     for wrong, said in (

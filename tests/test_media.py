@@ -8,13 +8,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from scipy.signal import correlate
 
 sys.path.insert(0, str(ROOT))
 
 from clip4vla.config import FramesConfig  # noqa: E402
-from clip4vla.media import frame_times, read_clip  # noqa: E402
+from clip4vla.media import frame_times, listen, read_clip  # noqa: E402
 
 # name: what ffmpeg makes of the 720p original (h264, P frames only, 5.1 sound)
 FILES = {
@@ -171,6 +172,41 @@ def test_of_long_sound_the_centre_is_kept(tmp_path):
     ffmpeg("-f", "f32le", "-ar", rate, "-ac", 1, "-i", raw, "-c:a", "pcm_f32le", tmp_path / "long.wav")
     clip = read_clip(tmp_path / "long.wav", None, None, None, longest=10)
     assert clip.seconds == 100 and np.array_equal(clip.wave[0].numpy(), wave[45 * rate : 55 * rate])
+
+
+def test_windows_of_one_pass_are_the_sound_cut_in_pieces(videos, original):
+    """Every sample of a full window once, whatever the codec; a short tail is no window of its own."""
+    for path in [original, *(videos / name for name in FILES if "-an" not in FILES[name])]:
+        whole = read_clip(path, None, None, None)
+        found = list(listen(path, 1.5, 0.5))
+        assert [begin for begin, *_ in found] == [1.5 * i for i in range(len(found))]
+        assert found[-1][1] == pytest.approx(whole.seconds if whole.seconds % 1.5 >= 0.5 else 1.5 * len(found))
+        for begin, finish, wave, rate in found:
+            slack = rate // 1000  # Matroska's time stamps are whole milliseconds
+            first, size = round(begin * rate), round((finish - begin) * rate)
+            assert rate == whole.rate and abs(wave.shape[1] - whole.wave[:, first : first + size].shape[1]) <= slack
+            inner = wave[:, slack : wave.shape[1] - 2 * slack]
+            starts = (first + slack + shift for shift in [0, *range(-slack, slack + 1)])
+            assert any(torch.equal(whole.wave[:, max(0, s) : max(0, s) + inner.shape[1]], inner) for s in starts), path
+    (only,) = listen(original, 60.0, 2.0)
+    assert (only[2] == read_clip(original, None, None, None).wave).all()
+    later = list(listen(videos / "b_frames.mp4", 1.5, 0.5, start=2.0, end=4.0))
+    assert [(begin, finish) for begin, finish, *_ in later] == [(2.0, 3.5), (3.5, 4.0)]
+    want = read_clip(videos / "b_frames.mp4", 2.0, 3.5, None).wave
+    np.testing.assert_allclose(later[0][2], want, atol=1e-5)
+
+
+def test_listening_to_damaged_files_says_what_is_wrong(videos, original, tmp_path):
+    data = (videos / "old.avi").read_bytes()
+    (tmp_path / "half.avi").write_bytes(data[: len(data) // 2])
+    for path, said in (
+        (tmp_path / "half.avi", "truncated"), (tmp_path / "none.wav", "No such file"),
+        (videos / "upright.mp4", "no sound in it"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            list(listen(path, 1.5, 0.5))
+    with pytest.raises(ValueError, match="begins at 99 s"):
+        list(listen(original, 1.5, 0.5, start=99.0))
 
 
 def test_sound_that_begins_late_stays_in_step_with_the_pictures(original, tmp_path):

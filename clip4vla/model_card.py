@@ -1,0 +1,206 @@
+"""README.md of a model folder: metadata as the Hugging Face Hub reads it, and what a reader must know.
+
+Names of folders, labels and languages are other people's: Markdown takes them as text, and URLs lose what may be secret.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+
+from clip4vla.config import ImportConfig, RunConfig, UserError
+from clip4vla.model import Model
+from clip4vla.selection import HIGHER, LOWER
+from clip4vla.settings import load, to_dict
+
+TASKS = {"captioner": "video-text-to-text", "classifier": "video-classification"}  # the Hub's names; else feature-extraction
+CALLS = {
+    "captioner": 'model.caption("clip.mp4")',
+    "classifier": 'model.classify("clip.mp4")          # probabilities of model.cfg.labels',
+}
+OTHER = 'model.similarity(["a dog barks"], ["clip.mp4", "sound.wav"])'
+# of no use to a reader, or in sections of their own; evaluations have their command
+UNSAID = ("run_dir", "track", "eval", "decode", "classify", "data.train", "data.val", "data.test", "data.cache", "train.mirror")
+LONGEST = 300  # characters of a name or value
+
+
+def card(model: Model, run: str | Path | None = None, step: int | None = None, origin: str = "") -> ModelCard:
+    """Of a model; with `run`, a run folder, also how it was trained and evaluated; step: of the weights; origin: a sentence.
+
+    Raises UserError for a file of the run that cannot be read.
+    """
+    head, run = model.cfg.fusion, Path(run) if run else None
+    tree = _read(run / "config.yaml", yaml.safe_load) if run else {}
+    data = ModelCardData(
+        library_name="clip4vla",
+        pipeline_tag=TASKS.get(head, "feature-extraction"),
+        tags=["clip", "clip4vla", "audio", "video", "text", head.replace("_", "-")],
+    )
+    parts = [f"# {escaped(run.resolve().name if run else 'CLIP4VLA')}", _model(model), escaped(origin)]
+    parts += ["## How to load it", f"```python\n{LOADING}{CALLS.get(head, OTHER)}\n```"]
+    if run:
+        parts += ["## Data", _data(tree), "## Training", _training(run, step), "## Evaluation", *_evaluations(run, tree, step)]
+    parts += ["## Settings that differ from the defaults", _settings(model, tree), "## Limits", _limits(model)]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
+
+
+LOADING = """from clip4vla import CLIP4VLA
+
+model = CLIP4VLA.from_pretrained("path/to/this/folder")
+"""
+
+
+def escaped(text: object) -> str:
+    """One line of Markdown that shows this text as it is, of LONGEST characters at most; what URLs hide in them is left out."""
+    line = _one_line(text)
+    line = line if len(line) <= LONGEST else line[:LONGEST] + "..."
+    return re.sub(r"(?i)(?<=www)\.", r"\\.", re.sub(r"([\\`*_{}\[\]<>#|~&!$@:])", r"\\\1", line))
+
+
+def _one_line(text: object) -> str:
+    """Without line ends, control characters, and the passwords and queries of URLs."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
+    return re.sub(r"(://[^\s?\"']*)\?[^\s\"']*", r"\1", re.sub(r"(\w://)[^\s/@]*@", r"\1", line))
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Markdown, of texts that are not escaped yet."""
+    lines = [list(head), *([escaped(cell) for cell in row] for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _model(model: Model) -> str:
+    sizes = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("text", "vision", "audio", "head")}
+    rows = [(f"{name}, million parameters", f"{size / 1e6:.1f}") for name, size in sizes.items() if size]
+    sound, seconds = model.spectrogram, model.spectrogram.segment_rows * model.spectrogram.hop_length
+    rows += [
+        ("width of the common space", model.clip_config["embed_dim"]),
+        ("towers, as open_clip names them", model.cfg.clip),
+        ("trained", model.cfg.train_towers),
+        ("head", model.cfg.fusion),
+        ("sound", f"{sound.sample_rate} Hz, segments of {seconds / sound.sample_rate:.3f} s, {sound.max_segments} at most"),
+        ("pictures", f"{model.frames.fps:g} a second, {model.frames.max_frames} at most"),
+    ]
+    about = "A CLIP with ears, made with clip4vla: text, pictures and sounds as vectors of one space."
+    return f"{about}\n\n{table(('model', ''), rows)}"
+
+
+def _settings(model: Model, tree: dict[str, Any]) -> str:
+    preset = f"preset={tree.get('preset', 'paper')}"
+    default = flat(to_dict(load(RunConfig, None, [preset])) | to_dict(load(ImportConfig, None, [preset])))
+    here = flat(tree | {key: value for key, value in model.config().items() if key != "clip"})
+    said = [key for key in here if not any(key == name or key.startswith(f"{name}.") for name in UNSAID)]
+    rows = [(key, here[key], default.get(key, "")) for key in said if here[key] != default.get(key)]
+    return table(("setting", "here", "default"), rows) if rows else "None."
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """By dotted keys; an empty dictionary is a value."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return out
+
+
+def _data(tree: dict[str, Any]) -> str:
+    shares = tree.get("data", {}).get("train", {})
+    whole = sum(shares.values()) or 1
+    return table(
+        ("shards", "share of a batch", "clips"),
+        [(folder, f"{share / whole:.1%}", _clips(folder)) for folder, share in shares.items()],
+    )
+
+
+def _clips(folder: str) -> str:
+    """How many, if the shards are still there, on this machine."""
+    index = Path(folder, "index.json")
+    return f"{_read(index, json.loads)['counts']['samples']:,}" if index.is_file() else "-"
+
+
+def _training(run: Path, step: int | None) -> str:
+    from clip4vla import cost  # with packages that only training needs
+    from clip4vla.tracking import read_rows
+
+    rows = read_rows(run, until=float("inf") if step is None else step)
+    if not rows:
+        return "No log of it was kept."
+    last = rows[-1]
+    found = [("steps", f"{last['step']:,}"), ("clips seen", f"{last['samples']:,}"), ("loss at the end", f"{last['loss']:.4g}")]
+    try:
+        hours = cost.of_log(str(run), rows)["hours"]
+        devices = [f"{last[kind]} {cost.DEVICES[kind]}" for kind in hours if kind in last]
+        found += [("time", " and ".join(f"{value:.3g} {cost.DEVICES[kind]} h" for kind, value in hours.items()))]
+        found += [("on", f"{', '.join(devices)}, {last.get('ranks', 1)} ranks")] if devices else []
+    except UserError:
+        pass  # an older version's log, which does not say on what it ran
+    lines = (run / "config.yaml").read_text(encoding="utf-8").splitlines()
+    versions = [line.strip("# ") for line in lines if line.startswith("# ")]
+    return table(("training", ""), [*found, *([("versions", ", ".join(versions))] if versions else [])])
+
+
+def _evaluations(run: Path, tree: dict[str, Any], step: int | None) -> Iterator[str]:
+    """Those of these weights; validation during the training has its step in the folder's name, others a manifest."""
+    none = "Not evaluated."
+    for file in sorted(run.glob("eval/*/metrics.json")):
+        name, manifest = file.parent.name, file.with_name("manifest.json")
+        made = _read(manifest, json.loads) if manifest.is_file() else {}
+        at = int(name[4:]) if re.fullmatch(r"val-\d+", name) else made.get("checkpoint", {}).get("step")
+        if step is not None and at is not None and at != step:
+            continue
+        none = ""
+        yield f"{escaped(name)}" + ("" if at is not None else " (of which step was not noted)") + ":"
+        yield _metrics(_read(file, json.loads))
+        if not name.startswith("val-"):
+            yield f"```bash\n{_command(run, tree, made.get('settings', {}))}\n```"
+    yield none
+
+
+def _metrics(found: dict[str, dict[str, Any]]) -> str:
+    """Of each direction those that are numbers, with their 95% intervals."""
+    order = [*HIGHER, *LOWER, "p", "n_queries", "n_gallery", "n_clips", "n_references", "n_classes"]
+    names = [name for name in order if any(name in row for row in found.values())]
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        value, low_high = row.get(name), row.get("ci", {}).get(name)
+        shown = "" if value is None else str(value) if isinstance(value, int) else f"{value:.3g}"
+        return shown + (f" ({low_high[0]:.3g} to {low_high[1]:.3g})" if low_high else "")
+
+    return table(["", *names], ([direction, *(cell(row, name) for name in names)] for direction, row in found.items()))
+
+
+def _command(run: Path, tree: dict[str, Any], used: dict[str, Any]) -> str:
+    """What evaluates it again: the run's settings, and those that were given on top."""
+    trained = {**tree, "data": {**tree.get("data", {})}}
+    words = [
+        f"{section}.{key}={json.dumps(value, ensure_ascii=False)}"
+        for section in ("data", "model", "eval", "decode", "classify")
+        for key, value in used.get(section, {}).items()
+        if key != "labels" and trained.get(section, {}).get(key, value) != value
+    ]
+    return _one_line(shlex.join(["python", "launch/evaluate.py", str(run / "config.yaml"), *words]))
+
+
+def _limits(model: Model) -> str:
+    sound, top = model.spectrogram, min(model.spectrogram.f_max, model.spectrogram.sample_rate / 2)
+    most = sound.segment_rows * sound.hop_length * sound.max_segments / sound.sample_rate
+    lines = [
+        f"Sound above {top / 1000:g} kHz is not heard; a clip gives {most:.1f} s of it at most, the longest one its centre.",
+        f"Of a text {model.cfg.max_tokens} tokens are read, its beginning and end marks included.",
+        "Scores rank candidates against each other; they are no probabilities that a description is true.",
+        "It knows the languages, sounds and pictures of its data, with their biases, and was not examined for these.",
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _read(file: Path, parse: Any) -> dict[str, Any]:
+    try:
+        tree = parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: not readable ({' '.join(str(error).split())[:200]}); mend it or remove it") from None
+    return tree if isinstance(tree, dict) else {}

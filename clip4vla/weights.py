@@ -1,0 +1,119 @@
+"""Model folders (model.safetensors, config.json, README.md), complete or not there, and foreign weights in and out."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import save_file
+
+from clip4vla import model_card, official, towers
+from clip4vla.config import ImportConfig, UserError
+from clip4vla.model import Model
+from clip4vla.settings import load
+from clip4vla.universal import fsync
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def write(
+    model: Model,
+    folder: str | Path,
+    card: ModelCard | None = None,
+    dtype: str = "fp32",
+    step: int | None = None,
+    onnx: bool = False,
+    replace: bool = False,
+) -> str:
+    """Write a folder for from_checkpoint aside, sync it, rename it; what was written, in one line.
+
+    card: default model_card.card(model), unless a card is there; onnx: also audio.onnx and text.onnx, in fp32; replace: the
+    folder may be there, and keeps its other files. Raises UserError if it may not, and for weights not finite in dtype.
+    """
+    folder = Path(os.path.abspath(folder))
+    must_be_new(folder, replace)
+    weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in model.state_dict().items()}
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"{folder.name}: some weights are not finite in {dtype}; take another dtype or step")
+
+    def fill(aside: Path) -> None:
+        aside.mkdir()
+        save_file(weights, aside / "model.safetensors")
+        (aside / "config.json").write_text(json.dumps(model.config() | {"step": step}, indent=1))
+        if card or not (folder / "README.md").exists():
+            (card or model_card.card(model)).save(aside / "README.md")
+        if onnx:
+            from clip4vla.onnx_export import export_towers  # its packages are an extra
+
+            export_towers(model, aside)
+
+    _whole(folder, fill)
+    millions = sum(value.numel() for value in weights.values()) / 1e6
+    size = (folder / "model.safetensors").stat().st_size / 1e6
+    return f"{millions:.1f}M weights in {dtype}, {size:.0f} MB"
+
+
+def bring(source: str, words: Sequence[str], allow_unknown: bool = False) -> tuple[Model, str, str]:
+    """(model, what became of the weights, the same in one sentence) of a checkpoint of the authors' or what model.clip takes.
+
+    words: KEY=VALUE of ImportConfig. The audio tower of a CLIP is a copy of its vision tower. UserError as official.py has it.
+    """
+    torch.manual_seed(0)  # fresh weights are the same each time
+    if Path(source).is_dir():
+        raise UserError(f"{source}: a folder; name a file of weights, or take launch/export.py for a run")
+    if Path(source).is_file() and not source.endswith(".json"):
+        state, _ = towers.read_weights(source, "")
+        if official.is_official(state):
+            cfg = official.settings(state, words, source)
+            model, account = official.from_official(state, cfg, source, allow_unknown)
+            return model, str(account), f"A checkpoint of the authors' code, {Path(source).name}: {account.sum()}."
+    cfg = load(ImportConfig, None, ["model.train_towers=text+vision", *words])
+    cfg.model.clip = source
+    model = Model(towers.describe_clip(source, cfg.model.quick_gelu), cfg.model, cfg.spectrogram, cfg.frames)
+    model.must_have_positions()
+    kind = "the weights" if model.load_clip() else "random weights, it names none,"
+    model.start_audio()
+    model.start_head()
+    cfg.model.clip = source if not Path(source).is_file() else Path(source).name  # no folder of this machine's
+    said = f"Text and vision have {kind} of {cfg.model.clip}; the audio tower is an untrained copy of the vision tower."
+    return model.eval(), said, said
+
+
+def take_out(folder: str | Path, file: Path, dtype: str = "fp32", like: str = "") -> str:
+    """Write the model of a folder as a checkpoint of the authors': .safetensors, or else torch's format; what was written.
+
+    like: such a checkpoint, which gives what the model lacks. UserError if `file` is there, and as official.to_official.
+    """
+    must_be_new(file)
+    other = towers.read_weights(like, "--like ")[0] if like else None
+    state, account = official.to_official(Model.from_checkpoint(folder), other)
+    state = {key: value.to(DTYPES[dtype]).contiguous() for key, value in state.items()}
+    save = save_file if file.suffix == ".safetensors" else torch.save
+    _whole(file.absolute(), lambda aside: save(state, aside))
+    return str(account)
+
+
+def must_be_new(place: Path, replace: bool = False) -> None:
+    """UserError if a file or a filled folder is there already, or if it is below a file."""
+    filled = place.is_file() or (place.is_dir() and any(place.iterdir()) and not replace)
+    if filled or any(parent.is_file() for parent in place.parents):
+        raise UserError(f"{place} is there already, or below a file; name another folder, or remove it")
+
+
+def _whole(place: Path, fill: Callable[[Path], object]) -> None:
+    """A file or folder that is complete or absent: filled aside, synced, renamed; into a filled folder, file by file."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{place.name}.partial-") as temporary:
+        aside = Path(temporary, place.name)
+        fill(aside)
+        for file in (*aside.glob("*"), aside):
+            fsync(file)
+        if place.is_dir() and any(place.iterdir()):
+            for file in aside.iterdir():
+                file.replace(place / file.name)
+        else:
+            aside.rename(place)
+    fsync(place.parent)
