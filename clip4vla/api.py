@@ -6,6 +6,7 @@ Needs neither DeepSpeed nor DALI, wandb or webdataset. Notation: N clips or text
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,11 @@ from clip4vla.inputs import Input
 from clip4vla.model import Model
 from clip4vla.settings import load
 
+File = str | os.PathLike[str]
 Wave = np.ndarray | Tensor
-Sound = (
-    str | os.PathLike | Wave | tuple[Wave, int]
-)  # a file; samples (T,) or (channels, T) in [-1, 1]; those and their Hz
-Pictures = str | os.PathLike | Wave | Image.Image  # a file; frames (F, H, W, 3) uint8; a still
-Clip = (
-    str | os.PathLike | Input | tuple[str | os.PathLike | None, str | os.PathLike | None]
-)  # a file; (pictures, sound)
+Sound = File | Wave | tuple[Wave, int]  # samples (T,) or (channels, T) in [-1, 1]; those and their Hz
+Pictures = File | Wave | Image.Image  # frames (F, H, W, 3) uint8; a still
+Clip = File | Input | tuple[File | None, File | None]  # the pair: pictures, sound
 
 
 class CLIP4VLA(Model, ModelHubMixin):
@@ -41,8 +39,8 @@ class CLIP4VLA(Model, ModelHubMixin):
     """
 
     @classmethod
-    def from_pretrained(
-        cls, name: str | os.PathLike, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+    def from_pretrained(  # type: ignore[override]  # the mixin's takes any further words for __init__
+        cls, name: File, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
         **download: Any,
     ) -> "CLIP4VLA":  # fmt: skip
         """The model of a folder (exported, a checkpoint, or a run: its newest one) or of a hub id such as user/model.
@@ -135,10 +133,10 @@ class CLIP4VLA(Model, ModelHubMixin):
         words = [f"decode.{name}={value}" for name, value in decode.items()]
         how = decoding.within(load(RunConfig, None, words).decode, self.cfg.max_tokens)
         tokens, read = decoding.tokens_of(self.cfg.clip)
-        names, written = [_name(clip) for clip in _listed(media)], []
+        names, written = [_name(clip) for clip in _listed(media)], list[str]()
         for parts in self._parts(media, audio_type):
             some = names[len(written) : len(written) + len(parts[0].there)]
-            found = decoding.write(lambda copies, p=parts: self.grow(p, copies), some, how, tokens, seed)
+            found = decoding.write(partial(self.grow, parts), some, how, tokens, seed)
             written += [read(numbers) for numbers in found.tokens.tolist()]
         return written
 
@@ -190,7 +188,7 @@ class CLIP4VLA(Model, ModelHubMixin):
             yield self.media(batch.to(self.device), audio_type=token)
 
 
-def _found(name: str | os.PathLike, download: dict[str, Any]) -> Path:
+def _found(name: File, download: dict[str, Any]) -> Path:
     """The folder with the weights; from the hub if there is no such folder, and the name may be one there."""
     folder = Path(name)
     if folder.is_dir():
@@ -232,7 +230,7 @@ def _clip(clip: Clip, model: Model) -> Input:
     return Input(seen.frames, heard.segments, heard.rows)
 
 
-def _read(path: str | os.PathLike, model: Model, kinds: str) -> Input:
+def _read(path: File, model: Model, kinds: str) -> Input:
     with _naming(path):
         return inputs.read(path, model.spectrogram, model.frames, kinds)
 

@@ -4,6 +4,7 @@ What is read here and what shard.py stores differ by its JPEGs alone: the spectr
 """
 
 import io
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -49,7 +50,7 @@ def _segment(spec: SpectrogramConfig) -> float:
 
 
 def read(
-    path: str | Path, spec: SpectrogramConfig, frames: FramesConfig, kinds: str = "av",
+    path: str | os.PathLike[str], spec: SpectrogramConfig, frames: FramesConfig, kinds: str = "av",
     start: float | None = None, end: float | None = None,
 ) -> Input:  # fmt: skip
     """What shard.py makes of the interval [start, end) of a medium: frames, and the central `longest` seconds of sound.
@@ -71,7 +72,7 @@ def read(
 
 
 def windows(
-    path: str | Path, spec: SpectrogramConfig, start: float | None = None, end: float | None = None
+    path: str | os.PathLike[str], spec: SpectrogramConfig, start: float | None = None, end: float | None = None
 ) -> Iterator[tuple[float, float, Input]]:
     """(begin s, finish s, its sound) of every `longest` seconds of a file: one pass, one window in memory.
 
@@ -178,7 +179,7 @@ def batch(clips: list[Input], spec: SpectrogramConfig, frames: FramesConfig) -> 
         parts = [torch.zeros(0, *size, dtype=torch.uint8) if (x := getattr(c, name)) is None else x for c in clips]
         packs[name] = torch.cat(parts)
         owners[name] = torch.repeat_interleave(torch.tensor([len(part) for part in parts]))
-    rows = [r for c in clips if c.segments is not None for r in _rows(c, spec.segment_rows)]
+    rows = [r for c in clips for r in _rows(c, spec.segment_rows)]
     count, tiles = len(clips), len(packs["segments"])
     return Batch(
         ids=[str(i) for i in range(count)], captions=[""] * count, tokens=torch.zeros(count, 0, dtype=torch.int64),
@@ -193,7 +194,8 @@ def batch(clips: list[Input], spec: SpectrogramConfig, frames: FramesConfig) -> 
 
 def _rows(clip: Input, height: int) -> list[int]:
     """Valid rows of each of its segments."""
-    return [min(max(clip.rows - height * i, 0), height) for i in range(len(clip.segments))]
+    count = 0 if clip.segments is None else len(clip.segments)
+    return [min(max(clip.rows - height * i, 0), height) for i in range(count)]
 
 
 def ahead(items: Iterable[T], depth: int) -> Iterator[T]:

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -170,8 +170,8 @@ class Model(nn.Module):
             features["nll"] = self._unlikelihood(tokens, chosen, words.vectors, self.media(batch, frames), loss)
         if loss.label:
             logits, right = self.head(self.media(batch, frames)), self.learnt_labels(batch)
-            smoothing = loss.label_smoothing
-            features["nll"] = F.cross_entropy(logits, right, reduction="none", label_smoothing=smoothing, ignore_index=-1)
+            smooth: dict[str, Any] = {"label_smoothing": loss.label_smoothing, "ignore_index": -1}
+            features["nll"] = F.cross_entropy(logits, right, reduction="none", **smooth)
         return features
 
     def media(
@@ -251,7 +251,7 @@ class Model(nn.Module):
         return {"clip": self.clip_config} | {name: to_dict(cfg) for name, cfg in settings.items()}
 
     @classmethod
-    def from_checkpoint(cls, folder: str | Path) -> "Model":
+    def from_checkpoint(cls, folder: str | Path) -> Self:
         """The model of a checkpoint folder (model.safetensors and config.json), in fp32, in evaluation mode."""
         try:
             tree = json.loads((Path(folder) / "config.json").read_text())
