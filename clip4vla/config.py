@@ -297,6 +297,16 @@ class RunConfig:
     track: TrackConfig = field(default_factory=TrackConfig)
 
 
+@dataclass
+class ImportConfig:
+    """launch/convert.py: what foreign weights alone do not say."""
+
+    preset: Literal["paper", "official"] = setting("paper", "defaults; official for the authors' checkpoints")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    spectrogram: SpectrogramConfig = field(default_factory=SpectrogramConfig)
+    frames: FramesConfig = field(default_factory=FramesConfig)
+
+
 # What the released code does where the paper says otherwise or nothing (shares of one table with tests/test_config.py).
 OFFICIAL: dict[str, Any] = {
     "spectrogram.window": "hann",

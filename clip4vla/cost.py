@@ -14,6 +14,7 @@ from clip4vla.model import Model
 from clip4vla.tracking import read_rows
 
 PAPER = ["CLIP4VLA (paper)", "3.2 M, 10 times", "88", "-", "1,152 GPU h (48 V100 days)", "-"]
+DEVICES = {"gpus": "GPU", "cores": "CPU core"}
 HEAD = ["run", "clips seen", "trained, M", "all parameters, M", "hours", "useful FLOPs"]
 
 
@@ -25,11 +26,18 @@ def of_run(run: str) -> dict[str, Any]:
     rows, checkpoint = read_rows(run), newest_checkpoint(run)
     if not rows or not checkpoint:
         raise UserError(f"{run}: no run with metrics.jsonl and a checkpoint there")
+    model = Model.from_checkpoint(checkpoint)
+    model.freeze()
+    return of_log(run, rows) | {"parameters": flops.elements(model), "trained": flops.elements(model, trained=True)}
+
+
+def of_log(run: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """clips, hours and FLOPs as of_run, from the rows of a log; UserError if they do not say what it ran on."""
     total: dict[str, Any] = {"clips": rows[-1]["samples"], "hours": {}, "flops": 0.0}
     before = 0
     for row in rows:
         if "clips_per_s" in row:
-            kind = next((kind for kind in ("gpus", "cores") if kind in row), None)
+            kind = next((kind for kind in DEVICES if kind in row), None)
             if not kind:
                 raise UserError(
                     f"{run}: its log is of an older version, which did not note the devices: train it again"
@@ -38,9 +46,7 @@ def of_run(run: str) -> dict[str, Any]:
             total["hours"][kind] = total["hours"].get(kind, 0.0) + seconds * row[kind] / 3600
             total["flops"] += row["tflops"] * 1e12 * seconds * row["ranks"]
             before = row["samples"]
-    model = Model.from_checkpoint(checkpoint)
-    model.freeze()
-    return total | {"parameters": flops.elements(model), "trained": flops.elements(model, trained=True)}
+    return total
 
 
 def table(runs: Sequence[str]) -> str:
@@ -48,8 +54,7 @@ def table(runs: Sequence[str]) -> str:
     lines = [HEAD, ["---", *["---:"] * (len(HEAD) - 1)], PAPER]
     for run in runs:
         cost = of_run(run)
-        names = {"gpus": "GPU h", "cores": "CPU core h"}
-        hours = " + ".join(f"{value:.3g} {names[kind]}" for kind, value in cost["hours"].items())
+        hours = " + ".join(f"{value:.3g} {DEVICES[kind]} h" for kind, value in cost["hours"].items())
         sizes = [f"{cost[name] / 1e6:.1f}" for name in ("trained", "parameters")]
         lines.append([run, f"{cost['clips']:,}", *sizes, hours, f"{cost['flops']:.2e}"])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

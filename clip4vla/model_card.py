@@ -18,14 +18,32 @@ from clip4vla.model import Model
 from clip4vla.selection import HIGHER, LOWER
 from clip4vla.settings import load, to_dict
 
-TASKS = {"captioner": "video-text-to-text", "classifier": "video-classification"}  # the Hub's names; else feature-extraction
+TASKS = {
+    "captioner": "video-text-to-text",
+    "classifier": "video-classification",
+}  # the Hub's names; else feature-extraction
+LOADING = """from clip4vla import CLIP4VLA
+
+model = CLIP4VLA.from_pretrained("path/to/this/folder")
+"""
 CALLS = {
     "captioner": 'model.caption("clip.mp4")',
     "classifier": 'model.classify("clip.mp4")          # probabilities of model.cfg.labels',
 }
 OTHER = 'model.similarity(["a dog barks"], ["clip.mp4", "sound.wav"])'
 # of no use to a reader, or in sections of their own; evaluations have their command
-UNSAID = ("run_dir", "track", "eval", "decode", "classify", "data.train", "data.val", "data.test", "data.cache", "train.mirror")
+UNSAID = (
+    "run_dir",
+    "track",
+    "eval",
+    "decode",
+    "classify",
+    "data.train",
+    "data.val",
+    "data.test",
+    "data.cache",
+    "train.mirror",
+)
 LONGEST = 300  # characters of a name or value
 
 
@@ -44,15 +62,16 @@ def card(model: Model, run: str | Path | None = None, step: int | None = None, o
     parts = [f"# {escaped(run.resolve().name if run else 'CLIP4VLA')}", _model(model), escaped(origin)]
     parts += ["## How to load it", f"```python\n{LOADING}{CALLS.get(head, OTHER)}\n```"]
     if run:
-        parts += ["## Data", _data(tree), "## Training", _training(run, step), "## Evaluation", *_evaluations(run, tree, step)]
+        parts += [
+            "## Data",
+            _data(tree),
+            "## Training",
+            _training(run, step),
+            "## Evaluation",
+            *_evaluations(run, tree, step),
+        ]
     parts += ["## Settings that differ from the defaults", _settings(model, tree), "## Limits", _limits(model)]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
-
-
-LOADING = """from clip4vla import CLIP4VLA
-
-model = CLIP4VLA.from_pretrained("path/to/this/folder")
-"""
 
 
 def escaped(text: object) -> str:
@@ -76,7 +95,9 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def _model(model: Model) -> str:
-    sizes = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("text", "vision", "audio", "head")}
+    sizes = {
+        name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("text", "vision", "audio", "head")
+    }
     rows = [(f"{name}, million parameters", f"{size / 1e6:.1f}") for name, size in sizes.items() if size]
     sound, seconds = model.spectrogram, model.spectrogram.segment_rows * model.spectrogram.hop_length
     rows += [
@@ -84,7 +105,10 @@ def _model(model: Model) -> str:
         ("towers, as open_clip names them", model.cfg.clip),
         ("trained", model.cfg.train_towers),
         ("head", model.cfg.fusion),
-        ("sound", f"{sound.sample_rate} Hz, segments of {seconds / sound.sample_rate:.3f} s, {sound.max_segments} at most"),
+        (
+            "sound",
+            f"{sound.sample_rate} Hz, segments of {seconds / sound.sample_rate:.3f} s, {sound.max_segments} at most",
+        ),
         ("pictures", f"{model.frames.fps:g} a second, {model.frames.max_frames} at most"),
     ]
     about = "A CLIP with ears, made with clip4vla: text, pictures and sounds as vectors of one space."
@@ -93,18 +117,18 @@ def _model(model: Model) -> str:
 
 def _settings(model: Model, tree: dict[str, Any]) -> str:
     preset = f"preset={tree.get('preset', 'paper')}"
-    default = flat(to_dict(load(RunConfig, None, [preset])) | to_dict(load(ImportConfig, None, [preset])))
-    here = flat(tree | {key: value for key, value in model.config().items() if key != "clip"})
+    default = _flat(to_dict(load(RunConfig, None, [preset])) | to_dict(load(ImportConfig, None, [preset])))
+    here = _flat(tree | {key: value for key, value in model.config().items() if key != "clip"})
     said = [key for key in here if not any(key == name or key.startswith(f"{name}.") for name in UNSAID)]
     rows = [(key, here[key], default.get(key, "")) for key in said if here[key] != default.get(key)]
     return table(("setting", "here", "default"), rows) if rows else "None."
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """By dotted keys; an empty dictionary is a value."""
     out: dict[str, Any] = {}
     for key, value in tree.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return out
 
 
@@ -120,7 +144,8 @@ def _data(tree: dict[str, Any]) -> str:
 def _clips(folder: str) -> str:
     """How many, if the shards are still there, on this machine."""
     index = Path(folder, "index.json")
-    return f"{_read(index, json.loads)['counts']['samples']:,}" if index.is_file() else "-"
+    count = _read(index, json.loads).get("counts", {}).get("samples") if index.is_file() else None
+    return "-" if count is None else f"{count:,}"
 
 
 def _training(run: Path, step: int | None) -> str:
@@ -131,12 +156,16 @@ def _training(run: Path, step: int | None) -> str:
     if not rows:
         return "No log of it was kept."
     last = rows[-1]
-    found = [("steps", f"{last['step']:,}"), ("clips seen", f"{last['samples']:,}"), ("loss at the end", f"{last['loss']:.4g}")]
+    found = [
+        ("steps", f"{last['step']:,}"),
+        ("clips seen", f"{last['samples']:,}"),
+        ("loss at the end", f"{last['loss']:.4g}"),
+    ]
     try:
         hours = cost.of_log(str(run), rows)["hours"]
-        devices = [f"{last[kind]} {cost.DEVICES[kind]}" for kind in hours if kind in last]
+        devices = [f"{last[kind]} {cost.DEVICES[kind]}s" for kind in hours if kind in last]
         found += [("time", " and ".join(f"{value:.3g} {cost.DEVICES[kind]} h" for kind, value in hours.items()))]
-        found += [("on", f"{', '.join(devices)}, {last.get('ranks', 1)} ranks")] if devices else []
+        found += [("devices", ", ".join(devices)), ("ranks", last.get("ranks", ""))] if devices else []
     except UserError:
         pass  # an older version's log, which does not say on what it ran
     lines = (run / "config.yaml").read_text(encoding="utf-8").splitlines()

@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from clip4vla.config import OFFICIAL, DataConfig, RunConfig, UserError
+from clip4vla.config import OFFICIAL, DataConfig, ImportConfig, RunConfig, UserError
 
-Config = TypeVar("Config", RunConfig, DataConfig)
+Config = TypeVar("Config", RunConfig, DataConfig, ImportConfig)
 
 
 def load(cls: type[Config], path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:

@@ -22,7 +22,7 @@ TOWER_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
 def describe_clip(clip: str, quick_gelu: str = "auto") -> dict[str, Any]:
     """open_clip's configuration of a CLIP named as in `model.clip`; raises UserError if there is no such model."""
     if clip.endswith(WEIGHTS):
-        state, jit = _read_weights(clip)
+        state, jit = read_weights(clip)
         config = infer_config(state, clip)
         config["quick_gelu"] = jit if quick_gelu == "auto" else quick_gelu == "yes"
         return config
@@ -57,7 +57,7 @@ def load_clip_weights(model: CustomTextCLIP, clip: str) -> bool:
     """Fill the towers with the weights that `model.clip` names; False if it names none."""
     name, _, tag = clip.partition("/")
     if clip.endswith(WEIGHTS):
-        state = convert_to_custom_text_state_dict(_read_weights(clip)[0])
+        state = convert_to_custom_text_state_dict(read_weights(clip)[0])
     elif not clip.endswith(".json") and tag:
         try:
             state = open_clip.create_model(name, pretrained=tag, force_custom_text=True).state_dict()
@@ -165,6 +165,27 @@ def tokenizer(clip: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
     return tokenize
 
 
+def read_weights(path: str, key: str = "model.clip: ") -> tuple[dict[str, Tensor], bool]:
+    """(state dict in fp32 on the CPU, whether it is one of OpenAI's TorchScript archives); nothing is unpickled."""
+    if not Path(path).is_file():
+        raise UserError(f"{key}no weights file {path}")
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path), False
+        try:
+            state, jit = torch.load(path, map_location="cpu", weights_only=True), False
+        except RuntimeError:  # a TorchScript archive, as OpenAI publishes them
+            state, jit = torch.jit.load(path, map_location="cpu").state_dict(), True
+    except Exception as error:  # torch and safetensors raise many kinds for damaged files
+        raise UserError(f"{key}{path}: unreadable weights ({' '.join(str(error).split())[:200]})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    extra = {"input_resolution", "context_length", "vocab_size", "attn_mask"}  # archives carry these beside the weights
+    state = {k.removeprefix("module."): v for k, v in state.items() if k not in extra}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{key}{path}: not one flat dictionary of weights; save the model's state_dict() alone")
+    return {name: value.float() for name, value in state.items()}, jit
+
+
 def _load(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     try:
         model.load_state_dict(state)
@@ -174,21 +195,3 @@ def _load(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
 
 def _blocks(state: dict[str, Tensor], prefix: str) -> int:
     return len({key[len(prefix) :].split(".")[0] for key in state if key.startswith(prefix)})
-
-
-def _read_weights(path: str) -> tuple[dict[str, Tensor], bool]:
-    """(state dict in fp32 on the CPU, whether it is one of OpenAI's TorchScript archives); nothing is unpickled."""
-    if not Path(path).is_file():
-        raise UserError(f"model.clip: no weights file {path}")
-    try:
-        if path.endswith(".safetensors"):
-            return load_file(path), False
-        try:
-            state, jit = torch.load(path, map_location="cpu", weights_only=True), False
-        except RuntimeError:  # a TorchScript archive, as OpenAI publishes them
-            state, jit = torch.jit.load(path, map_location="cpu").state_dict(), True
-    except Exception as error:  # torch and safetensors raise many kinds for damaged files
-        raise UserError(f"model.clip: {path}: unreadable weights ({' '.join(str(error).split())[:200]})") from None
-    state = state.get("state_dict", state)
-    extra = {"input_resolution", "context_length", "vocab_size", "attn_mask"}  # archives carry these beside the weights
-    return {k.removeprefix("module."): v.float() for k, v in state.items() if k not in extra}, jit

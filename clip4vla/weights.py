@@ -34,21 +34,19 @@ def write(
     folder may be there, and keeps its other files. Raises UserError if it may not, and for weights not finite in dtype.
     """
     folder = Path(os.path.abspath(folder))
-    must_be_new(folder, replace)
-    weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in model.state_dict().items()}
-    if not all(value.isfinite().all() for value in weights.values()):
-        raise UserError(f"{folder.name}: some weights are not finite in {dtype}; take another dtype or step")
+    must_be_new(folder, replace=replace)
+    weights = _rounded(model.state_dict(), dtype, folder)
 
     def fill(aside: Path) -> None:
         aside.mkdir()
-        save_file(weights, aside / "model.safetensors")
+        _save(weights, aside / "model.safetensors")
         (aside / "config.json").write_text(json.dumps(model.config() | {"step": step}, indent=1))
         if card or not (folder / "README.md").exists():
             (card or model_card.card(model)).save(aside / "README.md")
         if onnx:
             from clip4vla.onnx_export import export_towers  # its packages are an extra
 
-            export_towers(model, aside)
+            export_towers(Model.from_checkpoint(aside), aside)  # of the weights as they are rounded
 
     _whole(folder, fill)
     millions = sum(value.numel() for value in weights.values()) / 1e6
@@ -74,11 +72,12 @@ def bring(source: str, words: Sequence[str], allow_unknown: bool = False) -> tup
     cfg.model.clip = source
     model = Model(towers.describe_clip(source, cfg.model.quick_gelu), cfg.model, cfg.spectrogram, cfg.frames)
     model.must_have_positions()
-    kind = "the weights" if model.load_clip() else "random weights, it names none,"
+    found = model.load_clip()
     model.start_audio()
     model.start_head()
     cfg.model.clip = source if not Path(source).is_file() else Path(source).name  # no folder of this machine's
-    said = f"Text and vision have {kind} of {cfg.model.clip}; the audio tower is an untrained copy of the vision tower."
+    theirs = f"have the weights of {cfg.model.clip}" if found else f"are random: {cfg.model.clip} names no weights"
+    said = f"Text and vision {theirs}; the audio tower is an untrained copy of the vision tower."
     return model.eval(), said, said
 
 
@@ -87,20 +86,34 @@ def take_out(folder: str | Path, file: Path, dtype: str = "fp32", like: str = ""
 
     like: such a checkpoint, which gives what the model lacks. UserError if `file` is there, and as official.to_official.
     """
-    must_be_new(file)
+    must_be_new(file, is_folder=False)
     other = towers.read_weights(like, "--like ")[0] if like else None
     state, account = official.to_official(Model.from_checkpoint(folder), other)
-    state = {key: value.to(DTYPES[dtype]).contiguous() for key, value in state.items()}
-    save = save_file if file.suffix == ".safetensors" else torch.save
-    _whole(file.absolute(), lambda aside: save(state, aside))
+    state = _rounded(state, dtype, file)
+    _whole(file.absolute(), lambda aside: _save(state, aside))
     return str(account)
 
 
-def must_be_new(place: Path, replace: bool = False) -> None:
-    """UserError if a file or a filled folder is there already, or if it is below a file."""
-    filled = place.is_file() or (place.is_dir() and any(place.iterdir()) and not replace)
-    if filled or any(parent.is_file() for parent in place.parents):
+def must_be_new(place: Path, is_folder: bool = True, replace: bool = False) -> None:
+    """UserError if there is something already (an empty folder is nothing), or if it is below a file."""
+    free = not place.exists() or (is_folder and place.is_dir() and (replace or not any(place.iterdir())))
+    if not free or any(parent.is_file() for parent in place.parents):
         raise UserError(f"{place} is there already, or below a file; name another folder, or remove it")
+
+
+def _rounded(weights: official.State, dtype: str, place: Path) -> official.State:
+    """In another precision; UserError if it cannot hold some."""
+    weights = {name: value.to(DTYPES[dtype]).contiguous() for name, value in weights.items()}
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"{place.name}: some weights are not finite in {dtype}; take another dtype or step")
+    return weights
+
+
+def _save(weights: official.State, file: Path) -> None:
+    file.touch()
+    rights = file.stat().st_mode  # safetensors would leave it to its owner alone
+    (save_file if file.suffix == ".safetensors" else torch.save)(weights, file)
+    file.chmod(rights)
 
 
 def _whole(place: Path, fill: Callable[[Path], object]) -> None:

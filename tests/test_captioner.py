@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 from test_fusion import official
-from test_model import same
+from test_official import same
 
 from clip4vla import decoding, towers
 from clip4vla.captioner import Captioner, Growing

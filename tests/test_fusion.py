@@ -7,25 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY
-from safetensors.torch import load_file
-from test_model import REFERENCE, same
+from test_official import imported, reference, same
 
 from clip4vla import fusion, towers
 from clip4vla.audio_encoder import type_mix
 from clip4vla.config import ModelConfig, UserError
 from clip4vla.fusion import AUDIO, TEXT, VISION, Sequence, sequence
 from clip4vla.model import pool
-from clip4vla.official import from_official
-
-OFFICIAL = {"mean": "raw", "max_tokens": 12, "max_frames": 3, "fusion_layers": 2}
 
 
-def official(**settings):
+def official(fusion="global_global", words="all"):
     """(reference values, the authors' model with a head, its words and media parts by modality)."""
-    state = load_file(REFERENCE)
-    ref = {key[4:]: value for key, value in state.items() if key.startswith("ref.")}
-    weights = {key: value for key, value in state.items() if not key.startswith("ref.")}
-    model = from_official(weights, ModelConfig(**OFFICIAL, **settings)).eval()
+    ref, model = reference()[0], imported(f"model.fusion={fusion}", f"model.words={words}")
     own = ref["in.audio_type"].repeat_interleave(3)
     heard = model.encode_segments(ref["in.segments"].float().flatten(0, 1), type_mix("both", own)).view(5, 3, -1)
     seen = model.vision(ref["in.frames"].float().flatten(0, 1)).view(5, 3, -1)
