@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip4vla import distributed, mirror, selection, universal
@@ -23,6 +22,7 @@ from clip4vla.config import RunConfig, TrainConfig, UserError
 from clip4vla.shards import write_text
 from clip4vla.universal import fsync
 from clip4vla.watchdog import watch
+from clip4vla.weights import save_tensors
 
 # torch and safetensors have their own for a full disk, DeepSpeed has many for what it cannot read, fsspec one for s3fs missing
 _FAILURES = (OSError, RuntimeError, ValueError, LookupError, AssertionError, ImportError, PickleError, SafetensorError)
@@ -95,7 +95,7 @@ def _newest_anywhere(cfg: RunConfig, passed: Passed) -> Path | None:
     local = newest_checkpoint(cfg.run_dir)
     remote = mirror.newest_upload(cfg.train.mirror, cfg.data) if cfg.train.mirror else None
     name = remote.rsplit("/", 1)[1] if remote else ""
-    if name > (local.name if local else ""):
+    if remote and name > (local.name if local else ""):
         local = Path(cfg.run_dir, "checkpoints", name)
         mirror.download(remote, local, cfg.data, passed)
     if remote and cfg.eval.select:
@@ -128,7 +128,8 @@ class Checkpoints:
         engine.checkpoint_engine.load = universal.load_tensors
         engine._copy_recovery_script = lambda _: None  # could fail on rank 0 alone; and model.safetensors is there
         self.folder = Path(cfg.run_dir, "checkpoints")
-        self.layout = {"ranks": distributed.world(), "zero_stage": int(engine.zero_optimization_stage())}
+        zero_stage = int(engine.zero_optimization_stage())
+        self.layout: dict[str, Any] = {"ranks": distributed.world(), "zero_stage": zero_stage}
         order = [samples, list(cfg.data.train.values()), cfg.train.batch_size, cfg.seed, cfg.data.window]
         self.layout["sample order"] = hashlib.sha256(json.dumps(order).encode()).hexdigest()[:12]
         self.saved, self.since = 0, time.monotonic()
@@ -249,7 +250,7 @@ class Checkpoints:
         weights = self._weights()
         if distributed.rank() == 0:
             meta = self.engine.module.config() | {"step": self.saved, **self.layout}
-            self.parts[aside / "model.safetensors"] = lambda path: save_file(weights, path)
+            self.parts[aside / "model.safetensors"] = lambda path: save_tensors(weights, path)
             self.parts[aside / "config.json"] = lambda path: path.write_text(json.dumps(meta, indent=1))
 
     def _take(self, state_dict: Any, path: str) -> None:
@@ -313,7 +314,8 @@ class Mirror:
     def __init__(self, cfg: RunConfig, prune: Callable[[], None]):
         self.url, self.cfg, self.prune = cfg.train.mirror.rstrip("/"), cfg, prune
         self.copied, self.reading = "", ""
-        self.pool, self.copying = ThreadPoolExecutor(1), Future()  # the last one asked for
+        self.pool = ThreadPoolExecutor(1)
+        self.copying: Future[None] = Future()  # the last one asked for
         self.copying.set_result(None)
 
     def update(self) -> None:
@@ -331,6 +333,7 @@ class Mirror:
 
     def _update(self) -> None:
         newest = newest_checkpoint(self.cfg.run_dir)
+        assert newest
         try:
             if newest.name != self.copied:
                 self.reading = newest.name

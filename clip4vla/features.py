@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from clip4vla import distributed
@@ -23,6 +23,7 @@ from clip4vla.model import Model
 from clip4vla.settings import to_dict
 from clip4vla.shards import ShardFolder
 from clip4vla.watchdog import watch
+from clip4vla.weights import save_tensors
 
 MEDIA = {"v": "frames", "a": "fbank"}
 
@@ -52,7 +53,7 @@ class Features:
         return self._rows([row for row, clip in enumerate(self.clips) if wanted(clip)])
 
     def _rows(self, rows: list[int]) -> "Features":
-        number, clips = ([values[row] for row in rows] for values in (self.number, self.clips))
+        number, clips = [self.number[row] for row in rows], [self.clips[row] for row in rows]
         return Features(number, clips, {kind: v[rows] for kind, v in self.vectors.items()})
 
 
@@ -129,6 +130,6 @@ def _read(path: Path) -> Features | None:
 def _write(path: Path, found: Features) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     told = torch.frombuffer(bytearray(json.dumps(found.clips, ensure_ascii=False).encode()), dtype=torch.uint8)
-    aside = path.with_suffix(".partial")
-    save_file({"clips": told, "number": torch.tensor(found.number, dtype=torch.int64)} | found.vectors, aside)
+    aside = path.with_name(f"partial-{path.name}")
+    save_tensors({"clips": told, "number": torch.tensor(found.number, dtype=torch.int64)} | found.vectors, aside)
     aside.rename(path)

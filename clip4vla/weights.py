@@ -39,7 +39,7 @@ def write(
 
     def fill(aside: Path) -> None:
         aside.mkdir()
-        _save(weights, aside / "model.safetensors")
+        save_tensors(weights, aside / "model.safetensors")
         (aside / "config.json").write_text(json.dumps(model.config() | {"step": step}, indent=1))
         if card or not (folder / "README.md").exists():
             (card or model_card.card(model)).save(aside / "README.md")
@@ -90,7 +90,7 @@ def take_out(folder: str | Path, file: Path, dtype: str = "fp32", like: str = ""
     other = towers.read_weights(like, "--like ")[0] if like else None
     state, account = official.to_official(Model.from_checkpoint(folder), other)
     state = _rounded(state, dtype, file)
-    _whole(file.absolute(), lambda aside: _save(state, aside))
+    _whole(file.absolute(), lambda aside: save_tensors(state, aside))
     return str(account)
 
 
@@ -109,7 +109,8 @@ def _rounded(weights: official.State, dtype: str, place: Path) -> official.State
     return weights
 
 
-def _save(weights: official.State, file: Path) -> None:
+def save_tensors(weights: official.State, file: Path) -> None:
+    """Tensors by name as a file, .safetensors or torch's, that those may read who may read others of this user's files."""
     file.touch()
     rights = file.stat().st_mode  # safetensors would leave it to its owner alone
     (save_file if file.suffix == ".safetensors" else torch.save)(weights, file)

@@ -338,6 +338,7 @@ def test_export_gives_one_file_of_weights_in_any_precision(undisturbed, tmp_path
     assert done.returncode == 0 and "step 10 of " in done.stdout, done.stderr
     assert (tmp_path / "out/fp32/model.safetensors").read_bytes() == (newest / "model.safetensors").read_bytes()
     assert run("launch/export.py", undisturbed, tmp_path / "out/bf16", "--step", 4, "--dtype", "bf16").returncode == 0
+    assert len({file.stat().st_mode for file in newest.iterdir()}) == 1  # safetensors' own would be 0600
     weights = load_file(tmp_path / "out/bf16/model.safetensors")
     full = load_file(undisturbed / "checkpoints/step-00000004/model.safetensors")
     assert all(torch.equal(weights[name], full[name].bfloat16()) for name in full)
