@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -15,8 +16,10 @@ import torchaudio.functional as AF
 from PIL import Image
 from torch import Tensor
 
-from clip4vla.loader import Loader, Place
 from clip4vla.shards import Damaged, ShardFolder
+
+if TYPE_CHECKING:
+    from clip4vla.loader import Loader, Place
 
 LISTEN = 10.0  # s of sound in a player
 RATE = 16000  # Hz of a player in a page of queries
@@ -37,12 +40,17 @@ class Exhibit:
     audio_mime: str = "audio/ogg"
 
 
-def exhibit(folder: ShardFolder, place: Place, meta: dict) -> Exhibit:
+def exhibit(folder: ShardFolder, place: "Place", meta: dict) -> Exhibit:
     """The clip at a place of its folder, as far as it has pictures and sound; meta: its json.
 
     A sample that cannot be read has its captions alone, a clip whose medium cannot be read has no sound to play.
     """
-    found = folder.read([(place.shard, place.entry)], ("frames", "fbank"))[0]
+    return of_sample(folder, place.shard, place.entry, meta)
+
+
+def of_sample(folder: ShardFolder, shard: int, entry: int, meta: dict) -> Exhibit:
+    """The same of an entry of a shard, both by number."""
+    found = folder.read([(shard, entry)], ("frames", "fbank"))[0]
     members = {} if isinstance(found, Damaged) else found
     shown = Exhibit(meta["id"], meta["captions"])
     if "frames" in members:
@@ -54,11 +62,11 @@ def exhibit(folder: ShardFolder, place: Place, meta: dict) -> Exhibit:
     return shown
 
 
-def of_clip(loader: Loader, clip: int, clips: dict[int, dict], modalities: str) -> Exhibit:
+def of_clip(loader: "Loader", clip: int, clips: dict[int, dict], modalities: str) -> Exhibit:
     """A clip of a loader by its place in the order, without the medium that takes no part."""
     place = loader.order.places[clip]
     shown = exhibit(loader.folders[place.source], place, clips[clip])
-    unseen = {"v": {"spectrogram": None, "audio": None}, "a": {"picture": None}, "av": {}}[modalities]
+    unseen: dict[str, Any] = {"v": {"spectrogram": None, "audio": None}, "a": {"picture": None}, "av": {}}[modalities]
     return replace(shown, **unseen)
 
 
@@ -112,8 +120,13 @@ def original_sound(folder: ShardFolder, meta: dict, rate: int) -> Tensor | None:
         return None
     if heard.wave is None:
         return None
-    ratio = Fraction(rate, heard.rate).limit_denominator(1000)  # as in spectrogram.log_mel
-    return AF.resample(heard.wave.mean(0), ratio.denominator, ratio.numerator)
+    return mono(heard.wave, heard.rate, rate)
+
+
+def mono(wave: Tensor, rate: int, wanted: int) -> Tensor:
+    """A waveform (channels, T) at `rate` Hz as (T,) at the rate wanted."""
+    ratio = Fraction(wanted, rate).limit_denominator(1000)  # as in spectrogram.log_mel
+    return AF.resample(wave.mean(0), ratio.denominator, ratio.numerator)
 
 
 def ogg(wave: Tensor, rate: int) -> bytes:

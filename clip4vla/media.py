@@ -8,9 +8,10 @@ import bisect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -37,7 +38,7 @@ class Clip:
         default_factory=list
     )  # (size, size, 3) uint8 RGB each; none without a video stream
     wave: Tensor | None = None  # (channels, T) float32 in [-1, 1]; one or two channels; None without an audio stream
-    rate: int | None = None  # Hz
+    rate: int = 0  # Hz, 0 where there is no sound
 
 
 def read_clip(
@@ -103,8 +104,8 @@ def edges(begin: float, finish: float, seconds: float, least: float) -> list[tup
     return [(begin + i * seconds, min(finish, begin + (i + 1) * seconds)) for i in range(count)]
 
 
-def _windows(file: av.container.InputContainer, stream: av.AudioStream, edges: list[tuple[float, float]]) -> Iterator["_Sound"]:
-    coming = iter(edges)
+def _windows(file: av.container.InputContainer, stream: av.AudioStream, edges: list) -> Iterator["_Sound"]:
+    coming: Iterator[tuple[float, float]] = iter(edges)
     sound = _Sound(stream, *next(coming), _origin(file))
     for packet in file.demux(stream):
         for frame in sound.decoded(packet):
@@ -143,9 +144,8 @@ def _interval(file, start, end, frames, longest, skip) -> Clip:
         if all(reader.done for reader in readers.values()):
             break
     _must_be_whole(file, list(readers.values()))
-    return Clip(
-        finish - start, pictures.frames if pictures else [], heard.wave() if heard else None, heard.rate if heard else None
-    )
+    clip = Clip(finish - start, pictures.frames if pictures else [])
+    return replace(clip, wave=heard.wave(), rate=heard.rate or 0) if heard else clip
 
 
 def _sound_stream(file: av.container.InputContainer) -> av.AudioStream | None:
@@ -293,7 +293,7 @@ class _Pictures:
         return stamp * float(self.stream.time_base) - self.origin
 
 
-def _stamp(packet: av.Packet) -> int | None:
+def _stamp(packet: av.Packet) -> Any:
     return packet.dts if packet.pts is None else packet.pts
 
 

@@ -24,7 +24,7 @@ from clip4vla.cli import cli  # noqa: E402
 BENCHES = sorted(path.stem.removeprefix("bench_") for path in Path(__file__).parent.glob("bench_*.py"))
 PACKAGES = (
     "clip4vla torch torchaudio deepspeed open_clip_torch webdataset nvidia-dali-cuda130 numpy av pillow soundfile librosa "
-    "opencv-python-headless"
+    "opencv-python-headless faiss-cpu"
 )
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, run
 
 from clip4vla.config import DataConfig, RunConfig
-from clip4vla.settings import describe, load, to_dict
+from clip4vla.settings import load, to_dict
 from clip4vla.tables import tables
 
 YAMLS = sorted((ROOT / "configs/finetune").rglob("*.yaml"))
@@ -256,35 +256,6 @@ def test_its_shards_are_those_that_a_data_config_makes_and_selection_is_on_val(p
     assert not set(data.test) & {*data.train, *data.val}, "what is tested on is neither trained nor selected on"
     assert bool(cfg.eval.select) == bool(cfg.eval.every) == bool(data.val)
     assert cfg.eval.every % cfg.train.save_every == 0, "what is evaluated is there to be kept"
-
-
-DOCS = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
-COMMANDS = re.findall(r"^(?:    )?((?:python|deepspeed) .+)", "\n".join(DOCS.values()), re.M)
-
-
-def test_commands_and_settings_of_the_docs_are_there():
-    """That scripts, files, flags and settings exist; what they do, other tests show."""
-    assert len(COMMANDS) > 12
-    for words in (
-        shlex.split(line.replace("CONFIG", "configs/finetune/msrvtt_retrieval.yaml"), comments=True)
-        for line in COMMANDS
-    ):
-        script = next(word for word in words if word.endswith(".py"))
-        text, after = (ROOT / script).read_text(), words[words.index(script) + 1 :]
-        for flag in (word for word in after if word.startswith("--")):
-            assert flag in text or flag.strip("-").replace("-", "_") in text, (words, flag)
-        config = next((word for word in after if word.endswith(".yaml")), None)
-        kind = DataConfig if script.startswith("data_prep/shard") else RunConfig
-        given = [word.removeprefix("pretrain.").removeprefix("finetune.") for word in after if "=" in word]
-        load(kind, config and ROOT / config, given)
-    known = {key for cls in (RunConfig, DataConfig) for key, _, _ in describe(cls)} | {
-        "data.train",
-        "data.val",
-        "data.test",
-    }
-    for name, text in DOCS.items():
-        named = re.findall(r"`((?:model|train|eval|decode|loss|mask|data|track)\.\w+)", text)
-        assert named and not set(named) - known, (name, set(named) - known)
 
 
 def test_baselines_differ_in_the_model_and_its_training_alone():

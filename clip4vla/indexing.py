@@ -1,0 +1,190 @@
+"""How a search index is built, and kept up with its sources.
+
+At any moment a build may be killed: what was embedded stays, and the same command goes on where it was.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clip4vla import inputs, vector_index
+from clip4vla.api import CLIP4VLA
+from clip4vla.config import UserError
+from clip4vla.index import Row, Store, identity, must_be_of
+from clip4vla.inputs import Input
+from clip4vla.settings import to_dict
+from clip4vla.shards import write_text
+from clip4vla.sources import Clip, Source, find
+from clip4vla.vector_index import Kind
+
+TOGETHER = 32  # clips that are embedded and stored in one go; so many more are read meanwhile
+PAUSE = 10.0  # s between lines of progress
+
+
+class Counts(NamedTuple):
+    """Sources of a build by what became of them."""
+
+    new: int
+    changed: int
+    continued: int
+    unchanged: int
+    gone: int
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[Store]:
+    """The store of an index to write to; UserError if another process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another build writes to it; wait for it") from None
+        store = Store(folder, write=True)
+        try:
+            yield store
+        finally:
+            store.close()
+
+
+def build(
+    model: CLIP4VLA, name: str, places: Sequence[str], folder: Path, types: Sequence[str] = (), budget: float = 4e9
+) -> Counts:
+    """Bring the index in a folder up to what there is at these places now; what it has from elsewhere stays.
+
+    name: of the model, where a query finds it; types: tokens that sounds are stored under, by default vb, nb and the model's
+    own; budget: bytes of memory for the faiss index.
+    """
+    vector_index.faiss()  # better known now than after hours
+    roots = [find(where, model) for where in places]
+    with opened(folder) as store:
+        for where, (root, sources) in zip(places, roots, strict=True):
+            if not sources and not store.sources(root):
+                raise UserError(f"{where}: neither videos, sounds, pictures nor shards in it")
+        _describe(store, folder, model, name, types)
+        counts = _compare(store, roots)
+        found = {source.place: source for _, sources in roots for source in sources}
+        known = {place: row for root, _ in roots for place, row in store.sources(root).items()}
+        _embed(
+            store,
+            model,
+            [(found[p], number, following) for p, (number, _, following, done) in known.items() if not done],
+        )
+        finish(store, folder, budget)
+    return counts
+
+
+def drop(places: Sequence[str], folder: Path, budget: float) -> int:
+    """Take what lies at these places (files, folders, URLs) out of an index; how many sources that were."""
+    Store(folder)  # there must be one
+    with opened(folder) as store:
+        roots = [where.rstrip("/") if "://" in where else str(Path(where).resolve()) for where in places]
+        gone = {place for root in roots for place in store.sources(root)}
+        store.change(gone, [])
+        finish(store, folder, budget)
+    return len(gone)
+
+
+def _describe(store: Store, folder: Path, model: CLIP4VLA, name: str, types: Sequence[str]) -> None:
+    """A new index says what it is of; UserError if an old one is of another model, or of other types."""
+    ours, own = identity(model), model.cfg.audio_type
+    if store.get("identity") is None:
+        parts = ["v", *(dict.fromkeys(types or ["vb", "nb", own]))]
+        store.set(
+            identity=ours, model=name, parts=parts, dim=model.clip_config["embed_dim"], audio_type=own,
+            spectrogram=to_dict(model.spectrogram), frames=to_dict(model.frames),
+        )  # fmt: skip
+    must_be_of(store, folder, ours, name)
+    stored = store.get("parts")[1:]
+    if types and set(types) != set(stored):
+        raise UserError(f"--types: {folder} has {' '.join(stored)}: leave it out, or build another index")
+    store.set(model=name)
+
+
+def _compare(store: Store, roots: list[tuple[str, list[Source]]]) -> Counts:
+    """Forget what is gone or changed, and begin what is new or changed."""
+    known = {place: row for root, _ in roots for place, row in store.sources(root).items()}
+    found = {source.place: source.state for _, sources in roots for source in sources}
+    changed = {place for place in known.keys() & found.keys() if known[place][1] != found[place]}
+    new, gone = found.keys() - known.keys(), known.keys() - found.keys()
+    store.change(gone | changed, [(place, state) for place, state in found.items() if place in new | changed])
+    continued = sum(not known[place][3] for place in found.keys() & known.keys() - changed)
+    return Counts(len(new), len(changed), continued, len(found) - len(new) - len(changed) - continued, len(gone))
+
+
+def _embed(store: Store, model: CLIP4VLA, todo: list[tuple[Source, int, int]]) -> None:
+    """Vectors of the clips of sources (source, its number, first clip that is wanted)."""
+    parts, begun, shown, done = store.get("parts"), time.monotonic(), time.monotonic(), 0
+    clips = ((number, *clip) for source, number, first in todo for clip in source.clips(first, model))
+    reader = inputs.ahead(clips, TOGETHER)
+    while some := list(itertools.islice(reader, TOGETHER)):
+        rows = _rows(model, parts, [(number, clip.shown, clip.input) for number, clip, _ in some if clip.input])
+        damaged = [(number, clip.shown["name"], why) for number, clip, last in some if (why := _fault(clip, last))]
+        store.add(rows, damaged, {number: (clip.number + 1, last) for number, clip, last in some})
+        done += len(some)
+        if time.monotonic() > shown + PAUSE:
+            shown = time.monotonic()
+            print(f"{done} clips, {done / (shown - begun):.1f} a second", flush=True)
+
+
+def _fault(clip: Clip, last: bool) -> str:
+    """Why a clip is not in the index; a silent part of a longer sound is no fault."""
+    if clip.input and clip.input.frames is None and clip.input.segments is None:
+        return "neither pictures nor sound: digital silence" if clip.shown["key"] or (last and not clip.number) else ""
+    return clip.reason
+
+
+def _rows(model: CLIP4VLA, parts: list[str], clips: list[tuple[int, dict, Input]]) -> list[Row]:
+    """Those that have pictures or sound, as they are stored."""
+    found = model.encode((clip for *_, clip in clips), parts[1:])
+    vectors = np.stack([found[part].numpy() for part in parts], 1)  # n P D
+    if not np.isfinite(vectors).all():
+        raise UserError("the model gives vectors that are not finite: take other weights")
+    seen, heard = (vectors[:, :1] != 0).any((1, 2)), (vectors[:, 1:] != 0).any((1, 2))
+    media = ["v" * bool(v) + "a" * bool(a) for v, a in zip(seen, heard, strict=True)]
+    rows = zip(clips, media, vectors.astype(np.float16), strict=True)
+    return [Row(number, kinds, shown, vector.ravel()) for (number, shown, _), kinds, vector in rows if kinds]
+
+
+def finish(store: Store, folder: Path, budget: float) -> None:
+    """damaged.jsonl, and a faiss index of the items: the last one changed, or if it does not serve any more a new one."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in store.damage())
+    write_text(folder / "damaged.jsonl", "".join(lines))
+    items, width = store.counts()["items"], len(store.get("parts")) * store.get("dim")
+    wanted, known = vector_index.plan(items, width, budget), store.get("faiss")
+    made = Kind(**known["kind"]) if known else None
+    index = _changed(store, folder, known) if made and vector_index.still_serves(made, wanted) else None
+    if index is not None and known["newest"] == store.newest() and not len(store.gone()):
+        return
+    if index is None:
+        made, index = wanted, vector_index.make(wanted, lambda share: store.vectors(0, _block(width), share))
+    number = known["number"] + 1 if known else 1
+    file = f"index-{number:06}.faiss"
+    vector_index.save(index, folder / file)
+    store.made({"file": file, "number": number, "kind": vars(made), "items": items, "newest": store.newest()})
+    for old in folder.glob("index-*.faiss*"):
+        if old.name != file:
+            old.unlink()
+
+
+def _changed(store: Store, folder: Path, known: dict[str, Any]) -> Any:
+    """The faiss index without what is gone, and with what is new; None if it cannot be read."""
+    try:
+        index = vector_index.load(folder / known["file"])
+    except RuntimeError:
+        return None
+    index.remove_ids(store.gone())
+    for numbers, block in store.vectors(known["newest"], _block(index.d)):
+        index.add_with_ids(block, numbers)
+    return index
+
+
+def _block(width: int) -> int:
+    return max(1, vector_index.BLOCK // width)
