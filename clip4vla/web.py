@@ -1,0 +1,217 @@
+"""A page to search an index with: `python -m clip4vla.web IDX --model M`, then http://127.0.0.1:7860 in a browser.
+
+A text, a sound, a picture or a video asks. Nothing leaves the machine: the page asks no other host, and serves no file.
+"""
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import socket
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from clip4vla import search, web_results, web_uploads
+from clip4vla.api import CLIP4VLA
+from clip4vla.cli import cli
+from clip4vla.config import UserError
+from clip4vla.exhibits import Exhibit
+from clip4vla.index import Index
+from clip4vla.web_guard import BODY, LOCAL, Guard
+
+if TYPE_CHECKING:
+    import gradio
+
+TITLE = "CLIP4VLA search"
+HITS = 12
+LONGEST = 300  # characters of a query
+WAITING = 64  # queries in line; more are refused
+KEPT = 300  # s that an upload stays at most
+LIMIT = 20  # MB of an upload
+TRIED = 5  # examples of queries
+FONT = ["system-ui", "Segoe UI", "DejaVu Sans", "sans-serif"]  # of the machine: none is loaded
+
+
+@dataclass
+class Asked:
+    """A query, kept so that a slider that moves need not encode it again: a text's vector (D,), or a file's by part (P, D)."""
+
+    words: str
+    vectors: np.ndarray
+    shown: Exhibit | None = None
+
+
+class Searcher:
+    """What the page's events do: encode a query, search, write the hits as HTML. They come one at a time."""
+
+    def __init__(self, index: Index, model: CLIP4VLA) -> None:
+        self.index, self.model = index, model
+        counts = index.store.counts()
+        self.weighed = bool(counts["with_pictures"] and counts["with_sound"])  # does a weight change anything
+        self.weight = 0.5 if self.weighed else float(counts["with_sound"] > 0)
+        self.typed = bool(counts["with_sound"]) and {"vb", "nb"} <= set(index.parts)
+        media = [f"{counts[f'with_{kind}']:,} with {kind}" for kind in ("pictures", "sound")]
+        self.facts = [f"{counts['items']:,} clips", *media, f"model {'/'.join(Path(index.model).parts[-2:])}"]
+
+    def examples(self) -> list[str]:
+        """First captions of some clips."""
+        last = self.index.store.db.execute("SELECT max(id) FROM items").fetchone()[0] or 0
+        some = "SELECT shown FROM items WHERE id >= ? ORDER BY id LIMIT 1"
+        rows = (self.index.store.db.execute(some, (i * last // TRIED,)).fetchone() for i in range(TRIED))
+        captions = (json.loads(row[0])["captions"] for row in rows if row)
+        return list(dict.fromkeys(few[0] for few in captions if few))
+
+    def text(self, words: str, sound_weight: float, ratio: float) -> tuple[Asked | None, str]:
+        """(the query, HTML) of words."""
+        started, words = time.perf_counter(), " ".join((words or "").split())
+        if not words:
+            return None, web_results.notice("Type what you look for, or drop a file.")
+        if len(words) > LONGEST:
+            return None, web_results.notice(f"A query has {LONGEST} characters at most; this one has {len(words):,}.")
+        asked = Asked(f"“{words}”", self.model.encode_text(words)[0].cpu().numpy())
+        return asked, self.again(asked, sound_weight, ratio, started)
+
+    def upload(self, path: str | None, sound_weight: float, ratio: float) -> tuple[Asked | None, str, None, str]:
+        """(the query, HTML, an empty drop zone, no words) of an uploaded file."""
+        started, name = time.perf_counter(), Path(path or "").name
+        try:
+            clip, shown = web_uploads.read(Path(path or ""), self.index.spectrogram, self.index.frames)
+        except ValueError as error:
+            return None, web_results.notice(f"{name}: {error}"), None, ""
+        found = self.model.encode([clip], self.index.parts[1:])
+        asked = Asked(name, np.stack([found[part][0].numpy() for part in self.index.parts]), shown)
+        return asked, self.again(asked, sound_weight, ratio, started), None, ""
+
+    def again(self, asked: Asked | None, sound_weight: float, ratio: float, started: float | None = None) -> str:
+        """HTML of the hits of a query that is encoded already."""
+        if asked is None:
+            return ""
+        started = started or time.perf_counter()
+        weight, share = float(sound_weight), float(ratio) if self.typed else None
+        try:
+            hits = self.index.search(self._vector(asked, weight, share), HITS, weight, share)
+        except UserError as error:
+            return web_results.notice(f"{asked.words}: {error}")
+        took = f"{1000 * (time.perf_counter() - started):.0f} ms"
+        sound = dict(zip(self.index.parts, self.index.weights(1.0, share).tolist(), strict=True))
+        shown = [(hit, self.index.exhibit(hit)) for hit in hits]
+        facts = [f"best {len(hits)} of {len(self.index):,}", took]
+        return web_results.found(asked.words, asked.shown, shown, sound, facts)
+
+    def _vector(self, asked: Asked, sound_weight: float, ratio: float | None) -> np.ndarray:
+        """(D,): a file's pictures and sound are weighed as those of clips are; what has only one is asked by that."""
+        if asked.vectors.ndim == 1:
+            return asked.vectors
+        seen, heard = asked.vectors[0].any(), asked.vectors[1:].any()
+        weight = sound_weight if seen and heard else float(heard)
+        return self.index.weights(weight, ratio) @ asked.vectors
+
+
+def page(searcher: Searcher, limit: int) -> "gradio.Blocks":
+    """The page. Its events wait in one line: one query at a time is computed. limit: MB of an upload."""
+    import gradio as gr
+
+    one: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60, KEPT)) as blocks:
+        asked, examples = gr.State(), searcher.examples()
+        gr.HTML(web_results.heading(TITLE, searcher.facts), apply_default_css=False, js_on_load=None)
+        with gr.Row(elem_id="ask"):
+            words = gr.Textbox(
+                placeholder="What do you look for?", max_length=LONGEST, max_lines=1, autofocus=True, label="query",
+                show_label=False, container=False, min_width=0, elem_id="words",
+            )  # fmt: skip
+            button = gr.Button("Search", variant="primary", scale=0, min_width=100, elem_id="search")
+        with gr.Row(elem_id="examples"):
+            tries = [gr.Button(text, size="sm", scale=0, min_width=0) for text in examples]
+        with gr.Row(elem_id="how", equal_height=True):
+            drop = gr.File(label=f"Or a sound, picture or video of up to {limit} MB", elem_id="drop")
+            named = {
+                "weight": ("Clips are judged by", searcher.weight, searcher.weighed),
+                "ratio": ("Sounds are heard as", 0.5, searcher.typed),
+            }
+            sliders = [
+                gr.Slider(0, 1, value, step=0.05, label=label, visible=there, buttons=[], min_width=260, elem_id=name)
+                for name, (label, value, there) in named.items()
+            ]  # what their ends mean is in web_results.STYLE
+        results = gr.HTML(apply_default_css=False, js_on_load=None, elem_id="results")
+        gr.on([words.submit, button.click], searcher.text, [words, *sliders], [asked, results], **one)
+        for example in tries:
+            outputs = [asked, results, words]
+            example.click(lambda text, *at: (*searcher.text(text, *at), text), [example, *sliders], outputs, **one)
+        drop.upload(searcher.upload, [drop, *sliders], [asked, results, drop, words], **one)
+        for slider in sliders:
+            slider.change(
+                searcher.again, [asked, *sliders], results, trigger_mode="always_last", show_progress="hidden", **one
+            )
+    return blocks.queue(max_size=WAITING)
+
+
+def application(blocks: "gradio.Blocks", uploads: str, limit: int, local: bool) -> Guard:
+    """The page as an ASGI application; limit: MB of an upload; local: asked for by names of this machine alone."""
+    import gradio as gr
+    from fastapi import FastAPI
+
+    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=["monospace"])
+    gr.mount_gradio_app(
+        outer, blocks, "/", footer_links=[], run_history=False, show_error=False, max_file_size=f"{limit}mb", ssr_mode=False,
+        enable_monitoring=False, pwa=False, mcp_server=False, theme=theme, css=web_results.STYLE,
+    )  # fmt: skip
+    return Guard(outer, uploads, (limit << 20) + BODY, local)
+
+
+def serve(index: Index, model: CLIP4VLA, listener: socket.socket, limit: int) -> None:
+    """The page at a socket, until SIGINT or SIGTERM. Uploads lie in a folder of its own, which is removed then."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            logging.getLogger("uvicorn.error").disabled = True  # it would list the pages that are open
+            self.should_exit = self.force_exit = True
+
+    host, port = listener.getsockname()[:2]
+    with tempfile.TemporaryDirectory(prefix="clip4vla-web-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        searcher = Searcher(index, model)
+        asgi = application(page(searcher, limit), folder, limit, local=host in LOCAL)
+        name = f"[{host}]" if ":" in host else host
+        print(f"http://{name}:{port}: {', '.join(searcher.facts)}; Ctrl-C ends it", flush=True)
+        Server(uvicorn.Config(asgi, log_level="warning", proxy_headers=False, server_header=False)).run([listener])
+
+
+@cli
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m clip4vla.web", description=__doc__.splitlines()[0])
+    parser.add_argument("index", metavar="IDX", help="a folder that python -m clip4vla.search build made")
+    parser.add_argument("--model", help="a folder or a hub id; default: where the index was built with it")
+    parser.add_argument("--host", default="127.0.0.1", help="of another address than this, others see the page too")
+    parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
+    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--max-upload", type=int, default=LIMIT, metavar="MB", help="of a file that asks")
+    args = parser.parse_args()
+    index, listener = Index.open(args.index), _listener(args.host, args.port)
+    importlib.import_module("gradio")  # its absence is said before the model is loaded
+    name = args.model or index.model
+    model = search.load(name, args.device)
+    index.must_fit(model, name)
+    serve(index, model, listener, args.max_upload)
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"cannot listen on {host}, port {port}: {error}: choose another --host or --port") from None
+
+
+if __name__ == "__main__":
+    main()

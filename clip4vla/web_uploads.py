@@ -1,0 +1,79 @@
+"""Uploaded files as queries: what a file is is told by its content, not by its name, and it can make nothing else be read."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from clip4vla import inputs
+from clip4vla.config import FramesConfig, SpectrogramConfig
+from clip4vla.exhibits import RATE, Exhibit, film_strip, mono, ogg, spectrogram_jpeg
+from clip4vla.inputs import Input
+from clip4vla.media import read_clip
+from clip4vla.pictures import jpeg
+
+PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MEDIA = (
+    "wav,w64,mp3,flac,ogg,aac,aiff,au,caf,mov,matroska,avi,flv,asf,mpeg,mpegts"  # no playlists: they name other files
+)
+PIXELS = 64_000_000  # of a picture or frame: 800 MB while it is decoded
+
+
+def read(path: Path, spec: SpectrogramConfig, frames: FramesConfig) -> tuple[Input, Exhibit]:
+    """A file as the towers take it, a sound's central part, and as the page shows it. ValueError says what is wrong with it."""
+    if not path.stat().st_size:
+        raise ValueError("the file is empty")
+    shown = Exhibit(path.name, [])
+    try:
+        clip = _picture(path, frames.size)
+    except UnidentifiedImageError:
+        clip = _medium(path, spec, frames, shown)
+    if clip.frames is not None:
+        strip = clip.frames.permute(0, 2, 3, 1).reshape(-1, frames.size, 3)  # F*224 224 3
+        shown.picture = film_strip(jpeg(strip.numpy(), frames.quality))
+    if clip.segments is not None:
+        code = clip.segments[:, clip.segments.shape[1] // 2]  # S 224 M; of left, mid, right the middle
+        shown.spectrogram = spectrogram_jpeg(code.flatten(0, 1)[: clip.rows].numpy())
+    return clip, shown
+
+
+def _picture(path: Path, size: int) -> Input:
+    try:
+        with Image.open(path, formats=PICTURES) as image:
+            _must_be_small(*image.size)
+            return inputs.of_image(image, size)
+    except (UnidentifiedImageError, ValueError):
+        raise
+    except Image.DecompressionBombError:
+        raise ValueError(LARGE) from None
+    except Exception as error:  # Pillow raises whatever its parsers raise
+        raise ValueError(f"a picture that cannot be read: {error}") from None
+
+
+def _medium(path: Path, spec: SpectrogramConfig, frames: FramesConfig, shown: Exhibit) -> Input:
+    try:
+        with av.open(str(path), container_options={"protocol_whitelist": "file", "format_whitelist": MEDIA}) as file:
+            for stream in file.streams.video:
+                _must_be_small(stream.width, stream.height)
+    except (av.FFmpegError, OSError, AttributeError):  # the last: a stream without a codec
+        raise ValueError("not a sound, picture or video that can be read") from None
+    clip = read_clip(path, None, None, frames, inputs.longest(spec))
+    found = Input()
+    if clip.frames:
+        found.frames = inputs.of_frames(np.stack(clip.frames), frames.size).frames
+    if clip.wave is not None:
+        heard = inputs.of_wave(clip.wave, clip.rate, spec)
+        found.segments, found.rows = heard.segments, heard.rows
+        shown.audio = ogg(mono(clip.wave, clip.rate, RATE), RATE)
+    if found.frames is None and found.segments is None:
+        raise ValueError("nothing but silence in it")
+    return found
+
+
+LARGE = f"more than {PIXELS // 10**6} megapixels"
+
+
+def _must_be_small(width: int, height: int) -> None:
+    if width * height > PIXELS:
+        raise ValueError(LARGE)
