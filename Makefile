@@ -1,12 +1,15 @@
 # make demo   everything on real data, from nothing: environment, data, training, evaluation, a page to look at
 # make test   environment, lint, all tests; as root it installs TOOLS, else they must be there (without SLURM its tests are skipped)
-# Both need Python 3.11-3.12 with venv, and git. PYTHON and VENV can be set.
+# make lint   ruff and mypy
+# make api    the API reference, from the docstrings: build/api/index.html
+# make dist   wheel and sdist: dist/
+# All need Python 3.11-3.12 with venv, and git. PYTHON and VENV can be set.
 PYTHON ?= python3
 VENV ?= .venv
 SET ?= stamps
 TOOLS = chromium default-jre-headless ffmpeg munge slurmctld slurmd slurm-client
 .DELETE_ON_ERROR:
-.PHONY: demo test lint
+.PHONY: demo test lint api dist
 
 demo: $(VENV)/installed
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash launch/demo.sh $(SET)
@@ -19,6 +22,13 @@ test: $(VENV)/installed lint
 
 lint: $(VENV)/installed
 	@$(VENV)/bin/ruff check --no-cache . && $(VENV)/bin/ruff format --no-cache --check .
+	@$(VENV)/bin/mypy --cache-dir $(VENV)/mypy
+
+api: $(VENV)/installed
+	@$(VENV)/bin/python -m pdoc -o build/api $(subst /,.,$(basename $(filter-out %__init__.py,$(wildcard clip4vla/*.py))))
+
+dist: $(VENV)/installed
+	@$(VENV)/bin/python -m build --no-isolation
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

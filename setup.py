@@ -1,52 +1,64 @@
 """Package metadata. Ranges here; the exact versions that are tested stand in constraints.txt."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
-BENCH = ["librosa>=0.11", "opencv-python-headless>=4.10", "scikit-video"]  # what launch/bench.py compares with
-EVAL = ["pycocoevalcap>=1.2", "scikit-learn"]  # scores of captions (its METEOR and tokeniser are Java programs); t-SNE
-SERVER = ["s3fs", "moto[s3]>=5", "flask", "flask-cors"]  # an S3 server on loopback; moto[server] would bring 25 more
+HERE = Path(__file__).parent
+TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "wandb>=0.20", "tqdm", "ijson>=3.2"]
+PAGES = ["matplotlib", "soundfile>=0.12", "cairosvg>=2.7", "fsspec"]  # shards and files, seen and heard in a page
+PEERS = ["librosa>=0.11", "opencv-python-headless>=4.10", "scikit-video", "threadpoolctl"]  # of launch/bench.py
+SERVER = ["moto[s3]>=5", "flask", "flask-cors"]  # an S3 server on loopback; moto[server] would bring 25 more
 
 setup(
     name="clip4vla",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', (HERE / "clip4vla/__init__.py").read_text(), re.M)[1],
     description="Give a CLIP model ears: pre-train an audio tower onto CLIP, fine-tune for retrieval, captioning, classification",
-    packages=find_packages(include=["clip4vla", "clip4vla.*"]),
-    python_requires=">=3.11",
-    install_requires=[
-        "torch>=2.8,<2.12",
-        "torchvision>=0.23,<0.27",
-        "torchaudio>=2.8,<2.12",
-        "deepspeed>=0.19,<0.20",
-        "open_clip_torch>=3.3,<4",
-        "webdataset>=1.0,<2",
-        "nvidia-dali-cuda130>=2.0,<3",
-        "wandb>=0.20",
-        "pyyaml>=6",
-        "numpy>=1.26",
-        "safetensors>=0.4",
-        "fsspec",
-        "tqdm",
-        "pillow",
-        "matplotlib",
-        "av>=14",
-        "ijson>=3.2",
-        "soundfile>=0.12",
-        "cairosvg>=2.7",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
-    extras_require={
-        "eval": EVAL,
+    packages=find_packages(include=["clip4vla", "clip4vla.*"]),
+    package_data={"clip4vla": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[  # inference alone
+        "torch>=2.8,<2.12",
+        "torchaudio>=2.8,<2.12",
+        "open_clip_torch>=3.3,<4",
+        "huggingface_hub>=1",
+        "safetensors>=0.4",
+        "numpy>=1.26",
+        "pillow",
+        "av>=14",
+        "pyyaml>=6",
+    ],
+    extras_require={  # clip4vla/cli.py knows which of them brings what
+        "train": TRAIN + PAGES,
+        "dali": ["nvidia-dali-cuda130>=2.0,<3"],
+        "eval": ["pycocoevalcap>=1.2", "scikit-learn"],  # captions (METEOR and tokeniser are Java programs); t-SNE
+        "web": ["faiss-cpu>=1.9", "gradio>=6,<7", "fastapi", "uvicorn", *PAGES],
+        "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
+        "s3": ["s3fs"],  # shards and checkpoints at s3:// URLs; gs:// needs gcsfs, abfs:// adlfs
+        "bench": ["clip4vla[train,dali]", *PEERS],
         "dev": [
+            "clip4vla[train,dali,eval,web,onnx,s3,bench]",
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",
             "ruff",
-            "scikit-video",
+            "mypy",
+            "pdoc",
+            "build",
             "scipy",
-            *BENCH,
-            *EVAL,
             *SERVER,
         ],
-        "bench": BENCH,
-        "s3": ["s3fs"],  # shards and checkpoints at s3:// URLs; gs:// needs gcsfs, abfs:// adlfs
     },
 )

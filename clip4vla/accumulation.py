@@ -8,6 +8,7 @@ Losses without negatives (caption, label) do without it.
 """
 
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def _pulls(
     leaves = {name: value.detach().requires_grad_() for name, value in features.items()}
     losses = objective(leaves, _labels(micros, features["scale"].device), cfg.loss, cfg.model.modalities, taught)
     grads = dict(zip(leaves, torch.autograd.grad(losses["loss"], list(leaves.values())), strict=True))
-    shares = {name: g.chunk(len(micros)) for name, g in grads.items() if name != "scale"}
+    shares: dict[str, Sequence[Tensor]] = {name: g.chunk(len(micros)) for name, g in grads.items() if name != "scale"}
     shares["scale"] = [grads["scale"] / len(micros)] * len(micros)
     pulls = [{name: share[i] for name, share in shares.items()} for i in range(len(micros))]
     return {name: value.detach() for name, value in losses.items()}, pulls

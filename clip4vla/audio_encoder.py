@@ -17,6 +17,7 @@ def type_mix(audio_type: str, own: Tensor | None = None, key: str = "model.audio
     (1 - r) VB + r NB. `data`: own (S,) decides, 0 VB, 1 NB, 2 the mean of both.
     """
     if audio_type == "data":
+        assert own is not None
         return torch.tensor([[1, 0], [0, 1], [0.5, 0.5]], device=own.device)[own][:, None]
     named = {"vb": [[1.0, 0.0]], "nb": [[0.0, 1.0]], "both": [[1.0, 0.0], [0.0, 1.0]], "none": []}
     if audio_type in named:

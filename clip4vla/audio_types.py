@@ -122,7 +122,8 @@ def _queries(model: Model, cfg: RunConfig) -> dict[str, dict[str, dict[str, floa
     _, found = evaluation.embedded(model, cfg, cfg.data.test, "data.test")
     out: dict[str, dict] = {}
     for token in cfg.eval.types if distributed.rank() == 0 else ():
-        captions, sounds = (zero_shot.once(side, found.clips) for side in zero_shot.heard(*found, token))
+        sides = zero_shot.heard(found.clips, found.vectors, token)
+        captions, sounds = (zero_shot.once(side, found.clips) for side in sides)
         nonverbal = torch.tensor(["nb" in tags for tags in sounds.tags])
         for kind in TOKENS:
             some = captions.tagged(kind)
@@ -176,7 +177,8 @@ def figure(test: dict[str, Features], seed: int) -> Figure:
         axes = plot.add_subplot(1, len(panels), place + 1)
         for token, own in zip(TOKENS, np.split(points, 2), strict=True):
             for kind, name in (("vb", "speech"), ("nb", "other sound")):
-                axes.scatter(*own[kinds == kind].T, s=SIZES[kind], marker=MARKS[token], c=COLOURS[kind], alpha=0.55,
+                x, y = own[kinds == kind].T
+                axes.scatter(x, y, s=SIZES[kind], marker=MARKS[token], c=COLOURS[kind], alpha=0.55,
                              linewidths=1, label=f"{name} under [{token.upper()}]")  # fmt: skip
         axes.set(xticks=[], yticks=[])
         axes.set_title(title, fontsize=10)

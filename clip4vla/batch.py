@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Batch:
         Tower inputs to one of eight sizes an octave, from 32 on; vectors, which cost nothing, to a power of two. What is
         added belongs to clip number B, which `model.pool` drops, and has no valid rows.
         """
-        out = self._grown("segment_clip", SEGMENTS, _round_up(len(self.segment_clip)))
+        out: dict[str, Any] = self._grown("segment_clip", SEGMENTS, _round_up(len(self.segment_clip)))
         if self.frame_vectors is None:
             out |= self._grown("frame_clip", ("frames",), _round_up(len(self.frame_clip)))
             out["tokens"] = torch.nn.functional.pad(self.tokens, (0, tokens - self.tokens.shape[1]))
@@ -89,8 +89,8 @@ class Batch:
         return self._each(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return Batch(**{name: change(v) if torch.is_tensor(v) else v for name, v in values.items()})
+        tensors: dict[str, Any] = {name: change(v) for name, v in vars(self).items() if torch.is_tensor(v)}
+        return dataclasses.replace(self, **tensors)
 
 
 def _round_up(n: int) -> int:

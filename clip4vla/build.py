@@ -213,6 +213,7 @@ def _checkpoint_in(place: str) -> Path | None:
 def _load_initial(model: Model, source: str, cfg: RunConfig, spectrogram: SpectrogramConfig) -> Path:
     """Weights of another run or checkpoint; its audio tower only if it was trained there."""
     folder = _checkpoint_in(source)
+    assert folder
     other = Model.from_checkpoint(folder)
     heard = "audio" in other.cfg.train_towers
     _must_match(other, cfg, spectrogram if heard else None, folder)

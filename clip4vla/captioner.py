@@ -84,7 +84,8 @@ class Growing:
 
     def pick(self, rows: Tensor) -> None:
         """The captions go on as the R of them that `rows` (R,) names, each of the clip that it was of."""
-        self.encoded, self.read = ([(k[rows], v[rows]) for k, v in pasts] for pasts in (self.encoded, self.read))
+        self.encoded = [(keys[rows], values[rows]) for keys, values in self.encoded]
+        self.read = [past and (past[0][rows], past[1][rows]) for past in self.read]
 
 
 Past = tuple[Tensor, Tensor]  # keys and values (R, heads, T, width of a head)

@@ -42,7 +42,7 @@ def _exhibit(exhibit: Exhibit, media: dict[str, int]) -> dict[str, Any]:
     """Its data; media not met before are added to `media`."""
     parts = {"picture": (exhibit.picture, "image/jpeg"), "spectrogram": (exhibit.spectrogram, "image/jpeg")}
     parts["audio"] = (exhibit.audio, escape(exhibit.audio_mime))
-    there = {name: media.setdefault(data_uri(*part), len(media)) for name, part in parts.items() if part[0]}
+    there = {name: media.setdefault(data_uri(data, mime), len(media)) for name, (data, mime) in parts.items() if data}
     return {"title": exhibit.title, "captions": exhibit.captions, **there}
 
 

@@ -9,11 +9,21 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 
 from clip4vla.config import UserError
 from clip4vla.settings import Config, describe, load
 from clip4vla.watchdog import watch
 
+EXTRAS = {  # setup.py's, by the names that are imported
+    "train": ("deepspeed", "webdataset", "wandb", "tqdm", "ijson", "matplotlib", "soundfile", "cairosvg", "fsspec"),
+    "dali": ("nvidia",),
+    "eval": ("pycocoevalcap", "sklearn"),
+    "web": ("faiss", "gradio", "fastapi", "uvicorn", "matplotlib", "soundfile", "cairosvg", "fsspec"),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "s3": ("s3fs",),
+    "bench": ("librosa", "cv2", "threadpoolctl"),
+}
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
@@ -48,7 +58,8 @@ def command_line(
 
 
 def cli(main: Callable[[], None]) -> Callable[[], None]:
-    """Entry scripts' decorator: a UserError, or a disk that cannot be written, is one line on stderr and exit code 2.
+    """Entry scripts' decorator: a UserError, a package that is not installed, or a disk that cannot be written, is one line
+    on stderr and exit code 2.
 
     Of several ranks that fail, the first is heard (watchdog.py); before they have met, rank 0.
     """
@@ -62,6 +73,9 @@ def cli(main: Callable[[], None]) -> Callable[[], None]:
         except SystemExit:
             in_order = True
             raise
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(130)
         except Exception as error:
             said = _explained(error)
             watch.fail(2 if said else 1, said or traceback.format_exc())
@@ -81,6 +95,26 @@ def _explained(error: Exception) -> str:
     """One line on a mistake that the person at the keyboard can mend, else nothing."""
     if isinstance(error, UserError):
         return f"error: {error}"
+    if isinstance(error, ModuleNotFoundError):
+        return _extra_of((error.name or "").partition(".")[0])
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return f"error: {error.filename or 'writing'}: {error.strerror}: make room, or choose another folder"
     return ""
+
+
+def _extra_of(package: str) -> str:
+    """One line on what brings a package, nothing if no extra does."""
+    wanted = [f"'clip4vla[{extra}]'" for extra, packages in EXTRAS.items() if package in packages]
+    return f"error: {package} is not installed: pip install {' or '.join(wanted)}" if wanted else ""
+
+
+def _before_main(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """sys.excepthook: the same where an entry script imports what is not there, before its `main`."""
+    said = isinstance(error, ModuleNotFoundError) and _explained(error)
+    if not said:
+        return sys.__excepthook__(kind, error, trace)
+    print(said, file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+sys.excepthook = _before_main  # only entry scripts import this module

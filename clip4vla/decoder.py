@@ -17,7 +17,7 @@ class Decoder:
             from nvidia.dali import fn, types
             from nvidia.dali.pipeline import Pipeline
         except ImportError:
-            raise UserError("reading shards needs NVIDIA DALI: pip install nvidia-dali-cuda130") from None
+            raise UserError("reading shards needs NVIDIA DALI: pip install 'clip4vla[dali]'") from None
         cuda = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if cuda else None
         plain, fresh = {"exec_async": False, "exec_pipelined": False}, {"exec_dynamic": True, "prefetch_queue_depth": 1}

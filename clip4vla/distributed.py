@@ -132,7 +132,7 @@ def all_max(x: Tensor) -> Tensor:
     return _reduced(x, dist.ReduceOp.MAX)
 
 
-def _reduced(x: Tensor, how: dist.ReduceOp) -> Tensor:
+def _reduced(x: Tensor, how: dist.ReduceOp.RedOpType) -> Tensor:
     x = x.detach().clone()
     if world() > 1:
         dist.all_reduce(x, how)

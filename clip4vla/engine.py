@@ -12,6 +12,7 @@ from torch import nn
 
 from clip4vla import distributed
 from clip4vla.config import RunConfig, TrainConfig, UserError
+from clip4vla.model import Model
 
 AUTO = "auto"
 SHIPPED = Path(__file__).parent.parent / "configs/deepspeed/ds.json"
@@ -94,7 +95,7 @@ def choose_precision(ds: dict[str, Any], where: str, train: TrainConfig) -> str:
     return wanted
 
 
-def start(model: nn.Module, ds: dict[str, Any], train: TrainConfig) -> Any:
+def start(model: Model, ds: dict[str, Any], train: TrainConfig) -> Any:
     """The DeepSpeed engine around the model, which recomputes activations and is compiled where `train` says so."""
     import deepspeed
 

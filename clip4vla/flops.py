@@ -18,6 +18,7 @@ of accumulation. MFU = useful FLOPs / (seconds * FLOP/s of a large bf16 matrix p
 """
 
 import math
+from typing import Any
 
 import torch
 from open_clip.transformer import VisionTransformer
@@ -32,7 +33,7 @@ from clip4vla.fusion import GlobalToGlobal, LocalToLocal
 from clip4vla.model import Model, needed_towers, uses_head
 
 
-def shape(parameter: nn.Parameter) -> torch.Size:
+def shape(parameter: Tensor) -> torch.Size:
     """Of the whole parameter, also where ZeRO-3 has split it."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
@@ -118,7 +119,8 @@ class Work:
 def _transformer(blocks: nn.ModuleList) -> tuple[float, float]:
     """Forward FLOPs (for each token, for each pair of tokens) of a sequence."""
     matrices = sum(math.prod(shape(p)) for p in blocks.parameters() if len(shape(p)) == 2)
-    return 2 * matrices, 4 * len(blocks) * blocks[0].attn.embed_dim
+    first: Any = blocks[0]
+    return 2 * matrices, 4 * len(blocks) * first.attn.embed_dim
 
 
 def _picture(tower: VisionTransformer, channels: int, extra: int) -> float:

@@ -159,6 +159,7 @@ class LocalToLocal(nn.Module):
         if self.eos:
             vectors = F.normalize(sentence, dim=-1)[:, None]
             return Sequence(TEXT, vectors, torch.ones_like(vectors[..., 0], dtype=torch.bool))
+        assert words is not None
         return words
 
     def forward(self, words: Sequence, parts: list[Sequence]) -> Tensor:
@@ -166,7 +167,8 @@ class LocalToLocal(nn.Module):
 
         In tiles of some TOKENS, whose activations are computed again for the gradient: what grows with C B is their inputs.
         """
-        captions, clips = words.there.sum(1).argsort(), sum(part.there.sum(1) for part in parts).argsort()
+        lengths = torch.stack([part.there.sum(1) for part in parts]).sum(0)
+        captions, clips = words.there.sum(1).argsort(), lengths.argsort()
         pairs = max(
             1, TOKENS[words.there.device.type] // sum(self.encoder.room.values())
         )  # as many tiles on any rank: ZeRO-3
@@ -222,13 +224,13 @@ def _attend(block: ResidualAttentionBlock, x: Tensor, keys: Tensor, absent: Tens
 
 def _fresh_blocks(like: ResidualAttentionBlock, dim: int, layers: int) -> nn.ModuleList:
     """Blocks as open_clip initialises them, with the activation of another one."""
-    blocks = nn.ModuleList(ResidualAttentionBlock(dim, dim // 64, act_layer=type(like.mlp.gelu)) for _ in range(layers))
+    blocks = [ResidualAttentionBlock(dim, dim // 64, act_layer=type(like.mlp.gelu)) for _ in range(layers)]
     for block in blocks:
         nn.init.normal_(block.attn.in_proj_weight, std=dim**-0.5)
         nn.init.normal_(block.attn.out_proj.weight, std=(2 * dim * layers) ** -0.5)
         nn.init.normal_(block.mlp.c_fc.weight, std=(2 * dim) ** -0.5)
         nn.init.normal_(block.mlp.c_proj.weight, std=(2 * dim * layers) ** -0.5)
-    return blocks
+    return nn.ModuleList(blocks)
 
 
 def joined(parts: list[Sequence]) -> Sequence:

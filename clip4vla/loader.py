@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,16 +169,20 @@ class Loader:
         while micros := list(itertools.islice(batches, self.pieces)):
             yield micros
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """This rank's part of the pieces of global batches start..stop-1, prepared ahead: a thread reads, a thread decodes."""
         pending: collections.deque[concurrent.futures.Future[Batch]] = collections.deque()
         on_device = (torch.cuda.set_device, (self.device,)) if self.device.type == "cuda" else (None, ())
         reader = concurrent.futures.ThreadPoolExecutor(1, "read")
         decoder = concurrent.futures.ThreadPoolExecutor(1, "decode", *on_device)
+
+        def complete(ready: concurrent.futures.Future[tuple[dict[str, Any], list]]) -> Batch:
+            return self._with_pictures(*ready.result())
+
         try:
             for k, piece in ((k, piece) for k in range(start, stop) for piece in range(self.pieces)):
                 ready = reader.submit(self._without_pictures, k, piece)
-                pending.append(decoder.submit(lambda ready=ready: self._with_pictures(*ready.result())))
+                pending.append(decoder.submit(complete, ready))
                 if len(pending) > self.cfg.prefetch:
                     yield pending.popleft().result()
             while pending:
@@ -235,8 +239,8 @@ class Loader:
         """The members of each sample by kind; None for padding and for damaged samples, which are counted and listed."""
         samples: list[dict[str, bytes] | None] = [None] * len(places)
         for source, folder in enumerate(self.folders):
-            rows = [i for i, place in enumerate(places) if place and place.source == source]
-            wanted = [(places[i].shard, places[i].entry) for i in rows]
+            rows = {i: place for i, place in enumerate(places) if place and place.source == source}
+            wanted = [(place.shard, place.entry) for place in rows.values()]
             found = folder.read(wanted, ("json", *self.needs))
             if self.vectors:
                 found = _with_vectors(found, self.vectors[source], wanted)
@@ -283,6 +287,7 @@ class Loader:
 
     def _vectors(self, samples, clips, drawn: list[int]) -> dict[str, Tensor]:
         """What the towers would give: text_vectors (B, D) of the drawn captions, frame_vectors (F, D), frame_clip (F,)."""
+        assert self.vectors
         width = self.vectors[0].fingerprint["clip"]["dim"]
         text, frames = torch.zeros(len(samples), width, dtype=torch.float16), []
         for i, (sample, clip) in enumerate(zip(samples, clips, strict=True)):
@@ -311,7 +316,7 @@ class Loader:
         return torch.from_numpy(rows), torch.from_numpy(hidden_rows), torch.from_numpy(hidden_channels)
 
 
-_NOTHING = {"id": "", "group": "", "captions": [], "audio_type": "both", "n_rows": 0}
+_NOTHING: dict[str, Any] = {"id": "", "group": "", "captions": [], "audio_type": "both", "n_rows": 0}
 
 
 def open_folders(sources: dict[str, float], key: str, cfg: DataSources = DEFAULT) -> list[ShardFolder]:

@@ -98,7 +98,7 @@ def scored_nce(
     ).min  # not -inf: the rows of what does not take part would be NaN, and so their gradient
     logits = everyone.masked_fill(missing, low)
     found = [logits[mine].log_softmax(1), logits[:, mine].T.log_softmax(1)][: 1 if one_way else 2]
-    rows = sum(-side.diagonal(mine.start) for side in found) / len(found)
+    rows = torch.stack([-side.diagonal(mine.start) for side in found]).mean(0)
     return distributed.world() * rows.masked_fill(~valid, 0).sum() / valid_all.sum().clamp(min=1)
 
 
@@ -141,6 +141,7 @@ def objective(
         losses["tm"] = scored_nce(features["scores"], features["scale"], valid, group, one_way)
     for name in LEARNT:
         if getattr(cfg, name):
+            assert taught is not None
             losses[name] = distributed.world() * features["nll"].sum() / taught
     return losses | {"loss": sum(weights[name] * value for name, value in losses.items())}
 
@@ -215,7 +216,8 @@ class _Pair:
         *sides, self.base = distributed.gather(torch.stack([*above, self.positive], 1)).T
         logs = [(share * self.weight).log() for share in self.share]
         self.shift = [(side - log).masked_fill(~self.valid, torch.inf) for side, log in zip(sides, logs, strict=True)]
-        rows = sum(share * side for share, side in zip(self.share, above, strict=True)).masked_fill(~self.term.valid, 0)
+        rows = torch.stack([share * side for share, side in zip(self.share, above, strict=True)]).sum(0)
+        rows = rows.masked_fill(~self.term.valid, 0)
         return distributed.world() * (self.mine(self.weight) * rows).sum()
 
     def _above(self, peak: Tensor, total: Tensor) -> Tensor:

@@ -61,8 +61,9 @@ def sweep(model: Model, cfg: RunConfig, sources: dict[str, float], key: str) -> 
     for (data, kind), clips in _parts(found.clips) if distributed.rank() == 0 else ():
         for ratio in cfg.eval.types:
             vectors = {name: _of(clips, found.vectors[name]) for name in ("text", f"audio/{ratio}")}
-            sides = (zero_shot.once(side, clips) for side in zero_shot.heard(clips, vectors, ratio))
-            rows.append({"split": key, "data set": data, "audio type": kind, "r": ratio} | zero_shot.rank(*sides, cfg))
+            captions, sounds = (zero_shot.once(side, clips) for side in zero_shot.heard(clips, vectors, ratio))
+            scores = zero_shot.rank(captions, sounds, cfg)
+            rows.append({"split": key, "data set": data, "audio type": kind, "r": ratio} | scores)
     if distributed.rank() == 0 and not rows:
         raise UserError(f"{key}: no clip has sound and a caption")
     return rows

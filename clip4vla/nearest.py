@@ -70,13 +70,13 @@ def _nearest(
         )
     cosines, best = retrieval.top_k(torch.stack(list(looks.values())), torch.stack(list(found.values())), 1)
     places = [order.places[i] for i in found]
-    rows = zip(looks, best[:, 0].tolist(), cosines[:, 0].tolist(), strict=True)
-    return {i: (places[row], cosine) for i, row, cosine in rows}
+    found_for = zip(looks, best[:, 0].tolist(), cosines[:, 0].tolist(), strict=True)
+    return {i: (places[row], cosine) for i, row, cosine in found_for}
 
 
 def _sounds(model: Model, loader: Loader, cfg: RunConfig) -> dict[int, tuple[str, Tensor]]:
     """(id, segment vectors) of the clips of a loader, by their place in its order."""
-    mine = {}
+    mine: dict[int, tuple[str, Tensor]] = {}
     for k, batch in enumerate(loader.batches(0, len(loader.order))):
         watch.at(f"evaluation: sounds for silent clips, batch {k}")
         batch, index = batch.to(loader.device), loader.numbers(k)

@@ -139,7 +139,8 @@ def _kept(blocks: nn.ModuleList, recompute: bool) -> int:
     """Numbers kept for a token: 4 widths before the blocks; in each inputs and outputs of norms and attention (9), and of
     the activation (8, with QuickGELU 12); or a block's input and, of one block at a time, all."""
     block = 21 if any(isinstance(m, QuickGELU) for m in blocks.modules()) else 17
-    return blocks[0].attn.embed_dim * (4 + (len(blocks) + block if recompute else len(blocks) * block))
+    first: Any = blocks[0]
+    return first.attn.embed_dim * (4 + (len(blocks) + block if recompute else len(blocks) * block))
 
 
 def disk(cfg: RunConfig, setup: Setup) -> str:

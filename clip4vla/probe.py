@@ -105,7 +105,9 @@ def chosen(x: Tensor, y: Tensor, classes: int, strengths: Sequence[float], held:
         raise UserError(
             "a probe: no class has clips of two groups to choose its strength by; give classify.strengths a single one"
         )
-    task, best, most, worse, probe = Task(x[~held], y[~held], classes), None, -1.0, 0, None
+    task, most, worse = Task(x[~held], y[~held], classes), -1.0, 0
+    probe: Probe | None = None
+    best: Probe | None = None
     for strength in sorted(strengths):
         probe = task.fit(strength, probe, ROUGH)
         accuracy = probe.accuracy(x[held], y[held])
@@ -113,6 +115,7 @@ def chosen(x: Tensor, y: Tensor, classes: int, strengths: Sequence[float], held:
         most = max(most, accuracy)
         if worse == PATIENCE:  # weaker penalties take the longest, and overfit more
             break
+    assert best is not None
     return fit(x, y, classes, best.strength, best) if again else best
 
 

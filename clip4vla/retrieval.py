@@ -144,7 +144,7 @@ def evaluate(
     """summary() of the ranks, `chance`, the permutation test's p, None when permutations is 0, and, of so many resamples,
     the intervals `ci`."""
     ranks = best_rank(query, gallery, query_group, gallery_group)
-    result = summary(ranks, len(gallery), None) | {"chance": chance(query_group, gallery_group)}
+    result: dict[str, Any] = summary(ranks, len(gallery), None) | {"chance": chance(query_group, gallery_group)}
     if resamples:
         result["ci"] = intervals(ranks, query_group, resamples, seed)
     if permutations:
@@ -176,9 +176,9 @@ def intervals(ranks: Tensor, group: Tensor, resamples: int, seed: int) -> dict[s
         weight = drawn[:, own].double()  # R Q: how often each query was drawn
         before = weight.cumsum(1)
         total = before[:, -1:].contiguous()  # R 1
-        middle = sum(values[torch.searchsorted(before, place, right=right)] for place, right in _halves(total)) / 2
+        low, high = (values[torch.searchsorted(before, place, right=right)] for place, right in _halves(total))
         recall = [100 * weight[:, values <= k].sum(1, keepdim=True) / total for k in (1, 5, 10)]
-        found.append(torch.cat([*recall, middle, (weight @ values)[:, None] / total], 1))
+        found.append(torch.cat([*recall, (low + high) / 2, (weight @ values)[:, None] / total], 1))
     limits = torch.cat(found).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), 0)
     return {name: limits[:, i].tolist() for i, name in enumerate(("R@1", "R@5", "R@10", "MedR", "MeanR"))}
 

@@ -26,7 +26,7 @@ def value(metrics: dict[str, dict[str, Any]], select: str) -> float:
 def best(cfg: RunConfig) -> str:
     """The step-NNNNNNNN whose evaluation on data.val is best (of equal ones the first), "" without any."""
     found = {file.parent.name: value(json.loads(file.read_text()), cfg.eval.select) for file in _evaluations(cfg)}
-    top = max(sorted(found), key=found.get, default="")
+    top = max(sorted(found), key=lambda name: found[name], default="")
     return top.replace("val", "step")
 
 

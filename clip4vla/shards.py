@@ -127,7 +127,9 @@ def _describe(path: str, name: str) -> dict[str, Any]:
     with tarfile.open(path, "r:") as tar:
         for info in tar:
             key, _, ext = info.name.partition(".")
-            data = tar.extractfile(info).read()
+            member = tar.extractfile(info)
+            assert member
+            data = member.read()
             entries.setdefault(key, {})[ext] = [info.offset_data, info.size, zlib.crc32(data)]
     with open(path, "rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -69,7 +69,7 @@ def must_be_the_same(folder: str | Path, configs: dict[str, RunConfig]) -> None:
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys; an empty dictionary is a value."""
-    out = {}
+    out: dict[str, Any] = {}
     for key, value in tree.items():
         deeper = isinstance(value, dict) and value
         out |= _flat(value, f"{prefix}{key}.") if deeper else {f"{prefix}{key}": value}

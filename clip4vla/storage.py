@@ -7,11 +7,10 @@ Endpoints, credentials and connection pools are fsspec's own settings (AWS_ENDPO
 
 import asyncio
 import errno
-import itertools
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
@@ -208,7 +207,8 @@ def _part(answer: bytes | BaseException, at: int, size: int) -> bytes | BaseExce
 
 async def _retried(attempt: Callable[[], Awaitable[Answer]], patience: _Patience) -> Answer:
     """The first answer; raises the last attempt's exception."""
-    for tries in itertools.count():
+    tries = 0
+    while True:
         try:
             answer = await _within(attempt(), patience)
             patience.renew()
@@ -218,6 +218,7 @@ async def _retried(attempt: Callable[[], Awaitable[Answer]], patience: _Patience
             if tries == patience.retries or pause > patience.left() or not _may_heal(error):
                 raise
         await asyncio.sleep(pause)
+        tries += 1
 
 
 async def _within(work: Awaitable[Answer], patience: _Patience) -> Answer:
@@ -239,6 +240,7 @@ async def _invoke(fs: Any, method: str, *args: Any, **words: Any) -> Any:
     future = loop.create_future()
 
     def work() -> None:
+        outcome: tuple[Any, Exception | None]
         try:
             outcome = getattr(fs, method)(*args, **words), None
         except Exception as error:
@@ -254,7 +256,7 @@ def _settle(future: asyncio.Future, result: Any, error: Exception | None) -> Non
         future.set_exception(error) if error else future.set_result(result)
 
 
-def _run(fs: Any, work: Awaitable[Answer]) -> Answer:
+def _run(fs: Any, work: Coroutine[Any, Any, Answer]) -> Answer:
     """In fsspec's own event loop, from any other thread."""
     loop = fs.loop if fs.async_impl else fsspec.asyn.get_loop()
     return asyncio.run_coroutine_threadsafe(work, loop).result()

@@ -123,5 +123,6 @@ def _start_wandb(cfg: RunConfig, folder: Path) -> Any:
     mark = folder / "wandb_id"  # a resumed run goes on as the same one
     if not mark.exists():
         mark.write_text(uuid.uuid4().hex)
-    known = {"id": mark.read_text(), "resume": "allow"}
-    return wandb.init(project=cfg.track.project, name=folder.name, dir=folder, mode=mode, config=to_dict(cfg), **known)
+    named = {"project": cfg.track.project, "name": folder.name, "id": mark.read_text()}
+    known: dict[str, Any] = named | {"resume": "allow", "config": to_dict(cfg)}
+    return wandb.init(dir=folder, mode=mode, **known)

@@ -37,8 +37,9 @@ class Watch:
 
     def call_judge(self, world: int) -> str:
         """Start the judge of a job of so many ranks; the word to `join` it with."""
-        words = [sys.executable, "-I", Path(__file__).with_name("judge.py"), str(world)]
+        words = [sys.executable, "-I", str(Path(__file__).with_name("judge.py")), str(world)]
         self.judge = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.judge.stdout
         return self.judge.stdout.readline().strip()
 
     def join(self, word: str, address: str, rank: int, world: int, minutes: float) -> None:
@@ -78,6 +79,7 @@ class Watch:
                     link.sendall(b'{"over": true}\n')
                 link.shutdown(socket.SHUT_RDWR)
         if self.judge is not None:
+            assert self.judge.stdin
             self.judge.stdin.close()  # it leaves after the last rank
             self.judge = None
 
@@ -125,9 +127,9 @@ def keep_alive(link: socket.socket) -> None:
 
 def stacks() -> str:
     """The 12 innermost calls of each of this process's threads."""
-    frames = sys._current_frames()
-    threads = [t for t in threading.enumerate() if t.ident in frames and t.name != "watchdog"]
-    return "\n".join(f"{t.name}:\n{''.join(traceback.format_stack(frames[t.ident], limit=12))}" for t in threads)
+    names = {t.ident: t.name for t in threading.enumerate() if t.name != "watchdog"}
+    found = [(names[ident], frame) for ident, frame in sys._current_frames().items() if ident in names]
+    return "\n".join(f"{name}:\n{''.join(traceback.format_stack(frame, limit=12))}" for name, frame in found)
 
 
 watch = Watch()

@@ -34,8 +34,8 @@ class Side:
 
     def pick(self, keep: list[int]) -> "Side":
         """The rows numbered in keep."""
-        parts = [[values[i] for i in keep] for values in (self.clip, self.text, self.tags)]
-        return Side(self.kind, self.vectors[keep], self.group[keep], *parts)
+        clip, text, tags = [self.clip[i] for i in keep], [self.text[i] for i in keep], [self.tags[i] for i in keep]
+        return Side(self.kind, self.vectors[keep], self.group[keep], clip, text, tags)
 
     def tagged(self, tag: str) -> "Side":
         """The rows of a subset; pictures belong to all of them."""
@@ -84,14 +84,14 @@ def directions(clips: dict[int, dict], vectors: dict[str, dict], audio_type: str
     for a, b in ((text, video), (spoken, audio), (video, audio)):
         seen = []
         for tag in ("", *sorted({tag for tags in a.tags + b.tags for tag in tags})):
-            few = [once(side.tagged(tag), clips) for side in (a, b)]
-            rows = [side.clip for side in few]
-            if rows in seen or not set(few[0].group.tolist()) & set(few[1].group.tolist()):
+            some, others = (once(side.tagged(tag), clips) for side in (a, b))
+            rows = [some.clip, others.clip]
+            if rows in seen or not set(some.group.tolist()) & set(others.group.tolist()):
                 continue  # the same things under another name, or nothing to find
             seen.append(rows)
             ending = f"/{tag}" if tag else ""
-            yield f"{a.kind}_to_{b.kind}{ending}", *few
-            yield f"{b.kind}_to_{a.kind}{ending}", *reversed(few)
+            yield f"{a.kind}_to_{b.kind}{ending}", some, others
+            yield f"{b.kind}_to_{a.kind}{ending}", others, some
 
 
 def heard(clips: dict[int, dict], vectors: dict[str, dict], audio_type: str) -> tuple[Side, Side]:

@@ -400,7 +400,7 @@ def _own_row(root: Path, line: Any) -> Row:
     start, end = (None if get(name) is None else float(get(name)) for name in ("start", "end"))
     tables.check_span(start, end)
     span = "" if start is end is None else f"@{start or 0:.10g}-{'' if end is None else f'{end:.10g}'}"
-    medium = {"picture" if suffix in PICTURES else "media": path if (root / path).is_file() else None}
-    more: dict[str, Any] = {"lang": lang, "audio_type": kind, "label": get("label") and str(get("label")), "start": start, "end": end}
+    more: dict[str, Any] = {"picture" if suffix in PICTURES else "media": path if (root / path).is_file() else None}
+    more |= {"lang": lang, "audio_type": kind, "label": get("label") and str(get("label")), "start": start, "end": end}
     split = slug(str(get("split", "train")))
-    return Row(path + span, path, path, slug(root.name), split, [caption], [lang], **medium, **more)
+    return Row(path + span, path, path, slug(root.name), split, [caption], [lang], **more)

@@ -215,7 +215,8 @@ def repair(report: FolderReport) -> None:
     if report.vectors:
         _forget(path, damaged)
         return
-    index, lost = json.loads((path / INDEX).read_text(encoding="utf-8")), []
+    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    lost: list[dict[str, str]] = []
     for shard, entry in zip(folder.shards, index["shards"], strict=True):
         if shard.name in damaged:
             entry |= _rewrite(report, shard, lost)

@@ -1,5 +1,6 @@
 """What check.py says about shard folders: numbers, the lines it prints, and a page with plots and clips to listen to."""
 
+import functools
 import io
 import json
 import random
@@ -26,7 +27,7 @@ from data_prep.check_shard import Finding, Tally
 
 SHOWN = 10  # findings of a folder that are printed; the page has them all
 REPEATS = ("audio", "picture")
-ROW = ("folder", "clips", "hours", "shards", "MB", "no sound", "no frames", "no captions")
+ROW: tuple[str, ...] = ("folder", "clips", "hours", "shards", "MB", "no sound", "no frames", "no captions")
 ROW += ("same audio", "same picture", "findings")
 PALETTE = ("#2563eb", "#d97706", "#059669", "#9333ea", "#1f2937")
 
@@ -161,8 +162,8 @@ def _plots(reports: list[FolderReport], tally: Tally) -> Iterator[tuple[str, byt
     names = {"seconds": "seconds", "segments": "segments", "words a caption": "words a caption"}
     for column, label in names.items():
         if column in columns:
-            yield label, _plot(label, lambda axes, v=columns[column], label=label: _histogram(axes, v, label))
-    splits = {report.folder.split: Counter() for report in folders}
+            yield label, _plot(label, functools.partial(_histogram, values=columns[column], label=label))
+    splits: dict[str, Counter[str]] = {report.folder.split: Counter() for report in folders}
     for report in folders:
         splits[report.folder.split][report.folder.source] += len(report.tally)
     yield "audio type", _plot("audio type", lambda axes: _bars(axes, {"": tally.types}))
@@ -187,10 +188,10 @@ def _histogram(axes: Axes, values: np.ndarray, label: str) -> None:
         bins = np.arange(values.min(), max(np.ceil(top), values.min() + 5) + 2) - 0.5
     else:
         bins = np.linspace(0, max(top, 1e-3), 41)
-    axes.hist(np.minimum(values, top), bins=bins, color=PALETTE[0], rwidth=0.9)
+    axes.hist(np.minimum(values, top), bins=bins.tolist(), color=PALETTE[0], rwidth=0.9)
     axes.axvline(np.median(values), color=PALETTE[1], lw=1.2, label=f"median {np.median(values):.3g}")
     axes.set_ylabel("captions" if "caption" in label else "clips", fontsize=9)
-    axes.xaxis.get_major_locator().set_params(integer=values.dtype.kind == "i")
+    axes.locator_params(axis="x", integer=values.dtype.kind == "i")
     axes.margins(y=0.15)
     axes.legend(frameon=False, fontsize=8)
 
@@ -198,7 +199,8 @@ def _histogram(axes: Axes, values: np.ndarray, label: str) -> None:
 def _bars(axes: Axes, stacks: dict[str, Counter[str]]) -> None:
     """Horizontal bars of the 15 largest; one colour for each stack."""
     total = sum(stacks.values(), Counter())
-    names, left = [name for name, _ in total.most_common(15)][::-1], 0
+    names = [name for name, _ in total.most_common(15)][::-1]
+    left = np.zeros(len(names), int)
     for colour, (label, counter) in zip(PALETTE * len(stacks), stacks.items(), strict=False):
         widths = np.array([counter[name] for name in names])
         bars = axes.barh(names, widths, left=left, color=colour, label=label, height=0.7)

@@ -65,7 +65,8 @@ class Tally:
     @classmethod
     def sum(cls, tallies: list["Tally"]) -> "Tally":
         """All of them together."""
-        counts = [sum((getattr(t, n) for t in tallies), Counter()) for n in ("words", "types", "spoken", "written")]
+        names, none = ("words", "types", "spoken", "written"), Counter[Any]()
+        counts = [sum((getattr(tally, name) for tally in tallies), none) for name in names]
         return cls(np.concatenate([cls().facts, *(t.facts for t in tallies)]), *counts)
 
     def __len__(self) -> int:
@@ -162,7 +163,7 @@ def contents(path: Path, shard: Shard) -> tuple[dict[str, Members], Notes]:
         bad = [ext for ext, part in parts.items() if part is None]
         notes += [(key, f"{ext}: no {members[ext].size:,} bytes there with its CRC-32") for ext in bad]
         if not bad:
-            samples[key] = parts
+            samples[key] = {ext: part for ext, part in parts.items() if part is not None}
     return samples, notes
 
 

@@ -26,11 +26,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip4vla import distributed  # noqa: E402
+from clip4vla import cli, distributed  # noqa: E402  cli first: it says what is not installed
 from clip4vla.batch import Batch  # noqa: E402
 from clip4vla.build import build_model  # noqa: E402
 from clip4vla.checkpoints import newest_checkpoint  # noqa: E402
-from clip4vla.cli import cli, command_line  # noqa: E402
 from clip4vla.config import RunConfig, UserError  # noqa: E402
 from clip4vla.loader import EvalOrder, Loader, open_folders  # noqa: E402
 from clip4vla.model import Model  # noqa: E402
@@ -76,10 +75,10 @@ class Unit:
             return None
 
 
-@cli
+@cli.cli
 def main() -> None:
     """Read the run's config, embed what is not embedded yet, say what came out."""
-    cfg, _ = command_line(RunConfig, "configs/pretrain/stamps.yaml", __doc__)
+    cfg, _ = cli.command_line(RunConfig, "configs/pretrain/stamps.yaml", __doc__)
     device = distributed.setup()
     folders = open_folders(cfg.data.train | cfg.data.val, "data.train")
     for folder in folders:
@@ -200,7 +199,7 @@ def _notes(folder: ShardFolder, identity: str) -> list[dict[str, Any]]:
         if time.monotonic() > deadline:
             raise UserError(f"{place(folder)}: finished vectors are gone again (another run?): start embed.py again")
         time.sleep(1)
-    return notes
+    return [note for note in notes if note]
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ OUT/manifest.jsonl: the first line lists the units (one unit is one shard), the 
 import hashlib
 import itertools
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,7 +77,7 @@ def read_plan(out: Path) -> tuple[int, list[Unit]] | None:
             f"{out / MANIFEST}: not a manifest of shard.py: delete it, the next run makes it anew"
         ) from None
     ends = itertools.accumulate((unit[-1] for unit in head["units"]), initial=len(line))
-    units = [Unit(str(out), *unit[:-1], end, unit[-1]) for unit, end in zip(head["units"], ends, strict=False)]
+    units = [Unit(*[str(out), *unit[:-1], end, unit[-1]]) for unit, end in zip(head["units"], ends, strict=False)]
     return head["samples_per_shard"], units
 
 
@@ -99,7 +99,9 @@ def make_plan(out: Path, rows: Iterable[Row], skipped: list[Skipped], size: int)
             lines += [text] if text else []
         filled.append((unit, lines))
     _write(out, size, [*_heads(filled), *_new_units(new, filled, size)])
-    return read_plan(out)[1]
+    after = read_plan(out)
+    assert after
+    return after[1]
 
 
 def _line(row: Row) -> str:
@@ -113,7 +115,9 @@ def _heads(filled: list[tuple[Unit, list[str]]]) -> list[tuple]:
 
 def _new_units(new: dict[Key, str], filled: list[tuple[Unit, list[str]]], size: int) -> list[tuple]:
     """The same of what is left over, by folder, in an order that looks random and is the same in every run."""
-    folders, number, first = defaultdict(list), defaultdict(int), defaultdict(int)
+    folders: dict[tuple[str, str], list[tuple[bytes, str]]] = defaultdict(list)
+    number: Counter[tuple[str, str]] = Counter()
+    first: Counter[tuple[str, str]] = Counter()
     for (source, split, name), line in new.items():
         folders[source, split].append((hashlib.blake2b(name.encode(), digest_size=8).digest(), line))
     for unit, _ in filled:

@@ -74,7 +74,8 @@ class _Worker:
     """A process that does one unit after another."""
 
     def __init__(self, do: Do) -> None:
-        self.at, self.unit, self.blamed = At(), None, {}
+        self.at, self.unit = At(), None
+        self.blamed: dict[int, str] = {}
         self.pipe, theirs = FORK.Pipe()
         self.process = FORK.Process(target=_serve, args=(do, theirs, self.at), daemon=True)
         self.process.start()
@@ -100,8 +101,7 @@ def _serve(do: Do, pipe: Connection, at: At) -> None:
     torch.set_num_threads(1)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_DFL)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # never outlive a killed parent
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     while True:
         unit, blamed = pipe.recv()
         try:
@@ -112,6 +112,14 @@ def _serve(do: Do, pipe: Connection, at: At) -> None:
             pipe.send(error)
 
 
+def _leave_with_parent() -> None:
+    """Never outlive a killed parent."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
+
 def work(units: Iterable[Any], do: Do, workers: int, limit: float, tick: Callable[[list[At]], None]) -> Iterator[Any]:
     """(unit, do(unit, blamed, at)) in the order in which they are finished, from `workers` processes.
 
@@ -119,8 +127,10 @@ def work(units: Iterable[Any], do: Do, workers: int, limit: float, tick: Callabl
     `blamed` (item number: reason) when the unit is done anew. tick gets every worker's place twice a second. What `do`
     raises is raised here. Raises UserError if a worker is killed from outside, by lack of memory as a rule.
     """
-    waiting = [(unit, {}) for unit in units][::-1]
-    idle, busy = [_Worker(do) for _ in range(min(workers, len(waiting)))], []
+    blameless: dict[int, str] = {}
+    waiting = [(unit, blameless) for unit in units][::-1]
+    idle = [_Worker(do) for _ in range(min(workers, len(waiting)))]
+    busy: list[_Worker] = []
     seen = time.monotonic()
     try:
         while waiting or busy:
@@ -166,6 +176,7 @@ def _answer(worker: _Worker) -> Any:
 def _death(worker: _Worker) -> str:
     worker.process.join()
     code, item = worker.process.exitcode, worker.at.item
+    assert code is not None
     if code in (-signal.SIGKILL, -signal.SIGTERM) or item == NO_ITEM:
         raise UserError(
             f"a worker was killed at item {item} of {worker.unit} (exit code {code}; out of memory?): start again with fewer "

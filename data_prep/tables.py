@@ -77,7 +77,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield f"{path.name}:{number}", line.strip()
 
 
-def read_json(path: Path, kind: type, *keys: str) -> Any:
+def read_json(path: Path, kind: type[list] | type[dict], *keys: str) -> Any:
     """The list or dict in a JSON file; raises UserError if it is something else or lacks one of the keys."""
     try:
         data = json.loads(path.read_bytes())
@@ -145,8 +145,8 @@ def clip_row(
     if not video:
         raise ValueError("no id")
     name, told = f"{video}_{start:.10g}_{end:.10g}", captions(texts)
-    path, start, end = media.find_clip(video, start, end) or (None, start, end)
-    more |= {"media": path, "start": start, "end": end}
+    path, first, last = media.find_clip(video, start, end) or (None, start, end)
+    more |= {"media": path, "start": first, "end": last}
     return Row(name, video, name, source, split, told, ["en"] * len(told), **more)
 
 
@@ -193,13 +193,13 @@ def reason(error: Exception) -> str:
 
 def as_text(item: Row | Skipped) -> Row | Skipped:
     """The item; a row that holds half a character, such as a cut emoji, cannot be written and is malformed."""
-    row = isinstance(item, Row)
-    words = (
-        [item.id, item.item, item.media, item.picture, item.label, item.lang, *item.captions] if row else [item.where]
-    )
+    words: list[str | None] = [item.id if isinstance(item, Row) else item.where]
+    if isinstance(item, Row):
+        words += [item.item, item.media, item.picture, item.label, item.lang, *item.captions]
     try:
         "".join(filter(None, words)).encode()
         return item
     except UnicodeEncodeError:
-        where, why = (item.id, "malformed") if row else (item.where, item.why)
-        return Skipped(why, where.encode("utf-8", "replace").decode(), "its text or path is not valid Unicode")
+        where = str(words[0]).encode("utf-8", "replace").decode()
+        why = "malformed" if isinstance(item, Row) else item.why
+        return Skipped(why, where, "its text or path is not valid Unicode")

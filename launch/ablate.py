@@ -38,7 +38,8 @@ def table5(args: argparse.Namespace) -> None:
         raise UserError(f"table5: two config files, PRETRAIN.yaml and FINETUNE.yaml, not {len(args.places)}")
     from clip4vla import ablation, distributed  # after the words are read: a typing error shows at once
 
-    table = ablation.run(ablation.Plan(*args.places, args.words, Path(args.out)), args.seeds, args.deepspeed_config)
+    plan = ablation.Plan(args.places[0], args.places[1], args.words, Path(args.out))
+    table = ablation.run(plan, args.seeds, args.deepspeed_config)
     if distributed.rank() == 0:
         print(table, end="")
 

@@ -9,7 +9,7 @@ have 4-12 frames and 1-6 segments, uniformly; weights are random.
 import argparse
 import statistics
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from clip4vla.fusion import AUDIO, TEXT, VISION, Sequence
 from launch.bench import count
 from launch.bench_fusion import ROOM, random_parts, seconds
 
-WAYS = ("greedy", "beam")
+WAYS: tuple[Literal["greedy", "beam"], ...] = ("greedy", "beam")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Plain:
     """As captioner.Growing, from scratch for every word."""
 
-    def __init__(self, text: torch.nn.Module, head: Captioner, parts: list[Sequence], copies: int):
+    def __init__(self, text: Any, head: Captioner, parts: list[Sequence], copies: int):
         self.text, self.head = text, head
         self.parts = [
             replace_rows(part, torch.arange(len(part.there), device=part.there.device).repeat_interleave(copies))
@@ -84,7 +84,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
             return decoding.write(lambda copies: side(text, head, parts, copies), ids, decode, tokens, 0)
 
         ours, plain = write(Growing), write(Plain)
-        rounds = {"ours": [], "plain": []}
+        rounds: dict[str, list[float]] = {"ours": [], "plain": []}
         for _ in range(args.rounds):
             for name, side in (("ours", Growing), ("plain", Plain)):
                 rounds[name].append(seconds(lambda side=side, write=write: write(side), args.device))

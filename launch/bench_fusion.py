@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip4vla import fusion, towers
+from clip4vla import towers
 from clip4vla.config import ModelConfig
 from clip4vla.fusion import AUDIO, TEXT, VISION, LocalToLocal, Sequence
 from clip4vla.text_video import CAPTIONS
@@ -40,14 +40,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     config = towers.describe_clip(args.clip)
     cfg = ModelConfig(fusion="local_local", fusion_layers=min(4, config["text_cfg"]["layers"]))
     dim = config["embed_dim"]
-    head = fusion.build(towers.build_clip(config).text, cfg, dim, ROOM[AUDIO][1]).eval().to(args.device)
+    head = LocalToLocal(towers.build_clip(config).text, cfg, dim, ROOM[AUDIO][1]).eval().to(args.device)
     words, *parts = (
         random_parts(kind, args.captions if kind == TEXT else args.clips, dim, args.device) for kind in ROOM
     )
     few = [part.pick(torch.arange(min(args.compared, args.clips), device=args.device)) for part in parts]
     sides = {"ours": lambda: score(head, words, few), "plain": lambda: plain(head, words, few)}
     scores = {name: side() for name, side in sides.items()}
-    rounds = {name: [] for name in sides}
+    rounds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.rounds):
         for name, side in sides.items():
             rounds[name].append(seconds(side, args.device))
@@ -81,7 +81,7 @@ def plain(head: LocalToLocal, words: Sequence, parts: list[Sequence]) -> Tensor:
         one = Sequence(TEXT, vectors.expand(len(absent), -1, -1), there.expand(len(absent), -1))
         x = torch.cat([part.vectors for part in head.encoder.embed([one, *parts])], 1)
         mask = torch.zeros(x.shape[:2], device=x.device).masked_fill_(torch.cat([~one.there, absent], 1), -torch.inf)
-        heads = head.encoder.blocks[0].attn.num_heads
+        heads = x.shape[2] // 64
         mask = mask[:, None, None].expand(-1, heads, x.shape[1], -1).flatten(0, 1)
         for block in head.encoder.blocks:
             x = block(x, attn_mask=mask)

@@ -19,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from launch.bench_prep import BIKES, BUNNY, find
 
 TOWERS, MAX_TOKENS, WIDTH = "ViT-B-32", 32, 512
 SHARDS, WORKERS = 4, 2
+Stream = Generator[dict[str, Any], None, None]  # of batches
 SOUNDS = Path(__file__).resolve().parents[1] / "tests/sample"
 
 
@@ -84,7 +85,7 @@ def compare(folder: str, clips: int, batch: int, rounds: int) -> dict[str, Any]:
     return ratios | figures | sizes | {"agreement": agreement(folder, batch)}
 
 
-def timed(stream: Iterator[dict[str, Any]], batch: int, batches: int) -> tuple[float, float]:
+def timed(stream: Stream, batch: int, batches: int) -> tuple[float, float]:
     """(clips per second, CPU seconds per clip) of a stream that has been running for some batches."""
     with contextlib.closing(stream):
         cpu = [_cpu(itertools.islice(stream, 8))]
@@ -134,7 +135,8 @@ def _samples(cfg: DataConfig, clips: int, rng: np.random.Generator) -> Iterator[
         first = rng.integers(wave.shape[1] - 10 * cfg.spectrogram.sample_rate)
         sound = wave[:, first : first + int(seconds * cfg.spectrogram.sample_rate)] if i % 7 else None
         counts, members = fbank(cfg, Clip(seconds, frames, sound, cfg.spectrogram.sample_rate))
-        meta = {"id": f"clip{i}", "item": f"clip{i}", "group": f"clip{i}", "source": "bench", "split": "train"}
+        meta: dict[str, Any] = dict.fromkeys(("id", "item", "group"), f"clip{i}")
+        meta |= {"source": "bench", "split": "train"}
         meta |= {
             "captions": [f"clip {i} of people who ride bikes, and of a rabbit in the grass"],
             "caption_langs": ["en"],
@@ -169,7 +171,8 @@ def _sound(rate: int) -> Tensor:
     """A minute of sounds, one behind the other, (1, T)."""
     clips = [read_clip(path, None, None, None) for path in [find(BUNNY), *sorted(SOUNDS.rglob("*.ogg"))]]
     usual = [clip for clip in clips if clip.rate in (44100, 48000)]  # 11127 Hz would take seconds
-    return torch.cat([AF.resample(c.wave.mean(0, keepdim=True), c.rate, rate) for c in usual], 1)
+    heard = ((clip.wave, clip.rate) for clip in usual if clip.wave is not None)
+    return torch.cat([AF.resample(wave.mean(0, keepdim=True), own, rate) for wave, own in heard], 1)
 
 
 def _vectors(members: dict[str, bytes], rng: np.random.Generator) -> dict[str, bytes]:
@@ -185,7 +188,7 @@ def sources() -> DataSources:
     return DataSources(decode_threads=WORKERS)
 
 
-def ours(folder: str, batch: int, vectors: bool = False) -> Iterator[dict[str, Any]]:
+def ours(folder: str, batch: int, vectors: bool = False) -> Stream:
     """clip4vla.loader, as train.py builds it."""
     folders = open_folders({folder: 1.0}, "data.train")
     order = TrainOrder([[shard.samples for shard in folders[0].shards]], [1.0], batch, 0, SHARDS)
@@ -200,12 +203,12 @@ def ours(folder: str, batch: int, vectors: bool = False) -> Iterator[dict[str, A
             yield {"ids": made.ids, **tensors}
 
 
-def frozen(folder: str, batch: int) -> Iterator[dict[str, Any]]:
+def frozen(folder: str, batch: int) -> Stream:
     """The same, as pre-training with frozen vectors reads."""
     return ours(folder, batch, vectors=True)
 
 
-def peer(folder: str, batch: int) -> Iterator[dict[str, Any]]:
+def peer(folder: str, batch: int) -> Stream:
     """webdataset and Pillow in a DataLoader."""
     import open_clip
     import webdataset
@@ -214,8 +217,8 @@ def peer(folder: str, batch: int) -> Iterator[dict[str, Any]]:
     shards = [str(path) for path in sorted(Path(folder).glob("*.tar"))]
     dataset = webdataset.WebDataset(shards, shardshuffle=SHARDS).shuffle(100).map(_decoded)
     dataset = dataset.batched(batch, collation_fn=lambda samples: _joined(samples, tokenize)).repeat()
-    how = {"num_workers": WORKERS, "multiprocessing_context": "fork"}  # Linux's default
-    yield from torch.utils.data.DataLoader(dataset, batch_size=None, **how)
+    fork = "fork"  # Linux's default
+    yield from torch.utils.data.DataLoader(dataset, None, num_workers=WORKERS, multiprocessing_context=fork)
 
 
 def _decoded(sample: dict[str, Any]) -> dict[str, Any]:
@@ -232,7 +235,7 @@ def _decoded(sample: dict[str, Any]) -> dict[str, Any]:
 
 def _joined(samples: list[dict[str, Any]], tokenize: Any) -> dict[str, Any]:
     """A batch as ours packs it, and the CPU seconds that its worker has used so far."""
-    made = {"ids": [s["meta"]["id"] for s in samples], "meta": [s["meta"] for s in samples]}
+    made: dict[str, Any] = {"ids": [s["meta"]["id"] for s in samples], "meta": [s["meta"] for s in samples]}
     made |= {"tokens": tokenize([s["meta"]["captions"][0] for s in samples])}
     for name, kind in (("frames", "frames"), ("segments", "fbank")):
         counts = torch.tensor([len(s[kind]) for s in samples])

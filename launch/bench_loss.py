@@ -82,7 +82,8 @@ def inputs(n: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     generator, device = torch.Generator().manual_seed(0), "cuda" if torch.cuda.is_available() else "cpu"
     a = F.normalize(torch.randn(n, dim, generator=generator), dim=-1)
     b = F.normalize(torch.randn(n, dim, generator=generator).div_(dim**0.5).add_(a, alpha=0.3), dim=-1)
-    return tuple(x.to(device).requires_grad_() for x in (a, b, torch.tensor(SCALE)))
+    a, b, scale = (x.to(device).requires_grad_() for x in (a, b, torch.tensor(SCALE)))
+    return a, b, scale
 
 
 def _ours(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
@@ -107,7 +108,8 @@ def step(side: str, vectors: tuple[Tensor, ...]) -> tuple[tuple[float, float], l
     value = SIDES[side](*vectors)
     value.backward()
     _wait()
-    return (time.perf_counter() - wall, time.process_time() - cpu), [value.detach(), *(x.grad for x in vectors)]
+    spent = time.perf_counter() - wall, time.process_time() - cpu
+    return spent, [value.detach(), *(x.grad for x in vectors if x.grad is not None)]
 
 
 def _wait() -> None:
@@ -221,7 +223,8 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.put_in, self.on_the_wire, self.collectives = 0, 0.0, {}
+        self.put_in, self.on_the_wire = 0, 0.0
+        self.collectives: dict[str, int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":

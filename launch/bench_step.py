@@ -174,7 +174,7 @@ def _nce(a: Tensor, b: Tensor, scale: float, intra: bool = False) -> Tensor:
     if intra:
         same = [(scale * x @ x.T).masked_fill(own, -torch.inf) for x in (a, b)]
         logits = [torch.cat(pair, 1) for pair in zip(logits, same, strict=True)]
-    return sum(F.cross_entropy(x, labels) for x in logits) / 2
+    return torch.stack([F.cross_entropy(x, labels) for x in logits]).mean()
 
 
 def compare(ours: Ours, peer: Peer, batch: Batch, args: argparse.Namespace) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def compare(folder: str, tell: Callable[[dict[str, float]], int], batch: int, ro
         for name in ("cache", "s3", "faults", "far")
     }
     ratios["concurrency_ratio"] = medians["read/far"] / medians["read/one_by_one"]
-    figures = {
+    figures: dict[str, Any] = {
         "clips_per_s": medians,
         "cpu_s_per_clip": {side: statistics.median(spent) for side, spent in cpu.items()},
     }
@@ -93,6 +93,7 @@ def read(folder: ShardFolder, batch: int) -> tuple[int, str]:
     order, digest, batches = _order(folder, batch), hashlib.sha256(), len(folder) // batch
     for k in range(batches):
         for sample in folder.read([(place.shard, place.entry) for place in order.batch(k)], KINDS):
+            assert isinstance(sample, dict), sample
             digest.update(b"".join(sample[kind] for kind in KINDS if kind in sample))
     return batches * batch, digest.hexdigest()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import wave
@@ -316,3 +317,16 @@ def test_a_saved_model_comes_back_and_the_hub_gives_what_was_pushed(model, tmp_p
     vector, refused = done.stdout.splitlines()
     near(torch.tensor([json.loads(vector)]), text)
     assert refused.startswith("me/nobody: no such folder, and the hub does not give a model of that name")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_python_in_the_pages_runs(page, model, video, tmp_path, monkeypatch):
+    """Each page's blocks one after the other, in a folder that has the files they name."""
+    monkeypatch.chdir(tmp_path)
+    model.save_pretrained("exported/try")
+    wav(tmp_path / "dog.wav", 3)
+    (tmp_path / "talk.mp4").symlink_to(video)
+    (tmp_path / "dog.png").symlink_to(STILLS[0])
+    code = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert code
+    exec(compile("\n".join(code), page, "exec"), {})

@@ -198,6 +198,14 @@ def test_files_named_in_the_pages_are_there():
             assert (ROOT / name).exists() or list(ROOT.glob(name + "*")), (page, name)
 
 
+def test_the_readmes_tree_names_every_module_and_its_list_every_page():
+    readme = (ROOT / "README.md").read_text()
+    tree = readme[readme.index("## Where things are") :]
+    modules = [path for folder in ("clip4vla", "data_prep", "launch") for path in (ROOT / folder).glob("*.py")]
+    lacking = [path.name for path in modules if path.name not in tree and not path.name.startswith(("__", "bench_"))]
+    assert not lacking and not [page for page in PAGES if f"docs/{page}" not in readme]
+
+
 def test_python_in_the_pages_compiles():
     for page, text in PAGES.items():
         for block in re.findall(r"^```python\n(.*?)^```", text, re.S | re.M):
