@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from huggingface_hub import ModelHubMixin, snapshot_download
 from PIL import Image
 from torch import Tensor
 
-from clip4vla import decoding, fusion, inputs, model_card, towers, weights
+from clip4vla import decoding, fusion, inputs, towers, weights
 from clip4vla.audio_encoder import type_mix
 from clip4vla.classifier import Classifier, class_vectors
 from clip4vla.config import ClassifyConfig, FramesConfig, RunConfig, SpectrogramConfig, UserError
 from clip4vla.inputs import Input
-from clip4vla.model import Model
+from clip4vla.model import TEXTS, Model
 from clip4vla.settings import load
 
-File = str | os.PathLike[str]
+File = str | os.PathLike
 Wave = np.ndarray | Tensor
 Sound = File | Wave | tuple[Wave, int]  # samples (T,) or (channels, T) in [-1, 1]; those and their Hz
 Pictures = File | Wave | Image.Image  # frames (F, H, W, 3) uint8; a still
@@ -39,20 +39,30 @@ class CLIP4VLA(Model, ModelHubMixin):
     """
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # the mixin's takes any further words for __init__
+    def from_pretrained(  # type: ignore[override]  # the mixin's takes any further words, for __init__
         cls, name: File, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-        **download: Any,
+        revision: str | None = None, token: str | bool | None = None, cache_dir: File | None = None,
+        local_files_only: bool = False, force_download: bool = False,
     ) -> "CLIP4VLA":  # fmt: skip
         """The model of a folder (exported, a checkpoint, or a run: its newest one) or of a hub id such as user/model.
 
-        download: revision, token, cache_dir, local_files_only, force_download of huggingface_hub.
+        What follows dtype is huggingface_hub's, for a hub id.
         """
-        return cls.from_checkpoint(_found(name, download)).to(device=device, dtype=dtype).eval()
+        words = {"cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download}
+        folder = found(name) or _downloaded(name, revision=revision, token=token, **words)
+        return cls.from_checkpoint(folder).to(device=device, dtype=dtype).eval()
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        """What the mixin's save_pretrained(folder) and push_to_hub(id) write, in the precision that the model has."""
+    def save_pretrained(  # type: ignore[override]  # config and card are the model's own
+        self, save_directory: File, *, repo_id: str | None = None, push_to_hub: bool = False, config: Any = None,
+        model_card_kwargs: Any = None, **push: Any,
+    ) -> str | None:  # fmt: skip
+        """Write a folder for from_pretrained, in the precision that the model has; what was there stays if that fails.
+
+        A model card that is there already is kept. push_to_hub(id), and push_to_hub=True, send the same to the hub.
+        """
         own = next((name for name, dtype in weights.DTYPES.items() if dtype == self.log_scale.dtype), "fp32")
-        weights.write(self, save_directory, dtype=own, replace=True)
+        weights.write(self, Path(save_directory), dtype=own, replace=True)
+        return self.push_to_hub(repo_id or Path(save_directory).name, **push) if push_to_hub else None
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
@@ -82,7 +92,10 @@ class CLIP4VLA(Model, ModelHubMixin):
         return F.normalize(total.index_add(0, torch.tensor(owners, dtype=torch.int64), found), dim=-1).to(self.device)
 
     def encode_video(self, videos: Pictures | list[Pictures]) -> Tensor:
-        """Unit vectors y^g (N, D) of videos, by at most 12 frames spread over each with the defaults, and of still pictures."""
+        """Unit vectors y^g (N, D) of videos, by at most 12 frames spread over each with the defaults, and of still pictures.
+
+        Frames in an array are taken as they are, spread if there are more.
+        """
         return self.encode((_seen(video, self.frames) for video in _listed(videos)), [])["v"].to(self.device)
 
     @torch.no_grad()
@@ -106,20 +119,33 @@ class CLIP4VLA(Model, ModelHubMixin):
     ) -> Tensor:  # fmt: skip
         """Scores (N, M) of texts and media: cosines of vectors (N, D), (M, D); or of texts and files what the head gives.
 
-        A model without a head for retrieval compares with the mean of a file's y^g and z^g, as global_global does.
+        A model without a head for retrieval compares with the mean of a file's y^g and z^g, as global_global does. A file
+        with nothing that the model reads has 0, with local_local minus infinity.
         """
         if isinstance(texts, Tensor) and isinstance(media, Tensor):
-            return F.normalize(texts.float(), dim=-1) @ F.normalize(media.float(), dim=-1).T
+            return F.normalize(texts.float(), dim=-1) @ F.normalize(media.to(texts.device).float(), dim=-1).T
         if isinstance(texts, Tensor) or isinstance(media, Tensor):
             raise UserError("similarity: give vectors of both sides, or texts and files")
         head = self.head if isinstance(self.head, fusion.Head) else fusion.GlobalToGlobal(self.cfg)
+        said = _texts(texts)
+        columns = [torch.zeros(len(said), 0, device=self.device)]
         if isinstance(head, fusion.LocalToLocal):
-            tokens = self._tokenize(_texts(texts)).to(self.device)
+            columns += [self._pairs(head, said, parts) for parts in self._parts(media, audio_type)]
+        else:
+            sentence = self.encode_text(said)
+            columns += [sentence @ head(parts).float().T for parts in self._parts(media, audio_type)]
+        return torch.cat(columns, 1)
+
+    def _pairs(self, head: fusion.LocalToLocal, texts: list[str], parts: list[fusion.Sequence]) -> Tensor:
+        """Scores (N, B) of the head for each text with each clip."""
+        rows = [torch.zeros(0, len(parts[0].there), device=self.device)]
+        for i in range(0, len(texts), TEXTS):
+            tokens = self._tokenize(texts[i : i + TEXTS]).to(self.device)
             sentence, words = self.encode_tokens(tokens)
-            read = head.words(sentence, fusion.Sequence(fusion.TEXT, words, towers.words_there(self.text, tokens)))
-            return torch.cat([head(read, parts) for parts in self._parts(media, audio_type)], 1)
-        sentence = self.encode_text(texts)
-        return torch.cat([sentence @ head(parts).float().T for parts in self._parts(media, audio_type)], 1)
+            read = fusion.Sequence(fusion.TEXT, words, towers.words_there(self.text, tokens))
+            rows.append(head(head.words(sentence, read), parts))
+        nothing = ~torch.cat([part.there for part in parts], 1).any(1)
+        return torch.cat(rows).masked_fill(nothing, -torch.inf)
 
     @torch.no_grad()
     def caption(
@@ -143,7 +169,7 @@ class CLIP4VLA(Model, ModelHubMixin):
     @torch.no_grad()
     def classify(
         self, media: Clip | list[Clip], labels: Sequence[str] | None = None, audio_type: str | float | None = None,
-        templates: Sequence[str] | None = None,
+        templates: str | Sequence[str] | None = None,
     ) -> Tensor:  # fmt: skip
         """Probabilities (N, K) of labels: by their names in sentences (zero-shot), or without labels by a trained classifier.
 
@@ -152,20 +178,22 @@ class CLIP4VLA(Model, ModelHubMixin):
         if labels is None:
             if not isinstance(self.head, Classifier):
                 raise UserError("classify: name the labels; this model has no classifier that was trained on some")
-            return torch.cat([self.head(parts).softmax(1) for parts in self._parts(media, audio_type)])
-        names = class_vectors(self, self._tokenize, labels, templates or ClassifyConfig().templates)
-        head = fusion.GlobalToGlobal(self.cfg)
+            rows = [torch.zeros(0, len(self.cfg.labels), device=self.device)]
+            return torch.cat(rows + [self.head(parts).softmax(1) for parts in self._parts(media, audio_type)])
+        if isinstance(labels, str) or not len(labels):
+            raise UserError("classify: labels are a list of names, one at least")
+        sentences = [templates] if isinstance(templates, str) else templates or ClassifyConfig().templates
+        names, head = class_vectors(self, self._tokenize, _texts(labels), sentences), fusion.GlobalToGlobal(self.cfg)
         scale = self.log_scale.float().exp() if self.cfg.learn_temperature else 1 / self.cfg.temperature
-        return torch.cat([(scale * head(p).float() @ names.T).softmax(1) for p in self._parts(media, audio_type)])
+        rows = [torch.zeros(0, len(names), device=self.device)]
+        return torch.cat(
+            rows + [(scale * head(p).float() @ names.T).softmax(1) for p in self._parts(media, audio_type)]
+        )
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.log_scale.device
-
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """What save_pretrained writes as README.md."""
-        return model_card.card(self)
 
     @property
     def dim(self) -> int:
@@ -183,20 +211,25 @@ class CLIP4VLA(Model, ModelHubMixin):
 
     def _parts(self, media: Clip | list[Clip], audio_type: str | float | None) -> Iterator[list[fusion.Sequence]]:
         """What the head reads of the clips, by batches."""
-        token, clips = self._token(audio_type), (_clip(clip, self) for clip in _listed(media))
+        token, clips = self._token(audio_type), (_fitting(_clip(clip, self), self) for clip in _listed(media))
         for batch in inputs.batches(clips, self.spectrogram, self.frames):
-            yield self.media(batch.to(self.device), audio_type=token)
+            yield [fusion.not_empty(part) for part in self.media(batch.to(self.device), audio_type=token)]
 
 
-def _found(name: File, download: dict[str, Any]) -> Path:
-    """The folder with the weights; from the hub if there is no such folder, and the name may be one there."""
+def found(name: File) -> Path | None:
+    """The folder with the weights of a model, or of the newest checkpoint of a run; None if there is no such folder."""
     folder = Path(name)
-    if folder.is_dir():
-        runs = sorted(folder.glob("checkpoints/step-*/model.safetensors"))
-        return runs[-1].parent if runs and not (folder / "model.safetensors").is_file() else folder
+    runs = sorted(folder.glob("checkpoints/step-*/model.safetensors"))
+    if runs and not (folder / "model.safetensors").is_file():
+        return runs[-1].parent
+    return folder if folder.is_dir() else None
+
+
+def _downloaded(name: File, **words: Any) -> Path:
+    """The folder with what the hub has under this name."""
     try:
         files = ["config.json", "model.safetensors", "README.md"]
-        return Path(snapshot_download(str(name), allow_patterns=files, **download))
+        return Path(snapshot_download(str(name), allow_patterns=files, **words))
     except Exception as error:  # the hub's library and those below it raise many kinds
         why = " ".join(str(error).split())[:200]
         raise UserError(f"{name}: no such folder, and the hub does not give a model of that name ({why})") from None
@@ -230,6 +263,16 @@ def _clip(clip: Clip, model: Model) -> Input:
     return Input(seen.frames, heard.segments, heard.rows)
 
 
+def _fitting(clip: Input, model: Model) -> Input:
+    """The clip; UserError if the model's head has too few positions for it."""
+    for kind, things, room in (
+        ("frames", clip.frames, model.cfg.max_frames), ("segments", clip.segments, model.spectrogram.max_segments),
+    ):  # fmt: skip
+        if hasattr(model.head, "encoder") and things is not None and len(things) > room:
+            raise UserError(f"a clip of {len(things)} {kind}: the model's head reads {room} at most")
+    return clip
+
+
 def _read(path: File, model: Model, kinds: str) -> Input:
     with _naming(path):
         return inputs.read(path, model.spectrogram, model.frames, kinds)
@@ -242,29 +285,32 @@ def _naming(what: Any) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{what}: {error}") from None
 
 
 def _windows(sound: Sound, rate: int | None, whole: bool, spec: SpectrogramConfig) -> Iterator[Input]:
     """One clip, or if the sound is longer and `whole` several."""
     if isinstance(sound, tuple):
+        if len(sound) != 2 or not isinstance(sound[0], Wave):
+            raise UserError("encode_audio: a tuple is a waveform and its rate in Hz; give several sounds as a list")
         sound, rate = sound
-    with _naming(sound if isinstance(sound, str | os.PathLike) else "a waveform"):
-        if isinstance(sound, str | os.PathLike):
-            if whole:
-                yield from (window for *_, window in inputs.windows(sound, spec))
-            else:
-                yield inputs.read(sound, spec, FramesConfig(), "a")
-        else:
+    with _naming(sound if isinstance(sound, File) else "a waveform"):
+        if isinstance(sound, Wave):
             yield from inputs.windows_of(torch.as_tensor(sound), rate, spec, whole)
+        elif not isinstance(sound, File):
+            raise ValueError(f"neither a file nor samples, but {type(sound).__name__}")
+        elif whole:
+            yield from (window for *_, window in inputs.windows(sound, spec))
+        else:
+            yield inputs.read(sound, spec, FramesConfig(), "a")
 
 
 def _seen(video: Pictures, frames: FramesConfig) -> Input:
-    if isinstance(video, Image.Image):
-        return inputs.of_image(video, frames.size)
-    if not isinstance(video, str | os.PathLike):
-        with _naming("encode_video"):
-            return inputs.of_frames(np.asarray(video), frames.size)
-    with _naming(video):
-        return inputs.read(video, SpectrogramConfig(), frames, "v")
+    with _naming(video if isinstance(video, File) else "a picture"):
+        if isinstance(video, Image.Image):
+            return inputs.of_image(video, frames.size)
+        if isinstance(video, File):
+            return inputs.read(video, SpectrogramConfig(), frames, "v")
+        pixels = np.asarray(video.cpu() if isinstance(video, Tensor) else video)
+        return inputs.of_frames(inputs.spread(pixels, frames.max_frames), frames.size)

@@ -51,6 +51,14 @@ def sequence(kind: int, packed: Tensor, owner: Tensor, count: int, most: int | N
     return Sequence(kind, out, torch.arange(most, device=owner.device) < each[:count, None])
 
 
+def not_empty(part: Sequence) -> Sequence:
+    """The same, with a place of padding if there is none at all, which an encoder cannot read."""
+    if part.there.shape[1]:
+        return part
+    vectors = part.vectors.new_zeros(len(part.there), 1, part.vectors.shape[2])
+    return Sequence(part.kind, vectors, part.there.new_zeros(len(part.there), 1))
+
+
 def pooled(part: Sequence) -> Tensor:
     """Unit vectors (B, D), fp32: each thing to unit length, mean, to unit length again; zero where there is none."""
     return F.normalize((F.normalize(part.vectors.float(), dim=-1) * part.there[..., None]).sum(1), dim=-1)
@@ -170,7 +178,7 @@ class LocalToLocal(nn.Module):
         lengths = torch.stack([part.there.sum(1) for part in parts]).sum(0)
         captions, clips = words.there.sum(1).argsort(), lengths.argsort()
         pairs = max(
-            1, TOKENS[words.there.device.type] // sum(self.encoder.room.values())
+            1, TOKENS.get(words.there.device.type, TOKENS["cpu"]) // sum(self.encoder.room.values())
         )  # as many tiles on any rank: ZeRO-3
         height = max(1, math.isqrt(pairs))
         strips = [

@@ -208,6 +208,10 @@ class Index:
 
     def __init__(self, folder: str | Path):
         self.folder, self.store = Path(folder), Store(folder)
+        if self.store.get("identity") is None:
+            raise UserError(
+                f"{folder}: nothing in it: its first build did not begin; run python -m clip4vla.search build"
+            )
         self.parts: list[str] = self.store.get("parts")
         self.dim: int = self.store.get("dim")
         self.model: str = self.store.get("model")
@@ -241,7 +245,8 @@ class Index:
         that an item lacks counts 0. ratio: share of [NB], cos(q, z) = (1 - ratio) cos(q, z_vb) + ratio cos(q, z_nb); None: the
         token that the model was trained with. Scores are exact in the stored vectors, whatever the kind of the index.
         """
-        query = np.asarray(vector, np.float32).reshape(-1)
+        on_cpu = vector if isinstance(vector, np.ndarray) else vector.detach().float().cpu()
+        query = np.asarray(on_cpu, np.float32).reshape(-1)
         if len(query) != self.dim:
             raise UserError(f"{self.folder}: vectors of {self.dim} numbers, the query has {len(query)}")
         length = np.linalg.norm(query)

@@ -17,7 +17,7 @@ import numpy as np
 from clip4vla import inputs, vector_index
 from clip4vla.api import CLIP4VLA
 from clip4vla.config import UserError
-from clip4vla.index import Row, Store, identity, must_be_of
+from clip4vla.index import ITEMS, Index, Row, Store, identity, must_be_of
 from clip4vla.inputs import Input
 from clip4vla.settings import to_dict
 from clip4vla.shards import write_text
@@ -55,20 +55,23 @@ def opened(folder: Path) -> Iterator[Store]:
 
 
 def build(
-    model: CLIP4VLA, name: str, places: Sequence[str], folder: Path, types: Sequence[str] = (), budget: float = 4e9
-) -> Counts:
+    model: CLIP4VLA, name: str, places: Sequence[str], folder: Path, types: Sequence[str] = (), budget: float = 4e9,
+    retry: bool = False,
+) -> Counts:  # fmt: skip
     """Bring the index in a folder up to what there is at these places now; what it has from elsewhere stays.
 
     name: of the model, where a query finds it; types: tokens that sounds are stored under, by default vb, nb and the model's
-    own; budget: bytes of memory for the faiss index.
+    own; budget: bytes of memory for the faiss index; retry: read the files and shards again that had damage.
     """
     vector_index.faiss()  # better known now than after hours
     roots = [find(where, model) for where in places]
+    for where, (root, sources) in zip(places, roots, strict=True):
+        if not sources:
+            _must_be_new(where, root, folder)
     with opened(folder) as store:
-        for where, (root, sources) in zip(places, roots, strict=True):
-            if not sources and not store.sources(root):
-                raise UserError(f"{where}: neither videos, sounds, pictures nor shards in it")
         _describe(store, folder, model, name, types)
+        if retry:
+            store.change({damage["place"] for damage in store.damage()}, [])
         counts = _compare(store, roots)
         found = {source.place: source for _, sources in roots for source in sources}
         known = {place: row for root, _ in roots for place, row in store.sources(root).items()}
@@ -81,9 +84,19 @@ def build(
     return counts
 
 
+def _must_be_new(where: str, root: str, folder: Path) -> None:
+    """Nothing is there to index, which is a UserError: of what was there once, an unmounted disk shows nothing too."""
+    if (folder / ITEMS).is_file() and Store(folder).sources(root):
+        raise UserError(
+            f"{where}: nothing in it now, and clips of it in {folder}: is a disk missing? "
+            "python -m clip4vla.search drop takes them out"
+        )
+    raise UserError(f"{where}: neither videos, sounds, pictures nor shards in it")
+
+
 def drop(places: Sequence[str], folder: Path, budget: float) -> int:
     """Take what lies at these places (files, folders, URLs) out of an index; how many sources that were."""
-    Store(folder)  # there must be one
+    Index(folder)  # there must be one
     with opened(folder) as store:
         roots = [where.rstrip("/") if "://" in where else str(Path(where).resolve()) for where in places]
         gone = {place for root in roots for place in store.sources(root)}

@@ -84,12 +84,15 @@ def windows(
 
 def windows_of(wave: Tensor, rate: int | None, spec: SpectrogramConfig, whole: bool = True) -> Iterator[Input]:
     """The same of samples (T,) or (channels, T); not `whole`: their centre alone. ValueError for what is no waveform."""
-    wave = wave.detach().float().cpu()
+    wave = wave.detach().cpu()
     wave = wave[None] if wave.ndim == 1 else wave
-    if not rate or rate < 1 or wave.ndim != 2 or not wave.numel() or not wave.isfinite().all():
+    shaped = wave.ndim == 2 and 0 < wave.shape[0] <= wave.shape[1] and wave.is_floating_point()
+    if not shaped or not wave.isfinite().all() or not rate or rate < 1 or rate != int(rate):
+        told = f"{tuple(wave.shape)}, {wave.dtype}, {rate} Hz"
         raise ValueError(
-            f"samples are (T,) or (channels, T), finite, with their rate in Hz; these are {tuple(wave.shape)}, {rate} Hz"
+            f"samples are (T,) or (channels, T), floats in -1..1, with their rate in whole Hz; these are {told}"
         )
+    wave, rate = wave.float(), int(rate)
     total, most = wave.shape[1] / rate, longest(spec)
     centre = max(0.0, (total - most) / 2)
     for begin, finish in edges(0.0, total, most, _segment(spec)) if whole else [(centre, min(total, centre + most))]:
@@ -113,6 +116,13 @@ def of_frames(frames: np.ndarray, size: int) -> Input:
     if frames.shape[1:3] != (size, size):
         frames = np.stack([_cropped(Image.fromarray(frame), size) for frame in frames])
     return Input(torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2))
+
+
+def spread(frames: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the frames (F, ..), the middles of equal parts."""
+    if len(frames) <= most:
+        return frames
+    return frames[((np.arange(most) + 0.5) * len(frames) / most).astype(int)]
 
 
 def of_image(image: Image.Image, size: int) -> Input:

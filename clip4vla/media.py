@@ -88,7 +88,7 @@ def listen(
         stream = _sound_stream(file)
         if not stream:
             raise ValueError("no sound in it")
-        begin, length = start or 0.0, _length(file, stream)
+        begin, length = start or 0.0, _length(file, _video_stream(file) or stream)
         finish = length if end is None else min(end, length)
         if begin >= finish:
             raise ValueError(f"the interval begins at {begin:g} s, the medium ends at {length:.2f} s")
@@ -128,7 +128,7 @@ def _interval(file, start, end, frames, longest, skip) -> Clip:
     sound = _sound_stream(file)
     if not video and not sound:
         raise ValueError("neither pictures nor sound in it" if frames else "no sound in it")
-    length = _length(file, video or sound)
+    length = _length(file, _video_stream(file) or sound)  # also where the pictures are not wanted: it is the same clip
     finish = length if end is None else min(end, length)
     if start >= finish:
         raise ValueError(f"the interval begins at {start:g} s, the medium ends at {length:.2f} s")

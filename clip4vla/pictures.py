@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from clip4vla.config import UserError
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".svg")
 
 
@@ -22,7 +24,10 @@ def read_picture(path: Path, size: int) -> np.ndarray:
 
 def fitted(image: Image.Image, size: int) -> np.ndarray:
     """A picture as (size, size, 3) uint8: upright, transparency on white, aspect ratio kept, padded with white."""
-    rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would cut them off at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     flat = Image.alpha_composite(white, rgba).convert("RGB")
     return np.asarray(ImageOps.pad(flat, (size, size), Image.Resampling.BICUBIC, color="white"))
@@ -30,8 +35,11 @@ def fitted(image: Image.Image, size: int) -> np.ndarray:
 
 def _render_svg(path: Path, size: int) -> bytes:
     """PNG bytes, twice as wide as needed; a drawing may hold entities and pictures, but fetches none."""
-    from cairosvg.surface import PNGSurface
-    from cairosvg.url import fetch
+    try:
+        from cairosvg.surface import PNGSurface
+        from cairosvg.url import fetch
+    except ImportError:
+        raise UserError("drawings (.svg) need cairosvg: pip install 'clip4vla[train]' or 'clip4vla[web]'") from None
 
     def fetch_embedded(url: str, kind: str) -> bytes:
         if not url.startswith("data:"):

@@ -58,6 +58,9 @@ def arguments() -> argparse.ArgumentParser:
     query.add_argument("--json", action="store_true")
     for command in (build, query):
         command.add_argument("--device", help="default: cuda if there is one")
+    build.add_argument(
+        "--retry-damaged", action="store_true", help="read what could not be read, as a disk may be back"
+    )
     info = commands.add_parser("info", help="what an index holds, as JSON")
     info.set_defaults(run=run_info)
     info.add_argument("index", type=Path, metavar="IDX")
@@ -84,7 +87,8 @@ def run_build(args: argparse.Namespace) -> None:
 
     vector_index.faiss()
     model = load(args.model, args.device)
-    counts = build(model, named(args.model), args.places, args.out, args.types, args.memory_gb * 1e9)
+    again = args.retry_damaged
+    counts = build(model, named(args.model), args.places, args.out, args.types, args.memory_gb * 1e9, again)
     print(", ".join(f"{count} {name}" for name, count in counts._asdict().items()) + " files or shards")
     print(describe(args.out))
 
@@ -170,8 +174,11 @@ def load(name: str, device: str | None) -> "CLIP4VLA":
 
 
 def named(model: str) -> str:
-    """A folder by its absolute path: a query may be asked from anywhere."""
-    return str(Path(model).resolve()) if Path(model).exists() else model
+    """A folder by its absolute path, of a run that of the checkpoint: a query may be asked from anywhere, and later."""
+    from clip4vla.api import found
+
+    folder = found(model)
+    return str(folder.resolve()) if folder else model
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Searcher:
         self.weight = 0.5 if self.weighed else float(counts["with_sound"] > 0)
         self.typed = bool(counts["with_sound"]) and {"vb", "nb"} <= set(index.parts)
         media = [f"{counts[f'with_{kind}']:,} with {kind}" for kind in ("pictures", "sound")]
-        self.facts = [f"{counts['items']:,} clips", *media, f"model {'/'.join(Path(index.model).parts[-2:])}"]
+        self.facts = [f"{counts['items']:,} clips", *media, f"model {_short(index.model)}"]
 
     def examples(self) -> list[str]:
         """First captions of some clips."""
@@ -203,6 +203,12 @@ def main() -> None:
     model = search.load(name, args.device)
     index.must_fit(model, name)
     serve(index, model, listener, args.max_upload)
+
+
+def _short(model: str) -> str:
+    """A model's folder by the end of its path, of a checkpoint with its run's name."""
+    parts = Path(model).parts
+    return "/".join(parts[-3:] if "checkpoints" in parts[-2:-1] else parts[-2:])
 
 
 def _listener(host: str, port: int) -> socket.socket:

@@ -6,6 +6,7 @@ name that points here (DNS rebinding), and no form of another site can send to i
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +25,11 @@ HEADERS = {  # the browser itself refuses to ask another host; gradio's template
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+
+
+def _plain(path: str) -> bool:
+    """Is it the path of a file of gradio's own?"""
+    return ".." not in path and len(path) < 256 and re.fullmatch(r"[\w./~+@-]*", path, re.ASCII) is not None
 
 
 class Guard:
@@ -60,14 +66,14 @@ class Guard:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope.get("headers", ())}
         host, path = headers.get("host", ""), scope["path"]
         origin = headers.get("origin", f"http://{host}")
-        if scope["type"] != "http" or not (path in PAGE + CALLS or path.startswith(UNDER) and ".." not in path):
+        if scope["type"] != "http" or not (path in PAGE + CALLS or path.startswith(UNDER) and _plain(path)):
             return 404
         if urlsplit(origin).netloc != host or self.local and urlsplit(f"//{host}").hostname not in LOCAL:
             return 403
         if scope["method"] in ("GET", "HEAD"):
             return 0
         size = headers.get("content-length", "")
-        if not size.isdigit():
+        if not size.isdigit() or "transfer-encoding" in headers:  # which would count for more than the length
             return 411
         return 413 if int(size) > (self.limit if path == API + "upload" else BODY) else 0
 

@@ -44,7 +44,7 @@ from data_prep.pool import NO_ITEM, At, work  # noqa: E402
 from data_prep.progress import Progress, estimate  # noqa: E402
 
 DEFAULT = "configs/data/stamps.yaml"
-VERSION = 2  # raise it when the same media and settings give other bytes: shards are then made again
+VERSION = 3  # raise it when the same media and settings give other bytes: shards are then made again
 
 
 @cli

@@ -1,5 +1,6 @@
 """The Python API: files, waveforms and pictures to vectors, the same alone and in any batch, and as shards give them."""
 
+import io
 import json
 import os
 import re
@@ -191,12 +192,20 @@ def test_waveforms_and_pictures_are_taken_in_every_usual_form(model, video):
     near(model.encode_video(wide), model.encode_video(np.full((2, 224, 224, 3), 255, np.uint8)), 1e-3)
     silent = model.encode_audio([np.zeros(16000), samples(SOUNDS[0])[0].numpy()], 16000)
     assert not silent[0].any() and silent[1].any()
+    many = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3), dtype=np.uint8)
+    near(model.encode_video(many), model.encode_video(many[2::5]))  # the middles of twelve parts
+    near(model.encode_audio(sounds[0][0], float(sounds[0][1])), want[:1])
+    grey = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    eight = Image.fromarray((grey / 257).round().astype(np.uint8))
+    near(model.encode_video(Image.fromarray(grey)), model.encode_video(eight), 1e-3)
     assert model.encode_text([]).shape == model.encode_audio([]).shape == model.encode_video([]).shape == (0, 64)
 
 
 def test_what_cannot_be_read_is_named_in_one_line(model, tmp_path):
     (tmp_path / "noise.wav").write_bytes(os.urandom(2000))
     (tmp_path / "page.png").write_text("no picture")
+    cut = Image.open(io.BytesIO(Path(STILLS[0]).read_bytes()[:2000]))
+    frames = torch.zeros(13, 3, 224, 224, dtype=torch.uint8)
     for call, said in (
         (lambda: model.encode_audio(tmp_path / "gone.wav"), "gone.wav: unreadable media"),
         (lambda: model.encode_audio([SOUNDS[0], tmp_path / "noise.wav"]), "noise.wav: "),
@@ -210,6 +219,15 @@ def test_what_cannot_be_read_is_named_in_one_line(model, tmp_path):
         (lambda: model.encode_video(np.zeros((4, 4, 3), np.uint8)), "frames are (F, H, W, 3) uint8"),
         (lambda: model.encode_text([1]), "texts are strings"),
         (lambda: model.similarity("a dog", torch.zeros(1, 64)), "vectors of both sides"),
+        (lambda: model.encode_audio(np.ones((32000, 2)), 16000), "a waveform: samples are"),
+        (lambda: model.encode_audio(np.ones(32000, np.int16), 16000), "a waveform: samples are"),
+        (lambda: model.encode_audio(np.ones(32000), 16000.5), "a waveform: samples are"),
+        (lambda: model.encode_audio((SOUNDS[0], SOUNDS[1])), "give several sounds as a list"),
+        (lambda: model.encode_audio([None]), "neither a file nor samples"),
+        (lambda: model.encode_video(cut), "a picture: "),
+        (lambda: model.classify(STILLS[0], "dog"), "labels are a list of names"),
+        (lambda: model.classify(STILLS[0], []), "labels are a list of names"),
+        (lambda: make(fusion="global_local").similarity("a", inputs.Input(frames)), "of 13 frames: the model's head reads 12"),
         (lambda: model.caption(STILLS[0]), "has no captioner"),
         (lambda: model.classify(STILLS[0]), "name the labels"),
         (lambda: make(fusion="captioner").caption(STILLS[0], beamz=2), "decode.beamz"),
@@ -219,6 +237,35 @@ def test_what_cannot_be_read_is_named_in_one_line(model, tmp_path):
         with pytest.raises(UserError) as error:
             call()
         assert said in str(error.value) and "\n" not in str(error.value), str(error.value)
+
+
+def test_a_videos_sound_ends_with_its_pictures_as_in_shards(model, video, tmp_path):
+    """Containers whose sound is longer or shorter: the clip that is heard is the clip that is seen."""
+    for name, seconds in (("longer", 5), ("shorter", 2)):
+        path = tmp_path / f"{name}.mp4"
+        sound = ["-f", "lavfi", "-i", f"sine=f=440:r=16000:d={seconds},tremolo=f=3"]
+        words = ["ffmpeg", "-v", "error", "-t", "3", "-i", video, *sound, "-map", "0:v", "-map", "1:a", str(path)]
+        assert subprocess.run(words).returncode == 0
+        shard = inputs.read(path, model.spectrogram, model.frames)
+        near(model.encode_audio(path), model.encode([shard], ["both"])["both"])
+        near(model.encode_audio(path, whole=False), model.encode_audio(path))
+
+
+def test_nothing_to_compare_and_nothing_to_hear(tmp_path):
+    silent = str(tmp_path / "silent.wav")
+    with wave.open(silent, "wb") as out:
+        out.setparams((1, 2, 16000, 0, "NONE", ""))
+        out.writeframes(bytes(32000))
+    for head in ("global_global", "global_local", "local_local"):
+        model = make(fusion=head)
+        assert model.similarity(["a", "b"], []).shape == (2, 0) and model.similarity([], [SOUNDS[0]]).shape == (0, 1)
+        alone, beside = model.similarity("a", silent), model.similarity("a", [silent, SOUNDS[0]])
+        assert alone.item() == beside[0, 0].item() == (-torch.inf if head == "local_local" else 0)
+    assert (
+        make(fusion="captioner").caption([]) == [] and len(make(fusion="captioner").caption(silent, max_tokens=3)) == 1
+    )
+    assert model.classify([], ["a", "b"]).shape == (0, 2)
+    near(model.classify(silent, ["a", "b"], templates="the sound of {}"), torch.full((1, 2), 0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -292,6 +339,10 @@ def test_a_saved_model_comes_back_and_the_hub_gives_what_was_pushed(model, tmp_p
     text = model.encode_text("a dog")
     assert torch.equal(CLIP4VLA.from_pretrained(tmp_path / "saved").encode_text("a dog"), text)
     model.save_pretrained(tmp_path / "saved")  # again, over it
+    broken = make()
+    broken.log_scale.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="not finite"):
+        broken.save_pretrained(tmp_path / "saved")  # what is there stays
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "saved").rename(tmp_path / "run/checkpoints/step-00000002")
     assert torch.equal(CLIP4VLA.from_pretrained(tmp_path / "run").encode_text("a dog"), text)

@@ -25,6 +25,7 @@ from safetensors.torch import save_model
 from clip4vla import CLIP4VLA, inputs
 from clip4vla.config import ModelConfig, SpectrogramConfig
 from clip4vla.index import Index
+from clip4vla.indexing import opened
 from clip4vla.media import read_clip
 from clip4vla.model import Model
 from clip4vla.search import main
@@ -328,7 +329,9 @@ def test_mistakes_are_one_line(built, model_folder, tmp_path, capsys):
     idx, lib, shards = built
     other, empty, locked = saved(tmp_path / "other", seed=1), tmp_path / "empty", tmp_path / "locked"
     empty.mkdir(), locked.mkdir()
-    lock = open(locked / "lock", "w")
+    lock, begun = open(locked / "lock", "w"), tmp_path / "begun"
+    with opened(begun):
+        pass
     fcntl.flock(lock, fcntl.LOCK_EX)
     build, query = ("build", "--model", model_folder, "--out"), ("query", "--index", idx)
     for words, said in (
@@ -336,6 +339,9 @@ def test_mistakes_are_one_line(built, model_folder, tmp_path, capsys):
         (("build", "--model", other, "--out", idx, lib), "an index of another model"),
         ((*build, idx, lib, "--types", "vb"), "has vb nb both: leave it out"),
         ((*build, tmp_path / "new", empty), "neither videos, sounds, pictures nor shards in it"),
+        (("query", "--index", tmp_path / "new", "a"), "no index there"),
+        (("query", "--index", begun, "a"), "its first build did not begin"),
+        (("drop", "--index", begun, lib), "its first build did not begin"),
         ((*build, tmp_path / "new", tmp_path / "absent"), "no such file or folder"),
         ((*build, tmp_path / "new", lib / "notes.txt"), "neither a video, a sound nor a picture by its name (.txt)"),
         ((*build, locked, lib), "another build writes to it"),
@@ -357,6 +363,47 @@ def test_mistakes_are_one_line(built, model_folder, tmp_path, capsys):
             error
         )
     assert not (tmp_path / "new" / "items.sqlite").exists() or not list((tmp_path / "new").glob("index-*"))
+
+
+def test_a_missing_disk_takes_nothing_out_and_damage_is_read_again_when_asked(model_folder, tmp_path, capsys):
+    disk, idx = tmp_path / "disk", tmp_path / "idx"
+    disk.mkdir()
+    shutil.copy(sorted((ROOT / "tests/sample").rglob("*.png"))[0], disk / "good.png")
+    (disk / "away.png").write_bytes(b"")
+    build = ("build", "--model", model_folder, "--out", idx, disk)
+    call(*build)
+    state, stat = Index.open(idx).store.sources(str(disk)), (disk / "away.png").stat()
+    assert len(state) == 2 and len(Index.open(idx)) == 1
+    (disk / "away.png").write_bytes(
+        (disk / "good.png").read_bytes()
+    )  # as if it had been there: its state is what it was
+    with sqlite3.connect(idx / "items.sqlite") as db:
+        size = (disk / "good.png").stat().st_size
+        db.execute("UPDATE sources SET state = ? WHERE place LIKE '%away.png'", (f"{size} {stat.st_mtime_ns}",))
+    os.utime(disk / "away.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    call(*build)
+    assert len(Index.open(idx)) == 1
+    call(*build, "--retry-damaged")
+    index = Index.open(idx)
+    assert len(index) == 2 and not index.store.counts()["damaged"]
+    assert len(index.search(torch.ones(64, requires_grad=True, dtype=torch.bfloat16), 5)) == 2
+    for file in disk.iterdir():
+        file.unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        call(*build)
+    assert "is a disk missing?" in capsys.readouterr().err and len(Index.open(idx)) == 2
+
+
+def test_a_run_is_indexed_with_the_checkpoint_that_was_its_newest(model_folder, tmp_path, capsys):
+    steps = tmp_path / "run/checkpoints"
+    shutil.copytree(model_folder, steps / "step-00000001")
+    picture = sorted((ROOT / "tests/sample").rglob("*.png"))[0]
+    call("build", picture, "--model", tmp_path / "run", "--out", tmp_path / "idx")
+    saved(steps / "step-00000002", seed=1)
+    capsys.readouterr()
+    call("query", "a dog", "--index", tmp_path / "idx")
+    assert picture.name in capsys.readouterr().out
 
 
 def test_the_plan_prints_its_formula_and_marks_what_is_taken(capsys):
