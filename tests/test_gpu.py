@@ -1,5 +1,5 @@
 """What only a GPU can show: every precision under every shipped DeepSpeed config, torch.compile, NCCL, mixed decoding,
-embed.py, fine-tuning with each head, captions, classification, and the loss at N = 32768.
+embed.py, fine-tuning with each head, captions, classification, the loss at N = 32768, and the Python API.
 
 python -m pytest -m gpu tests/test_gpu.py        # on a machine with one GPU; with two, NCCL too
 """
@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, ranks, run, trace
+from test_api import SOUNDS, STILLS, make
 from test_finetune import SCRIPT
 from test_train import SHIPPED
 
+from clip4vla import CLIP4VLA, inputs
 from clip4vla.config import DataSources, MaskConfig
 from clip4vla.loader import EvalOrder, Loader, open_folders
 from clip4vla.losses import info_nce
@@ -204,3 +206,25 @@ def _sum_log(a: torch.Tensor, b: torch.Tensor, scale: float) -> float:
         logits = scale * a[i : i + 1024].double() @ b.double().T
         total += float((logits.logsumexp(1) - logits.diagonal(i)).sum())
     return total
+
+
+@pytest.mark.parametrize("head", ["global_global", "global_local", "local_local", "captioner"])
+@pytest.mark.parametrize(
+    "dtype, close", [(torch.float32, 0.9999), (torch.bfloat16, 0.995), (torch.float16, 0.999)], ids=str
+)
+def test_the_api_gives_what_it_gives_on_a_cpu(head, dtype, close, tmp_path):
+    model = make(fusion=head)
+    model.save_pretrained(tmp_path)
+    there = CLIP4VLA.from_pretrained(tmp_path, device="cuda", dtype=dtype)
+    sounds = [*SOUNDS[:3], (torch.zeros(16000) + torch.linspace(-1, 1, 16000), 16000)]
+    for name, things in (("text", ["a dog", "a cat"]), ("audio", sounds), ("video", STILLS[:3])):
+        got, want = (getattr(m, f"encode_{name}")(things) for m in (there, model))
+        assert got.device.type == "cuda" and F.cosine_similarity(got.cpu(), want).min() > close
+    media = [(STILLS[0], SOUNDS[0]), SOUNDS[1], (STILLS[1], None)]
+    assert there.similarity(["a dog", "a cat"], media).shape == (2, 3)
+    clips = [inputs.read(sound, there.spectrogram, there.frames, "a") for sound in SOUNDS[:2]]
+    assert there.similarity(there.encode_text("a dog"), there.encode(clips, ["both"])["both"]).shape == (1, 2)
+    frames = torch.zeros(2, 64, 64, 3, dtype=torch.uint8, device="cuda")
+    assert there.encode_video(frames).shape == (1, 64) and there.classify(media, ["a", "b"]).shape == (3, 2)
+    if head == "captioner":
+        assert len(there.caption(media, beams=2, max_tokens=4)) == 3
