@@ -58,6 +58,7 @@ setup(
             "pdoc",
             "build",
             "scipy",
+            "markdown-it-py",
             *SERVER,
         ],
     },
