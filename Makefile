@@ -3,13 +3,14 @@
 # make lint   ruff and mypy
 # make api    the API reference, from the docstrings: build/api/index.html
 # make dist   wheel and sdist: dist/
+# make faults hours of kills, full disks, damaged files and long runs: docs/reliability.md (as root, Debian)
 # All need Python 3.11-3.12 with venv, and git. PYTHON and VENV can be set.
 PYTHON ?= python3
 VENV ?= .venv
 SET ?= stamps
 TOOLS = chromium default-jre-headless ffmpeg munge slurmctld slurmd slurm-client
 .DELETE_ON_ERROR:
-.PHONY: demo test lint api dist
+.PHONY: demo test lint api dist faults
 
 demo: $(VENV)/installed
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash launch/demo.sh $(SET)
@@ -29,6 +30,9 @@ api: $(VENV)/installed
 
 dist: $(VENV)/installed
 	@$(VENV)/bin/python -m build --no-isolation
+
+faults: $(VENV)/installed
+	@PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONPATH=tests python -m faults
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -24,7 +24,7 @@ from clip4vla.exhibits import encoded
 from clip4vla.features import Features
 from clip4vla.loader import open_folders
 from clip4vla.model import Model
-from clip4vla.shards import write_text
+from clip4vla.shards import write_bytes, write_text
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1e3)
 TOKENS = ("vb", "nb")
@@ -47,7 +47,7 @@ def analyse(cfg: RunConfig) -> None:
         write_text(out / "types.json", json.dumps({"probes": judged, "queries": queries}, indent=1))
         write_text(out / "types.csv", _csv(both["test"]["vb"].clips, verbal))
         plot = figure(both["test"], cfg.seed)
-        (out / "types.png").write_bytes(encoded(lambda buffer: plot.savefig(buffer, format="png")))
+        write_bytes(out / "types.png", encoded(lambda buffer: plot.savefig(buffer, format="png")))
         print(_table(judged, queries) + f"\n{out}: types.json, types.csv, types.png")
     distributed.barrier()
 

@@ -12,9 +12,10 @@ from clip4vla.classifier import label_of
 from clip4vla.config import FramesConfig, ModelConfig, RunConfig, SpectrogramConfig, UserError
 from clip4vla.evaluation import check_evaluation
 from clip4vla.flops import towers_run
-from clip4vla.loader import Loader, TrainOrder, check_fingerprint, open_folders
+from clip4vla.loader import Loader, check_fingerprint, open_folders
 from clip4vla.losses import TERMS
 from clip4vla.model import Model, must_have_room, needed_towers, uses_head
+from clip4vla.order import TrainOrder
 from clip4vla.settings import to_dict
 from clip4vla.shards import Damaged, ShardFolder
 from clip4vla.towers import describe_clip, tokenizer
@@ -174,6 +175,9 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
         wanted = {*cfg.model.train_towers.split("+"), *needed_towers(cfg.loss, cfg.model.modalities)}
         model.cfg.train_towers = "+".join(sorted(wanted))
         source = "scratch"
+    broken = next((name for name, value in model.state_dict().items() if not value.isfinite().all()), "")
+    if broken:
+        raise UserError(f"{source}: the weights of {broken} are not finite: take another checkpoint, or other weights")
     model.freeze()
     return model.train(), source
 

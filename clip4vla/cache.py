@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 log = logging.getLogger(__name__)
 BLOCK = 4096  # what a file takes is counted in these
+SLACK = 60.0  # s that clocks of one folder's users may differ
 WAIT = 5.0  # s for other writers; then the entries are not kept, for a writer may hang
 
 
@@ -104,13 +105,14 @@ class Cache:
         """(last use, bytes taken, path) of every entry."""
         folders = [entry.path for entry in os.scandir(self.folder) if entry.is_dir()]
         files = [file for folder in folders for file in os.scandir(folder)]
-        found = []
+        found, now = [], time.time() + SLACK
         for file in files:
             try:
                 stat = file.stat()
             except FileNotFoundError:  # another process dropped it
                 continue
-            found.append((stat.st_mtime, _room(stat.st_size), file.path))
+            used = stat.st_mtime if stat.st_mtime <= now else 0.0  # of the future: the oldest, else it stays for ever
+            found.append((used, _room(stat.st_size), file.path))
         return found
 
     def _path(self, name: str) -> Path:

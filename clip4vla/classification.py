@@ -136,7 +136,7 @@ def asked(cfg: RunConfig) -> list[str]:
     if len(names) == 1 and names[0].endswith(".txt"):
         try:
             lines = Path(names[0]).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"classify.labels: cannot read {names[0]} ({error}): a file has a class a line") from None
         names = [line.strip() for line in lines if line.strip()] or [""]
     if len(names) == 1 or len(set(names)) < len(names):

@@ -16,7 +16,7 @@ from clip4vla.settings import Config, describe, load
 from clip4vla.watchdog import watch
 
 EXTRAS = {  # setup.py's, by the names that are imported
-    "train": ("deepspeed", "webdataset", "wandb", "tqdm", "ijson", "matplotlib", "soundfile", "cairosvg", "fsspec"),
+    "train": ("deepspeed", "webdataset", "wandb", "tqdm", "matplotlib", "soundfile", "cairosvg", "fsspec"),
     "dali": ("nvidia",),
     "eval": ("pycocoevalcap", "sklearn"),
     "web": ("faiss", "gradio", "fastapi", "uvicorn", "matplotlib", "soundfile", "cairosvg", "fsspec"),

@@ -3,10 +3,9 @@
 Each run has one colour and line style over the whole page.
 """
 
-import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import count, islice, takewhile
@@ -22,6 +21,7 @@ from clip4vla.config import UserError
 from clip4vla.exhibits import data_uri, encoded
 from clip4vla.queries_page import arrow
 from clip4vla.selection import HIGHER, LOWER
+from clip4vla.settings import parse_yaml, read_tree
 from clip4vla.tracking import read_rows
 
 NONE = "–"
@@ -91,10 +91,7 @@ def _run(folder: Path, name: str, number: int) -> Run:
         {"step": step} | {f"{direction}/{k}": v for direction, row in scores.items() for k, v in _numbers(row).items()}
         for step, scores in ((step, _scores(place)) for step, place in evaluations)
     ]
-    try:
-        rows = report.latest(read_rows(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}/metrics.jsonl: not readable ({error!r}); mend it or remove it") from None
+    rows = report.latest(read_rows(folder))
     results = _scores(folder / "eval/test")
     return Run(name, to_hex(f"C{number % 10}"), line, settings, versions, results, validation, rows)
 
@@ -105,16 +102,20 @@ def _settings(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     A model that was evaluated, not trained, has only the manifest of that.
     """
     config, manifest = folder / "config.yaml", folder / "eval/test/manifest.json"
-    tested = _read(manifest, json.loads) if manifest.exists() else {}
-    flat = _flat(tested.get("settings", {}))
+    tested = read_tree(manifest) if manifest.exists() else {}
+    flat = _flat(_section(tested, "settings"))
     if not config.exists():
         if not tested:
             raise UserError(f"{folder}: not a run, config.yaml is missing; name the folders that run_dir gave")
-        return flat, tested.get("versions", {})
-    trained = _flat(_read(config, yaml.safe_load))
+        return flat, {name: str(version) for name, version in _section(tested, "versions").items()}
+    trained = _flat(read_tree(config, parse_yaml))
     other = {f"{key} (test)": value for key, value in flat.items() if trained.get(key, value) != value}
     header = takewhile(lambda line: line.startswith("#"), config.read_text(encoding="utf-8").splitlines())
     return trained | other, {name: version for name, _, version in (line.strip("# ").partition(" ") for line in header)}
+
+
+def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
+    return tree[name] if isinstance(tree.get(name), dict) else {}
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, Any]:
@@ -127,25 +128,17 @@ def _flat(tree: dict[str, Any]) -> dict[str, Any]:
 def _scores(folder: Path) -> dict[str, dict[str, Any]]:
     """metrics.json by direction; nothing if there is none."""
     path = folder / "metrics.json"
-    tree = _read(path, json.loads) if path.exists() else {}
+    tree = read_tree(path) if path.exists() else {}
     return {direction: row for direction, row in tree.items() if isinstance(row, dict)}
-
-
-def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    try:
-        tree = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        kind = "valid YAML" if isinstance(error, yaml.YAMLError) else "readable"
-        raise UserError(f"{path}: not {kind} ({' '.join(str(error).split())}); mend it or write it again") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: expected names with values, found {type(tree).__name__}; write it again")
-    return tree
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
     """Of a direction: what was measured, not the sizes."""
-    known = {k: v for k, v in row.items() if isinstance(v, int | float) and not k.startswith("n_")}
-    return {name: value for name, value in known.items() if math.isfinite(value)}
+    return {
+        name: value
+        for name, value in row.items()
+        if report.is_number(value) and math.isfinite(value) and not name.startswith("n_")
+    }
 
 
 def differing(trees: list[dict[str, Any]]) -> list[str]:
@@ -217,8 +210,9 @@ def _cells(name: str, scores: list[dict[str, Any]], comparable: bool) -> str:
     cells = []
     for row, value in zip(scores, values, strict=True):
         text = NONE if value is None else shown(value)
-        interval = row.get("ci", {}).get(name) if value is not None else None
-        brackets = f" <i>[{', '.join(map(shown, interval))}]</i>" if interval else ""
+        interval = _section(row, "ci").get(name) if value is not None else None
+        known_ends = isinstance(interval, list) and all(map(report.is_number, interval))
+        brackets = f" <i>[{', '.join(map(shown, interval))}]</i>" if interval and known_ends else ""
         cells.append(f"<td>{f'<b>{text}</b>' if text != NONE and float(text) == best else text}{brackets}</td>")
     return "".join(cells)
 

@@ -5,7 +5,15 @@ from typing import Any, Literal
 
 
 class UserError(ValueError):
-    """A mistake that the person at the keyboard can mend: one line that says what, where, and what to change."""
+    """A mistake that the person at the keyboard can mend: one line that says what, where, and what to change.
+
+    What a file has put into it can neither break the line, nor steer the terminal, nor fill it.
+    """
+
+    def __init__(self, said: object = "") -> None:
+        text = str(said)
+        text = text if len(text) <= 2000 else f"{text[:1200]} … {text[-700:]}"
+        super().__init__("".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text))
 
 
 def setting(default: Any, meaning: str, low: float | None = None) -> Any:
@@ -274,6 +282,7 @@ class TrackConfig:
 
     wandb: Literal["auto", "online", "offline", "off"] = setting("auto", "auto: online with a key, else offline")
     project: str = setting("clip4vla", "wandb project")
+    samples: bool = setting(False, "every rank lists its samples, a line a step: RUN/samples/rank-NNNNN.jsonl")
 
 
 @dataclass

@@ -33,15 +33,20 @@ def of_run(run: str) -> dict[str, Any]:
 
 def of_log(run: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """clips, hours and FLOPs as of_run, from the rows of a log; UserError if they do not say what it ran on."""
-    total: dict[str, Any] = {"clips": rows[-1]["samples"], "hours": {}, "flops": 0.0}
+    try:
+        return _total(rows)
+    except (LookupError, TypeError, ValueError, StopIteration, ZeroDivisionError, OverflowError):
+        raise UserError(
+            f"{run}: its log is of an older version, which did not note the devices: train it again"
+        ) from None
+
+
+def _total(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    total: dict[str, Any] = {"clips": int(rows[-1]["samples"]), "hours": {}, "flops": 0.0}
     before = 0
     for row in rows:
         if "clips_per_s" in row:
-            kind = next((kind for kind in DEVICES if kind in row), None)
-            if not kind:
-                raise UserError(
-                    f"{run}: its log is of an older version, which did not note the devices: train it again"
-                )
+            kind = next(kind for kind in DEVICES if kind in row)
             seconds = (row["samples"] - before) / row["clips_per_s"]
             total["hours"][kind] = total["hours"].get(kind, 0.0) + seconds * row[kind] / 3600
             total["flops"] += row["tflops"] * 1e12 * seconds * row["ranks"]

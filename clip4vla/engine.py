@@ -13,6 +13,7 @@ from torch import nn
 from clip4vla import distributed
 from clip4vla.config import RunConfig, TrainConfig, UserError
 from clip4vla.model import Model
+from clip4vla.settings import parse_json
 
 AUTO = "auto"
 SHIPPED = Path(__file__).parent.parent / "configs/deepspeed/ds.json"
@@ -27,7 +28,7 @@ def read_ds_config(path: str | None) -> tuple[dict[str, Any], str]:
         raise UserError(f"--deepspeed_config {path}: no such file; the shipped ones are in configs/deepspeed/")
     file = Path(path) if path and Path(path).is_file() else Path("ds.json") if Path("ds.json").is_file() else SHIPPED
     try:
-        tree = json.loads(file.read_text())
+        tree = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(tree, dict):
@@ -79,7 +80,7 @@ def choose_precision(ds: dict[str, Any], where: str, train: TrainConfig) -> str:
     """fp32, bf16 or fp16, after asking the device; `auto` follows ds.json, else takes bf16 on a GPU, fp32 on a CPU."""
     from deepspeed.accelerator import get_accelerator
 
-    for kind in ("bf16", "fp16", "optimizer"):
+    for kind in ("bf16", "fp16", "optimizer", "zero_optimization"):
         if not isinstance(ds.get(kind, {}), dict):
             raise UserError(f"{where}: {kind} must be a JSON object, not {ds[kind]!r}")
     asked = [kind for kind in ("bf16", "fp16") if ds.get(kind, {}).get("enabled") is True]

@@ -19,7 +19,8 @@ from torch import Tensor
 from clip4vla.shards import Damaged, ShardFolder
 
 if TYPE_CHECKING:
-    from clip4vla.loader import Loader, Place
+    from clip4vla.loader import Loader
+    from clip4vla.order import Place
 
 LISTEN = 10.0  # s of sound in a player
 RATE = 16000  # Hz of a player in a page of queries

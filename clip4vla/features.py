@@ -18,9 +18,10 @@ from torch import Tensor
 
 from clip4vla import distributed
 from clip4vla.config import RunConfig
-from clip4vla.loader import EvalOrder, Loader, check_fingerprint
+from clip4vla.loader import Loader, check_fingerprint
 from clip4vla.model import Model
-from clip4vla.settings import to_dict
+from clip4vla.order import EvalOrder
+from clip4vla.settings import parse_json, to_dict
 from clip4vla.shards import ShardFolder
 from clip4vla.watchdog import watch
 from clip4vla.weights import save_tensors
@@ -121,9 +122,12 @@ def _read(path: Path) -> Features | None:
     """None if they are not there, or damaged."""
     try:
         tensors = load_file(path)
-        clips = json.loads(tensors.pop("clips").numpy().tobytes())
-        return Features(tensors.pop("number").tolist(), clips, tensors)
-    except (OSError, SafetensorError, ValueError, KeyError):
+        clips, number = parse_json(tensors.pop("clips").numpy().tobytes()), tensors.pop("number").tolist()
+        shapes = {tuple(vectors.shape) for vectors in tensors.values()}
+        if len(shapes) != 1 or not (len(clips) == len(number) == shapes.pop()[0] > 0 == len(set(number)) - len(number)):
+            return None
+        return Features(number, clips, tensors) if all(isinstance(clip["id"], str) for clip in clips) else None
+    except (OSError, SafetensorError, ValueError, TypeError, LookupError):
         return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from clip4vla import classification, distributed, stages
 from clip4vla.config import RunConfig, UserError
-from clip4vla.settings import to_dict
+from clip4vla.settings import read_tree, to_dict
 from clip4vla.shards import write_text
 
 
@@ -69,6 +69,6 @@ def joined(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _manifest(cfg: RunConfig, some: list[RunConfig]) -> dict[str, Any]:
     """Where the folds' own manifests are, and all their sources."""
     files = [str(Path(one.run_dir, "eval/test/manifest.json")) for one in some]
-    trees = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
+    trees = [read_tree(Path(file)) for file in files]
     sources = {url: source for tree in trees for url, source in tree["sources"].items()}
     return {"folds": files, "sources": sources, "settings": to_dict(cfg), "versions": trees[0]["versions"]}

@@ -5,6 +5,7 @@ that names it; zero where the item lacks the medium. One faiss index holds the p
 with [w_1 q, ..., w_P q] is the weighted sum of P cosines: weights are free at query time.
 """
 
+import contextlib
 import hashlib
 import json
 import sqlite3
@@ -19,8 +20,8 @@ from urllib.parse import quote
 import numpy as np
 
 from clip4vla.config import FramesConfig, SpectrogramConfig, UserError
-from clip4vla.settings import to_dict
-from clip4vla.vector_index import Kind, candidates, load, selector
+from clip4vla.settings import parse_json, to_dict
+from clip4vla.vector_index import Kind, candidates, load, memory, selector
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 
 ITEMS = "items.sqlite"
 FORMAT = 1
+SHOWN = {"name", "key", "captions", "start", "end"}
+DISK = (
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN,
+)  # fmt: skip
 WAIT = 60.0  # s for another process's transaction
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT);
@@ -46,6 +52,19 @@ CREATE INDEX damaged_source ON damaged (source);
 CREATE TABLE gone (id INTEGER PRIMARY KEY); -- removed, and still in the faiss index
 CREATE TRIGGER removed AFTER DELETE ON items BEGIN INSERT INTO gone VALUES (OLD.id); END;
 """
+
+
+@contextlib.contextmanager
+def readable(where: str | Path) -> Iterator[None]:
+    """UserError for what only a damaged index raises inside."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (sqlite3.Error, ValueError, TypeError, LookupError, AttributeError, OverflowError, RuntimeError) as error:
+        if getattr(error, "sqlite_errorcode", 0) & 255 in DISK:
+            raise
+        raise UserError(f"{where}: not a readable index ({error}): remove it and build it anew") from None
 
 
 @dataclass
@@ -90,6 +109,8 @@ class Store:
                     f"{folder}: index of format {self.get('format')}, this version reads {FORMAT}: build it anew"
                 )
         except sqlite3.DatabaseError as error:
+            if write and isinstance(error, sqlite3.OperationalError):  # the disk's fault, not the file's
+                raise
             raise UserError(f"{self.path}: not a readable index ({error}): remove it and build it anew") from None
 
     @property
@@ -118,8 +139,9 @@ class Store:
 
     def get(self, key: str) -> Any:
         """What is known of the index by this name; None if nothing is."""
-        found = self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return found and json.loads(found[0])
+        with readable(self.path):
+            found = self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+            return found and parse_json(found[0])
 
     def set(self, **values: Any) -> None:
         """Know this of the index."""
@@ -197,7 +219,8 @@ class Store:
             "unfinished": "sources WHERE NOT done",
             "damaged": "damaged",
         }
-        return {name: self.db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for name, table in one.items()}
+        with readable(self.path):
+            return {name: self.db.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for name, table in one.items()}
 
 
 class Index:
@@ -216,8 +239,12 @@ class Index:
         self.dim: int = self.store.get("dim")
         self.model: str = self.store.get("model")
         self.own_type: str = self.store.get("audio_type")  # the model's
-        self.spectrogram = SpectrogramConfig(**self.store.get("spectrogram"))
-        self.frames = FramesConfig(**self.store.get("frames"))
+        with readable(self.store.path):
+            self.spectrogram = SpectrogramConfig(**self.store.get("spectrogram"))
+            self.frames = FramesConfig(**self.store.get("frames"))
+            named = isinstance(self.parts, list) and all(isinstance(name, str) for name in [self.model, *self.parts])
+            if not named or not self.parts or type(self.dim) is not int or self.dim < 1:
+                raise ValueError((self.model, self.parts, self.dim))
         self._lock, self._loaded = threading.Lock(), ("", None)
         self._selectors: dict[tuple[str, str], Any] = {}
 
@@ -230,7 +257,7 @@ class Index:
 
     def __len__(self) -> int:
         """Items that a query can find."""
-        return self.store.get("faiss")["items"]
+        return self._known()["items"]
 
     def must_fit(self, model: "Model", name: str) -> None:
         """UserError unless the index was built with this model; name: what it is called."""
@@ -255,8 +282,9 @@ class Index:
         query, weights = query / length, self.weights(sound_weight, ratio)
         file, faiss, kind = self._faiss()
         asked = "v" * bool(weights[0] > 0) + "a" * bool((weights[1:] > 0).any())
-        found = candidates(faiss, kind, np.outer(weights, query).ravel(), k, self._selector(asked, file))
-        return self._hits(found, query, weights, k)
+        with readable(self.store.path):
+            found = candidates(faiss, kind, np.outer(weights, query).ravel(), k, self._selector(asked, file))
+            return self._hits(found, query, weights, k)
 
     def weights(self, sound_weight: float, ratio: float | None) -> np.ndarray:
         """(P,) in the order of `parts`; UserError for what is out of range, or for a type token that is not stored."""
@@ -276,12 +304,14 @@ class Index:
         from clip4vla.exhibits import Exhibit
         from clip4vla.showing import of_file, of_shard
 
-        found = self.store.db.execute(
-            "SELECT place, state, shown FROM items JOIN sources ON sources.id = source WHERE items.id = ?", (hit.id,)
-        ).fetchone()  # nothing is opened but what the index itself names
-        if not found:
-            return Exhibit(hit.name, hit.captions)
-        place, state, shown = found[0], found[1], json.loads(found[2])
+        with readable(self.store.path):
+            found = self.store.db.execute(
+                "SELECT place, state, shown FROM items JOIN sources ON sources.id = source WHERE items.id = ?",
+                (hit.id,),
+            ).fetchone()  # nothing is opened but what the index itself names
+            if not found:
+                return Exhibit(hit.name, hit.captions)
+            place, state, shown = str(found[0]), str(found[1]), _shown(found[2])
         if shown["key"]:
             return of_shard(place, state, shown)
         return of_file(Path(place), state, shown, self.spectrogram, self.frames)
@@ -307,15 +337,13 @@ class Index:
     def _hit(self, number: int, score: float, cosines: np.ndarray, media: str, place: str, shown: str) -> Hit:
         there = (("v" if part == "v" else "a") in media for part in self.parts)
         scores = {p: float(c) for p, c, has in zip(self.parts, cosines, there, strict=True) if has}
-        return Hit(number, float(score), scores, place=place, **json.loads(shown))
+        return Hit(number, float(score), scores, place=str(place), **_shown(shown))
 
     def _faiss(self) -> tuple[str, Any, Kind]:
         """(file, faiss index, its kind), the newest."""
         with self._lock:
             for last in (False, False, True):  # a build may replace it between the two lines
-                known = self.store.get("faiss")
-                if not known:
-                    raise UserError(f"{self.folder}: its first build was interrupted: run the same build again")
+                known = self._known()
                 if self._loaded[0] == known["file"]:
                     break
                 try:
@@ -323,7 +351,22 @@ class Index:
                 except RuntimeError as error:
                     if last:
                         raise UserError(f"{self.folder}/{known['file']}: {error}: run the build again") from None
-            return *self._loaded, Kind(**known["kind"])
+            loaded: Any = self._loaded[1]
+            with readable(self.store.path):
+                if (width := loaded.d) != len(self.parts) * self.dim:
+                    raise ValueError((self._loaded[0], width))
+                return *self._loaded, Kind(**known["kind"])
+
+    def _known(self) -> dict[str, Any]:
+        """What is noted of the faiss index: a file in the folder."""
+        known = self.store.get("faiss")
+        if not known:
+            raise UserError(f"{self.folder}: its first build was interrupted: run the same build again")
+        with readable(self.store.path):
+            kind = Kind(**known["kind"])
+            if Path(known["file"]).name != known["file"] or type(known["items"]) is not int or memory(kind, 1) < 0:
+                raise ValueError(known)
+        return known
 
     def _selector(self, asked: str, file: str) -> Any:
         """For faiss, the items of this file that have one of the media asked for; None: all."""
@@ -332,6 +375,16 @@ class Index:
                 self._selectors = {key: value for key, value in self._selectors.items() if key[1] == file}
                 self._selectors[asked, file] = selector(self.store.without(asked))
             return self._selectors[asked, file]
+
+
+def _shown(text: str) -> dict[str, Any]:
+    """What is told of an item; ValueError if it is not what an index holds."""
+    shown = parse_json(text)
+    texts = [shown["name"], shown["key"], *shown["captions"]]
+    ends = all(type(shown[end]) in (int, float, type(None)) for end in ("start", "end"))
+    if not ends or not all(isinstance(text, str) for text in texts) or set(shown) != SHOWN:
+        raise ValueError(shown)
+    return shown
 
 
 def identity(model: "Model") -> str:

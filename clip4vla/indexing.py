@@ -5,12 +5,14 @@ At any moment a build may be killed: what was embedded stays, and the same comma
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import json
+import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
@@ -19,13 +21,15 @@ from clip4vla.api import CLIP4VLA
 from clip4vla.config import UserError
 from clip4vla.index import ITEMS, Index, Row, Store, identity, must_be_of
 from clip4vla.inputs import Input
+from clip4vla.pool import Apart
 from clip4vla.settings import to_dict
 from clip4vla.shards import write_text
-from clip4vla.sources import Clip, Source, find
+from clip4vla.sources import Clip, Source, find, media
 from clip4vla.vector_index import Kind
 
 TOGETHER = 32  # clips that are embedded and stored in one go; so many more are read meanwhile
 PAUSE = 10.0  # s between lines of progress
+DYING = 5.0  # s that workers outlive a build that was killed
 
 
 class Counts(NamedTuple):
@@ -43,25 +47,37 @@ def opened(folder: Path) -> Iterator[Store]:
     """The store of an index to write to; UserError if another process does."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
+        if not _locked(lock):
+            raise UserError(f"{folder}: another build writes to it; wait for it")
+        try:
+            with contextlib.closing(Store(folder, write=True)) as store:
+                yield store
+        except sqlite3.OperationalError as error:
+            raise UserError(f"{folder}: cannot be written ({error}): make room and run the build again") from None
+
+
+def _locked(lock: TextIO) -> bool:
+    """Whether the lock could be had; the workers of a build that was killed hold it for a moment longer."""
+    end = time.monotonic() + DYING
+    while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
-            raise UserError(f"{folder}: another build writes to it; wait for it") from None
-        store = Store(folder, write=True)
-        try:
-            yield store
-        finally:
-            store.close()
+            if time.monotonic() > end:
+                return False
+        time.sleep(0.1)
 
 
 def build(
     model: CLIP4VLA, name: str, places: Sequence[str], folder: Path, types: Sequence[str] = (), budget: float = 4e9,
-    retry: bool = False,
+    retry: bool = False, time_limit: float = 120,
 ) -> Counts:  # fmt: skip
     """Bring the index in a folder up to what there is at these places now; what it has from elsewhere stays.
 
     name: of the model, where a query finds it; types: tokens that sounds are stored under, by default vb, nb and the model's
-    own; budget: bytes of memory for the faiss index; retry: read the files and shards again that had damage.
+    own; budget: bytes of memory for the faiss index; retry: read the files and shards again that had damage; time_limit:
+    seconds after which a file that gives no further clip is given up, as one that crashes its decoder is.
     """
     vector_index.faiss()  # better known now than after hours
     roots = [find(where, model) for where in places]
@@ -75,11 +91,9 @@ def build(
         counts = _compare(store, roots)
         found = {source.place: source for _, sources in roots for source in sources}
         known = {place: row for root, _ in roots for place, row in store.sources(root).items()}
-        _embed(
-            store,
-            model,
-            [(found[p], number, following) for p, (number, _, following, done) in known.items() if not done],
-        )
+        todo = [(found[p], number, following) for p, (number, _, following, done) in known.items() if not done]
+        with contextlib.closing(Apart(functools.partial(media, model), time_limit)) as apart:
+            _embed(store, model, todo, apart)
         finish(store, folder, budget)
     return counts
 
@@ -132,13 +146,14 @@ def _compare(store: Store, roots: list[tuple[str, list[Source]]]) -> Counts:
     return Counts(len(new), len(changed), continued, len(found) - len(new) - len(changed) - continued, len(gone))
 
 
-def _embed(store: Store, model: CLIP4VLA, todo: list[tuple[Source, int, int]]) -> None:
+def _embed(store: Store, model: CLIP4VLA, todo: list[tuple[Source, int, int]], apart: Apart) -> None:
     """Vectors of the clips of sources (source, its number, first clip that is wanted)."""
     parts, begun, shown, done = store.get("parts"), time.monotonic(), time.monotonic(), 0
-    clips = ((number, *clip) for source, number, first in todo for clip in source.clips(first, model))
+    clips = ((number, *clip) for source, number, first in todo for clip in source.clips(first, model, apart))
     reader = inputs.ahead(clips, TOGETHER)
     while some := list(itertools.islice(reader, TOGETHER)):
-        rows = _rows(model, parts, [(number, clip.shown, clip.input) for number, clip, _ in some if clip.input])
+        with apart.quiet:
+            rows = _rows(model, parts, [(number, clip.shown, clip.input) for number, clip, _ in some if clip.input])
         damaged = [(number, clip.shown["name"], why) for number, clip, last in some if (why := _fault(clip, last))]
         store.add(rows, damaged, {number: (clip.number + 1, last) for number, clip, last in some})
         done += len(some)

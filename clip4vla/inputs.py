@@ -134,18 +134,23 @@ def of_shard(meta: dict[str, Any], members: dict[str, bytes], spec: SpectrogramC
     """A sample of a shard; meta: its json, members: what ShardFolder.read gives of "frames" and "fbank"."""
     sample = Input()
     if "frames" in members:
-        strip = _decoded(members["frames"], "RGB")  # F*224 224 3
+        strip = _decoded(members["frames"], "RGB", meta["n_frames"], 1)  # F*224 224 3
         sample.frames = _tiles(strip, strip.shape[1])
     if "fbank" in members:
-        code = _decoded(members["fbank"], "L" if spec.channels == "mono" else "RGB")
+        shape = spec.segment_rows / spec.n_mels
+        code = _decoded(members["fbank"], "L" if spec.channels == "mono" else "RGB", meta["n_segments"], shape)
+        if code.shape[1] != spec.n_mels:
+            raise ValueError(f"a spectrogram {code.shape[1]} pixels wide, not {spec.n_mels}")
         sample.segments, sample.rows = _tiles(code, spec.segment_rows), meta["n_rows"]
     return sample
 
 
-def _decoded(data: bytes, mode: str) -> Tensor:
-    """Pixels (H, W, C) uint8."""
+def _decoded(data: bytes, mode: str, tiles: int, shape: float) -> Tensor:
+    """Pixels (H, W, C) uint8 of a strip of so many tiles, `shape` times as high as wide; ValueError if it is none."""
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG", "PNG"]) as image:
+            if not tiles or image.height != round(tiles * shape * image.width):
+                raise ValueError(f"{image.width} x {image.height} pixels are not {tiles} tiles")
             pixels = np.array(image.convert(mode))
     except Exception as error:  # Pillow raises whatever its parsers raise
         raise ValueError(f"a picture that cannot be decoded: {error}") from None

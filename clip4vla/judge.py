@@ -20,6 +20,8 @@ from dataclasses import dataclass
 TURN = 1.0  # seconds
 GRACE = 3  # turns: for the stack of the rank that hangs, and for ranks to leave
 NAMED = 4  # ranks named in a message
+BACKLOG = 128  # connections that wait, beside those of the ranks
+PATIENCE, WORD = 60, 4096  # turns and bytes in which a connection has to show the token
 
 
 @dataclass
@@ -45,11 +47,14 @@ class Judge:
 
     def __init__(self, world: int) -> None:
         if world == 1 or not socket.has_dualstack_ipv6():
-            self.door = socket.create_server(("127.0.0.1" if world == 1 else "", 0), backlog=world)
+            self.door = socket.create_server(("127.0.0.1" if world == 1 else "", 0), backlog=BACKLOG + world)
         else:
-            self.door = socket.create_server(("", 0), family=socket.AF_INET6, backlog=world, dualstack_ipv6=True)
+            self.door = socket.create_server(
+                ("", 0), family=socket.AF_INET6, backlog=BACKLOG + world, dualstack_ipv6=True
+            )
         self.token, self.limit = secrets.token_hex(16), 0.0
         self.ranks: dict[int, Rank] = {}  # by number: those at work
+        self.strangers: list[Rank] = []  # without the token so far
         self.error: tuple[int, int, str] | None = None  # (turn, exit code, text): the first one reported
         self.judged, self.turn, self.parent = 0, 1, True
         self.events = selectors.DefaultSelector()
@@ -64,6 +69,7 @@ class Judge:
                 key.data()
             if time.monotonic() - last >= TURN:
                 self.turn, last = self.turn + 1, time.monotonic()
+                self._show_out()
                 if not self.judged:
                     self._look()
 
@@ -72,9 +78,16 @@ class Judge:
         self.events.unregister(sys.stdin)
 
     def _accept(self) -> None:
-        link, _ = self.door.accept()
-        rank = Rank(link)
-        self.events.register(link, selectors.EVENT_READ, lambda: self._read(rank))
+        with contextlib.suppress(OSError):  # no descriptor is left, or the caller is gone
+            link, _ = self.door.accept()
+            rank = Rank(link, heard=self.turn)
+            self.strangers.append(rank)
+            self.events.register(link, selectors.EVENT_READ, lambda: self._read(rank))
+
+    def _show_out(self) -> None:
+        """Connections that say nothing would take all descriptors in the end."""
+        for rank in [rank for rank in self.strangers if self.turn - rank.heard > PATIENCE]:
+            self._lost(rank)
 
     def _read(self, rank: Rank) -> None:
         try:
@@ -84,7 +97,7 @@ class Judge:
         *lines, rank.unread = (rank.unread + data).split(b"\n")
         for line in lines:
             self._hear(rank, line)
-        if not data:
+        if not data or (rank.number < 0 and (lines or len(rank.unread) > WORD)):
             self._lost(rank)
 
     def _hear(self, rank: Rank, line: bytes) -> None:
@@ -94,6 +107,7 @@ class Judge:
         if "token" in words:
             rank.number, rank.host, self.limit = words["rank"], words["host"], words["limit"]
             rank.moved, self.ranks[rank.number] = self.turn, rank
+            self.strangers.remove(rank)
         if words.get("passed", 0) > rank.passed:
             rank.passed, rank.place, rank.moved = words["passed"], words["place"], self.turn
         rank.heard, rank.stack = self.turn, words.get("stack", "")
@@ -106,6 +120,8 @@ class Judge:
     def _lost(self, rank: Rank) -> None:
         self.events.unregister(rank.link)
         rank.link.close()
+        if rank in self.strangers:
+            self.strangers.remove(rank)
         if self.ranks.pop(rank.number, None) and not self.judged:
             why = "killed, out of memory, or its machine is gone"
             self._end(1, f"error: {rank} died without a word, last seen at {rank.place}: {why}")

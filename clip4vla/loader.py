@@ -7,10 +7,10 @@ an integer, and the order is the same on any number of ranks.
 
 import collections
 import concurrent.futures
-import functools
 import hashlib
 import itertools
 import json
+import threading
 import zlib
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
@@ -22,113 +22,15 @@ from torch import Tensor
 
 from clip4vla import distributed
 from clip4vla.batch import Batch
+from clip4vla.clips import COUNTS, TYPES, must_fit, parsed
 from clip4vla.config import DataSources, MaskConfig, SpectrogramConfig, UserError
 from clip4vla.decoder import Decoder
 from clip4vla.masking import draw
+from clip4vla.order import EvalOrder, Place, TrainOrder
 from clip4vla.shards import Damaged, ShardFolder
 from clip4vla.storage import DEFAULT
 
-TYPES = {"vb": 0, "nb": 1, "both": 2}
-COUNTS = {"frames": "n_frames", "fbank": "n_segments"}  # in a clip's json, of the tiles in its strip
-EVERYTHING = slice(None)
 MIN_READS = 1000  # the share of damaged samples is judged over at least so many
-
-
-class Place(NamedTuple):
-    """Where one sample of a batch is: entry `entry` of shard `shard` of source `source`, met for the `epoch`-th time."""
-
-    source: int
-    shard: int
-    entry: int
-    epoch: int
-
-
-class TrainOrder:
-    """Endless shuffled order over several sources, each with its fixed part of every batch.
-
-    sizes: samples of each shard of each source. Shards are shuffled in every epoch, then samples inside a window of
-    shards. An epoch of a source ends with its last whole part of a batch: the tail is dropped, and differs every epoch.
-    """
-
-    def __init__(self, sizes: list[list[int]], shares: Sequence[float], batch_size: int, seed: int, window: int):
-        self.sizes, self.seed, self.window = [np.array(s) for s in sizes], seed, window
-        self.batch_size = batch_size
-        self.parts = _apportion(shares, batch_size)
-        for source, part in enumerate(self.parts):
-            if part > self.sizes[source].sum():
-                raise UserError(
-                    f"data.train: source {source + 1} has {self.sizes[source].sum()} samples, fewer than its {part} of "
-                    f"a batch of {batch_size}: lower train.batch_size or its share"
-                )
-
-    def batch(self, k: int, rows: slice = EVERYTHING) -> list[Place]:
-        """Rows of global batch k, sources interleaved at random."""
-        return [Place(*row) for row in self._batch(k)[rows].tolist()]
-
-    @functools.lru_cache(maxsize=4)  # noqa: B019  (its pieces are asked for one by one)
-    def _batch(self, k: int) -> np.ndarray:
-        """(batch_size, 4) of the fields of Place."""
-        parts = []
-        for source, part in enumerate(self.parts):
-            if part:
-                epoch, place = divmod(k, int(self.sizes[source].sum()) // part)
-                found = self._at(source, epoch, np.arange(place * part, (place + 1) * part))
-                parts.append(np.column_stack([np.full(part, source), found, np.full(part, epoch)]))
-        return np.random.default_rng((self.seed, k, 1)).permutation(np.concatenate(parts))
-
-    def _at(self, source: int, epoch: int, positions: np.ndarray) -> np.ndarray:
-        """(shard, entry) at these ascending positions of an epoch, (n, 2)."""
-        _, ends = self._shards(source, epoch)
-        windows = np.searchsorted(ends, positions, side="right")
-        firsts = np.concatenate([[0], ends])[windows]
-        return np.concatenate(
-            [
-                self._window(source, epoch, int(window))[(positions - firsts)[windows == window]]
-                for window in np.unique(windows)
-            ]
-        )
-
-    @functools.lru_cache(maxsize=32)  # noqa: B019  (an order lives as long as its run)
-    def _shards(self, source: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(shuffled shard numbers, position behind the last sample of each window of shards)."""
-        shards = np.random.default_rng((self.seed, source, epoch, 2)).permutation(len(self.sizes[source]))
-        ends = self.sizes[source][shards].cumsum()
-        return shards, ends[[*range(self.window - 1, len(shards) - 1, self.window), len(shards) - 1]]
-
-    @functools.lru_cache(maxsize=32)  # noqa: B019
-    def _window(self, source: int, epoch: int, window: int) -> np.ndarray:
-        """(shard, entry) of the samples of one window, shuffled."""
-        shards = self._shards(source, epoch)[0][window * self.window : (window + 1) * self.window]
-        pairs = np.concatenate(
-            [
-                np.stack([np.full(n, s), np.arange(n)], 1)
-                for s, n in zip(shards, self.sizes[source][shards], strict=True)
-            ]
-        )
-        return np.random.default_rng((self.seed, source, epoch, window, 3)).permutation(pairs)
-
-
-class EvalOrder:
-    """Every sample once, in the order of the shards; the last batch is padded with None so that ranks stay in step.
-
-    most: samples of each source at most; 0: all.
-    """
-
-    def __init__(self, sizes: list[list[int]], batch_size: int, most: int = 0):
-        self.batch_size = batch_size
-        self.places = [
-            place
-            for s, shards in enumerate(sizes)
-            for place in [Place(s, i, e, 0) for i, n in enumerate(shards) for e in range(n)][: most or None]
-        ]
-
-    def __len__(self) -> int:
-        return -(-len(self.places) // self.batch_size)
-
-    def batch(self, k: int, rows: slice = EVERYTHING) -> list[Place | None]:
-        """Rows of global batch k."""
-        places = self.places[k * self.batch_size : (k + 1) * self.batch_size]
-        return (places + [None] * (self.batch_size - len(places)))[rows]
 
 
 class Loader:
@@ -149,9 +51,10 @@ class Loader:
         self.rank, self.world = (0, 1) if whole else (distributed.rank(), distributed.world())
         self.spectrogram = SpectrogramConfig(**folders[0].fingerprint["spectrogram"])
         self.reads = self.damaged = 0
+        self.counting = threading.Lock()
         self.decoders: dict[str, Decoder] = {}
 
-    def over(self, folders: list[ShardFolder], order: "TrainOrder | EvalOrder", needs: Sequence[str]) -> "Loader":
+    def over(self, folders: list[ShardFolder], order: TrainOrder | EvalOrder, needs: Sequence[str]) -> "Loader":
         """A loader of other folders that is as this one otherwise."""
         return Loader(
             folders, order, self.cfg, tokenize=self.tokenize, mask=self.mask, seed=self.seed, needs=needs,
@@ -176,12 +79,12 @@ class Loader:
         reader = concurrent.futures.ThreadPoolExecutor(1, "read")
         decoder = concurrent.futures.ThreadPoolExecutor(1, "decode", *on_device)
 
-        def complete(ready: concurrent.futures.Future[tuple[dict[str, Any], list]]) -> Batch:
-            return self._with_pictures(*ready.result())
+        def complete(ready: concurrent.futures.Future[_Samples]) -> Batch:
+            return self._complete(ready.result())
 
         try:
             for k, piece in ((k, piece) for k in range(start, stop) for piece in range(self.pieces)):
-                ready = reader.submit(self._without_pictures, k, piece)
+                ready = reader.submit(self._read, k, piece)
                 pending.append(decoder.submit(complete, ready))
                 if len(pending) > self.cfg.prefetch:
                     yield pending.popleft().result()
@@ -193,24 +96,34 @@ class Loader:
 
     def batch(self, k: int, piece: int = 0) -> Batch:
         """This rank's part of a piece of global batch k."""
-        return self._with_pictures(*self._without_pictures(k, piece))
+        return self._complete(self._read(k, piece))
 
-    def _without_pictures(self, k: int, piece: int) -> tuple[dict[str, Any], list]:
-        """(all of a Batch but its pictures, the samples as they were read)."""
-        size = self.order.batch_size // self.pieces
-        places = self.order.batch(k, slice(piece * size + self.rank, (piece + 1) * size, self.world))
-        samples = self._read(places)
-        clips = [spoken(json.loads(s["json"]), self.cfg.languages) if s else _NOTHING for s in samples]
+    def _complete(self, samples: "_Samples") -> Batch:
+        """With all pictures decoded. Samples whose pictures cannot be are damaged ones: the batch is made again without them."""
+        try:
+            return self._with_pictures(samples)
+        except _Undecodable as error:
+            for i, reason in error.reasons.items():
+                place = samples.places[i]
+                assert place
+                self._damage(self.folders[place.source].damaged(place.shard, place.entry, reason))
+                samples.clips[i], samples.members[i] = _NOTHING, None
+            return self._complete(
+                samples._replace(described=self._described(samples.places, samples.clips, samples.members))
+            )
+
+    def _described(self, places: list[Place | None], clips: list[dict], members: list) -> dict[str, Any]:
+        """All of a Batch but its pictures."""
         keys = [
             (self.seed, zlib.crc32(c["id"].encode()), p.epoch if p else 0) for c, p in zip(clips, places, strict=True)
         ]
         drawn = [_drawn(c, key, self.cfg.captions) for c, key in zip(clips, keys, strict=True)]
         captions = [c["captions"][j] if c["captions"] else "" for c, j in zip(clips, drawn, strict=True)]
-        frozen: dict[str, Tensor] = {"frame_clip": _owners(samples, clips, "frames")}
-        frozen |= self._vectors(samples, clips, drawn) if self.vectors else {"tokens": self.tokenize(captions)}
-        return self._described(clips, keys, _owners(samples, clips, "fbank")) | {"captions": captions} | frozen, samples
+        frozen: dict[str, Tensor] = {"frame_clip": _owners(members, clips, "frames")}
+        frozen |= self._vectors(members, clips, drawn) if self.vectors else {"tokens": self.tokenize(captions)}
+        return self._by_json(clips, keys, _owners(members, clips, "fbank")) | {"captions": captions} | frozen
 
-    def _described(self, clips: list[dict], keys, segment_clip: Tensor) -> dict[str, Any]:
+    def _by_json(self, clips: list[dict], keys, segment_clip: Tensor) -> dict[str, Any]:
         """What a Batch takes from the json of each clip, masks included."""
         rows, hidden_rows, hidden_channels = self._masks(clips, keys, segment_clip)
         return {
@@ -226,34 +139,55 @@ class Loader:
             "meta": clips,
         }
 
-    def _with_pictures(self, described: dict[str, Any], samples: list) -> Batch:
-        clips = described["meta"]
-        frames = self._pictures("frames", samples, clips)
-        segments = self._pictures("fbank", samples, clips)
-        has_frames = _among(len(samples), described["frame_clip"])
-        batch = Batch(frames=frames, segments=segments, has_frames=has_frames, **described)
+    def _with_pictures(self, samples: "_Samples") -> Batch:
+        frames, segments = (self._pictures(kind, samples) for kind in ("frames", "fbank"))
+        has_frames = _among(len(samples.clips), samples.described["frame_clip"])
+        batch = Batch(frames=frames, segments=segments, has_frames=has_frames, **samples.described)
         batch = batch.padded(self.pad_tokens) if self.pad_tokens else batch
         return batch.pin() if self.device.type == "cuda" else batch
 
-    def _read(self, places: list[Place | None]) -> list[dict[str, bytes] | None]:
-        """The members of each sample by kind; None for padding and for damaged samples, which are counted and listed."""
-        samples: list[dict[str, bytes] | None] = [None] * len(places)
+    def _read(self, k: int, piece: int) -> "_Samples":
+        """This rank's samples of a piece of batch k; in the place of a damaged one, counted and listed, there is nothing."""
+        size = self.order.batch_size // self.pieces
+        places = self.order.batch(k, slice(piece * size + self.rank, (piece + 1) * size, self.world))
+        clips = [_NOTHING] * len(places)
+        members: list[dict[str, bytes] | None] = [None] * len(places)
         for source, folder in enumerate(self.folders):
             rows = {i: place for i, place in enumerate(places) if place and place.source == source}
             wanted = [(place.shard, place.entry) for place in rows.values()]
             found = folder.read(wanted, ("json", *self.needs))
-            if self.vectors:
-                found = _with_vectors(found, self.vectors[source], wanted)
-            for i, sample in zip(rows, found, strict=True):
+            vectors = self.vectors[source].read(wanted, ("clip",)) if self.vectors else [{}] * len(wanted)
+            for i, sample, vector in zip(rows, found, vectors, strict=True):
                 self.reads += 1
-                if isinstance(sample, Damaged):
-                    self._damage(sample)
-                else:
-                    samples[i] = sample
-        return samples
+                try:
+                    clips[i], members[i] = self._intact(sample, vector)
+                except ValueError as error:
+                    known = isinstance(sample, Damaged)
+                    self._damage(sample if known else folder.damaged(rows[i].shard, rows[i].entry, str(error)))
+        return _Samples(places, clips, members, self._described(places, clips, members))
+
+    def _intact(self, sample: dict[str, bytes] | Damaged, vectors: dict[str, bytes] | Damaged) -> tuple[dict, dict]:
+        """(json, members by kind) of a sample; raises ValueError with the reason if it is damaged."""
+        for part in (sample, vectors):
+            if isinstance(part, Damaged):
+                raise ValueError(part.reason)
+        assert isinstance(sample, dict) and isinstance(vectors, dict)
+        clip = parsed(sample.get("json", b""))
+        for kind in self.needs:
+            must_fit(clip, kind, sample.get(kind), self._tile(kind)[:2])
+        if clip["n_rows"] > clip["n_segments"] * self.spectrogram.segment_rows:
+            raise ValueError(f"json: n_rows is {clip['n_rows']}, n_segments {clip['n_segments']}")
+        if self.vectors:
+            rows, width = len(clip["captions"]) + clip["n_frames"], 2 * self.vectors[0].fingerprint["clip"]["dim"]
+            if (size := len(vectors.get("clip", b""))) != rows * width:
+                raise ValueError(f"clip: {size} bytes, not {rows} vectors of {width}")
+            if not np.isfinite(np.frombuffer(vectors.get("clip", b""), "<f2")).all():
+                raise ValueError("clip: vectors that are not finite")
+        return spoken(clip, self.cfg.languages), sample | vectors
 
     def _damage(self, sample: Damaged) -> None:
-        self.damaged += 1
+        with self.counting:  # one thread reads, one decodes
+            self.damaged += 1
         with self.damage_log.open("a") as log:
             log.write(json.dumps(vars(sample)) + "\n")
         if self.damaged > self.cfg.max_damage * max(self.reads, MIN_READS):
@@ -262,22 +196,41 @@ class Loader:
                 f"of at least {MIN_READS}; they are listed in {self.damage_log} (last: {sample.reason})"
             )
 
-    def _pictures(self, kind: str, samples: list, clips: list[dict]) -> Tensor:
-        """Tiles (n, channels, size, width) uint8 of the strips that are there; UserError if one is not as its json says."""
-        there = [i for i, sample in enumerate(samples) if sample and kind in sample]
+    def _pictures(self, kind: str, samples: "_Samples") -> Tensor:
+        """Tiles (n, channels, size, width) uint8 of the strips that are there; _Undecodable if some are damaged."""
+        strips = {i: members[kind] for i, members in enumerate(samples.members) if members and kind in members}
         size, width, channels = self._tile(kind)
-        if not there:
+        if not strips:
             return torch.zeros(0, channels, size, width, dtype=torch.uint8)
         if kind not in self.decoders:
-            self.decoders[kind] = Decoder(len(samples), channels, self.cfg.decode_threads, self.device)
-        decoded = self.decoders[kind].run([samples[i][kind] for i in there])
-        for i, shape in zip(there, decoded.shape(), strict=True):
-            if tuple(shape) != (clips[i][COUNTS[kind]] * size, width, channels):
-                raise UserError(
-                    f"{clips[i]['id']}: a {kind} picture of {tuple(shape)} does not go with {COUNTS[kind]}="
-                    f"{clips[i][COUNTS[kind]]} of its json: run data_prep/check.py --repair"
-                )
+            self.decoders[kind] = self._decoder(kind, len(samples.members))
+        wanted = [(samples.clips[i][COUNTS[kind]] * size, width, channels) for i in strips]
+        try:
+            decoded = self.decoders[kind].run(list(strips.values()))
+        except RuntimeError as error:
+            del self.decoders[kind]  # which is of no more use
+            raise self._undecodable(kind, strips) or error from None
+        turned = {
+            i: f"{kind} is {tuple(shape)} once decoded, by its json {due}"
+            for i, shape, due in zip(strips, decoded.shape(), wanted, strict=True)
+            if tuple(shape) != due
+        }
+        if turned:
+            raise _Undecodable(turned)
         return self.decoders[kind].joined(decoded).view(-1, size, width, channels).permute(0, 3, 1, 2)
+
+    def _undecodable(self, kind: str, strips: dict[int, bytes]) -> "_Undecodable | None":
+        """Which of some strips cannot be decoded, each tried alone; none if that is not what is wrong."""
+        reasons = {}
+        for i, strip in strips.items():
+            try:
+                self._decoder(kind, 1).run([strip])
+            except RuntimeError:
+                reasons[i] = f"{kind} cannot be decoded"
+        return _Undecodable(reasons) if reasons else None
+
+    def _decoder(self, kind: str, most: int) -> Decoder:
+        return Decoder(most, self._tile(kind)[2], self.cfg.decode_threads, self.device)
 
     def _tile(self, kind: str) -> tuple[int, int, int]:
         """Height, width and channels of a frame or segment."""
@@ -316,6 +269,22 @@ class Loader:
         return torch.from_numpy(rows), torch.from_numpy(hidden_rows), torch.from_numpy(hidden_channels)
 
 
+class _Samples(NamedTuple):
+    """The samples of a batch as they were read: their json, their members by kind, and all of the Batch but pictures."""
+
+    places: list[Place | None]
+    clips: list[dict]
+    members: list[dict[str, bytes] | None]
+    described: dict[str, Any]
+
+
+class _Undecodable(Exception):
+    """Why pictures of samples of a batch cannot be decoded, by their number in it."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        self.reasons = reasons
+
+
 _NOTHING: dict[str, Any] = {"id": "", "group": "", "captions": [], "audio_type": "both", "n_rows": 0}
 
 
@@ -343,22 +312,6 @@ def check_fingerprint(ours: dict, theirs: dict, our_name: str, their_name: str) 
 def number(text: str) -> int:
     """A 63-bit number of a string, the same in every process."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def _with_vectors(samples: list, vectors: ShardFolder, wanted: list[tuple[int, int]]) -> list[dict | Damaged]:
-    """The samples with their vectors as "clip" (absent if 0 bytes); Damaged where these are, or are not as many as due."""
-    width = 2 * vectors.fingerprint["clip"]["dim"]  # bytes
-    out = []
-    for sample, found, (shard, entry) in zip(samples, vectors.read(wanted, ("clip",)), wanted, strict=True):
-        if isinstance(sample, Damaged) or isinstance(found, Damaged):
-            out.append(sample if isinstance(sample, Damaged) else found)
-            continue
-        clip, size = json.loads(sample["json"]), len(found.get("clip", b""))
-        rows, name = len(clip["captions"]) + clip["n_frames"], vectors.shards[shard].name
-        reason = f"clip: {size} bytes, not {rows} vectors of {width}"
-        key = vectors.shards[shard].entries[entry][0]
-        out.append(sample | found if size == rows * width else Damaged(name, key, reason))
-    return out
 
 
 def _owners(samples: list, clips: list[dict], kind: str) -> Tensor:
@@ -391,13 +344,3 @@ def _drawn(clip: dict, key: tuple[int, int, int], how: str) -> int:
     if how == "cycle":
         return (int(np.random.default_rng((seed, name, 4)).integers(count)) + epoch) % count
     return int(np.random.default_rng((seed, name, epoch, 1)).integers(count))
-
-
-def _apportion(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in proportion to the shares that add up to total (largest remainders)."""
-    if min(shares) < 0 or sum(shares) <= 0:
-        raise UserError(f"data.train: shares must be positive, not {list(shares)}")
-    exact = np.array(shares, float) / sum(shares) * total
-    parts = np.floor(exact).astype(int)
-    parts[np.argsort(parts - exact, kind="stable")[: total - parts.sum()]] += 1
-    return parts.tolist()

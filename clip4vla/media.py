@@ -27,6 +27,9 @@ PREROLL = 0.5  # s read before the interval: decoders of sound need some packets
 SLACK = 0.5  # s that streams may end before the length that the header states
 GUESSED = ("mp3", "aac")  # their headers state no length: libavformat divides the file's size by a bit rate
 GAP = 0.1  # s that timestamps of sound may wander before it counts as a gap
+RATES = range(1000, 768001)  # Hz of sound; what claims others costs hours or gigabytes to resample
+LONGEST_SIDE = 200  # of a picture, in shortest sides: it is scaled whole before its centre is cut out
+LONGEST = 14 * 86400  # s of a medium; what claims more would be cut into windows for years
 
 
 @dataclass
@@ -70,7 +73,7 @@ def _opened(path: Path) -> Iterator[av.container.InputContainer]:
         # a playlist posing as a video opens nothing but files; some AVIs have no timestamps of their own
         with av.open(str(path), container_options={"protocol_whitelist": "file", "fflags": "+genpts"}) as file:
             yield file
-    except (av.FFmpegError, OSError) as error:
+    except (av.FFmpegError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"unreadable media: {getattr(error, 'strerror', None) or error}") from None
     except (AttributeError, IndexError, TypeError) as error:  # what PyAV makes of headers that contradict themselves
         raise ValueError(f"unreadable media: no codec or no timestamps where there must be some ({error})") from None
@@ -98,14 +101,15 @@ def listen(
             yield sound.begin, sound.until, sound.wave(), sound.rate or stream.sample_rate
 
 
-def edges(begin: float, finish: float, seconds: float, least: float) -> list[tuple[float, float]]:
+def edges(begin: float, finish: float, seconds: float, least: float) -> Iterator[tuple[float, float]]:
     """The windows that `listen` gives of an interval."""
     count = max(1, math.floor((finish - begin - least) / seconds) + 1)
-    return [(begin + i * seconds, min(finish, begin + (i + 1) * seconds)) for i in range(count)]
+    return ((begin + i * seconds, min(finish, begin + (i + 1) * seconds)) for i in range(count))
 
 
-def _windows(file: av.container.InputContainer, stream: av.AudioStream, edges: list) -> Iterator["_Sound"]:
-    coming: Iterator[tuple[float, float]] = iter(edges)
+def _windows(
+    file: av.container.InputContainer, stream: av.AudioStream, coming: Iterator[tuple[float, float]]
+) -> Iterator["_Sound"]:
     sound = _Sound(stream, *next(coming), _origin(file))
     for packet in file.demux(stream):
         for frame in sound.decoded(packet):
@@ -151,8 +155,14 @@ def _interval(file, start, end, frames, longest, skip) -> Clip:
 def _sound_stream(file: av.container.InputContainer) -> av.AudioStream | None:
     stream = next((s for s in file.streams.audio if s.codec_context), None)
     if stream:
+        _must_be_heard(stream.sample_rate)
         stream.codec_context.thread_count = 1  # shard.py has a process for each core
     return stream
+
+
+def _must_be_heard(rate: int) -> None:
+    if rate not in RATES:
+        raise ValueError(f"a sampling rate of {rate} Hz, not of {RATES[0]} to {RATES[-1]}")
 
 
 def _must_be_whole(file: av.container.InputContainer, readers: list) -> None:
@@ -193,13 +203,16 @@ def _origin(file: av.container.InputContainer) -> float:
 
 def _length(file: av.container.InputContainer, stream: av.stream.Stream) -> float:
     """Seconds from the start of the file to its end, as the headers state; by its packets where they state nothing."""
-    if (stated := _stated(file, stream)) < math.inf:
-        return stated
-    if file.duration and file.format.name not in GUESSED:
-        return file.duration / av.time_base
-    ends = [(p.pts + (p.duration or 0)) * p.time_base for p in file.demux(stream) if p.pts is not None]
-    file.seek(int(_origin(file) * av.time_base))
-    return float(max(ends, default=0)) - _origin(file)
+    length = _stated(file, stream)
+    if length == math.inf and file.duration and file.format.name not in GUESSED:
+        length = file.duration / av.time_base
+    elif length == math.inf:
+        ends = ((p.pts + (p.duration or 0)) * p.time_base for p in file.demux(stream) if p.pts is not None)
+        length = float(max(ends, default=0)) - _origin(file)
+        file.seek(int(_origin(file) * av.time_base))
+    if length > LONGEST:
+        raise ValueError(f"a length of {length:.3g} s, more than {LONGEST} s")
+    return length
 
 
 def _stated(file: av.container.InputContainer, stream: av.stream.Stream) -> float:
@@ -303,6 +316,10 @@ def fit(frame: av.VideoFrame, aspect: Fraction | None, size: int) -> np.ndarray:
     aspect: width of a pixel by its height.
     """
     width, height = frame.width * float(aspect or 1), frame.height
+    if max(width, height) > LONGEST_SIDE * min(width, height):
+        raise ValueError(
+            f"pictures of {width:.0f} x {height:.0f}: one side is more than {LONGEST_SIDE} times the other"
+        )
     scale = size / min(width, height)
     width, height = max(size, round(width * scale)), max(size, round(height * scale))
     picture = frame.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
@@ -360,7 +377,9 @@ class _Sound:
 
     def hear(self, frame: av.AudioFrame) -> None:
         """Keep what of a decoded frame lies in the interval."""
-        self.rate = self.rate or frame.sample_rate
+        if not self.rate:
+            _must_be_heard(frame.sample_rate)
+            self.rate = frame.sample_rate
         at = round((float(frame.pts * frame.time_base) - self.origin - self.begin) * self.rate)
         if at + frame.samples <= 0:
             return  # before the interval; decoders shift their first packets, so none of them sets the clock

@@ -25,8 +25,10 @@ from clip4vla.build import Setup
 from clip4vla.classifier import label_of
 from clip4vla.config import RunConfig, UserError
 
-# rows hidden, rows valid, clips without sound, clips with text (or a class to learn), FLOPs
-COUNTS = ("hidden", "heard", "silent", "told", "flops")
+# rows hidden, rows valid, clips without sound, clips with text (or a class to learn), FLOPs, norm of the gradient
+COUNTS = ("hidden", "heard", "silent", "told", "flops", "norm")
+NAMED = 8  # clips of a rank that a message names at most
+SKIPPED = 50  # steps in a row that fp16 may skip: a loss scale of 2**32 is 1 after 33
 COMPARED = 1024  # clips of a rank whose vectors are compared with each other: their products take 4 MiB
 
 
@@ -42,6 +44,9 @@ class Meter:
         self.names: list[str] = []
         self.pending: list[Tensor] = []  # losses of each step, on the device
         self.counts: list[list[float]] = []
+        self.broken: list[Tensor] = []  # of each step, which features of which clips are not finite, on the device
+        self.ids: list[list[str]] = []
+        self.fp16, self.skipped = setup.precision == "fp16", 0
         self.waited = 0.0
         self.since = time.perf_counter()
 
@@ -55,8 +60,8 @@ class Meter:
                 return
             yield batch
 
-    def add(self, losses: dict[str, Tensor], features: dict[str, Tensor], micros: list[Batch]) -> None:
-        """Note the losses of one step, without waiting for them."""
+    def add(self, losses: dict[str, Tensor], features: dict[str, Tensor], micros: list[Batch], norm: Any) -> None:
+        """Note the losses of one step, without waiting for them; norm: of the gradient, as the engine has it."""
         self.names = [name if name == "loss" else f"loss/{name}" for name in losses]
         self.pending.append(torch.stack([value.detach().float() for value in losses.values()]))
         rows = [int(sum(getattr(m, name).sum() for m in micros)) for name in ("hidden_rows", "segment_rows")]
@@ -64,24 +69,28 @@ class Meter:
         told = sum(int(m.has_text.sum()) for m in micros)
         if self.cfg.loss.label:
             told = sum(label_of(clip) in self.cfg.model.labels for m in micros for clip in m.meta)
-        self.counts.append([*rows, silent, told, self.work.flops(micros)])
+        self.counts.append([*rows, silent, told, self.work.flops(micros), norm])
+        self.broken.append(_broken(features))
+        self.ids.append([name for m in micros for name in m.ids])
         self.features, self.labels = features, [m.labels() for m in micros]
 
     def rows(self, step: int, run: Any) -> list[dict[str, Any]]:
-        """Rows of the steps since the last call; stops the run if a loss is not finite."""
+        """Rows of the steps since the last call; stops the run if a loss, a gradient or a weight is not finite."""
         if not self.pending:
             return []
-        counts = torch.tensor(self.counts, device=self.pending[0].device)
+        counts = torch.tensor([_numbers(row) for row in self.counts], device=self.pending[0].device)
+        if not _finite_weights(run.module):
+            counts[-1, -1] = torch.nan
         table = distributed.mean(torch.cat([torch.stack(self.pending), counts], 1))
         values = table.tolist()  # waits for the device
         seconds = time.perf_counter() - self.since
         rows = [self._row(step - len(values) + i, row) for i, row in enumerate(values)]
-        done = sum(row.pop("flops") for row in rows)
+        done, norms = sum(row.pop("flops") for row in rows), [row.pop("norm") for row in rows]
         if self.cfg.loss.label and not counts[:, COUNTS.index("told")].any():
             raise UserError(f"no clip of {len(rows)} batches has one of model.labels={self.cfg.model.labels}")
-        _must_be_finite(rows, self.cfg.run_dir)
+        self._must_be_finite(rows, norms)
         rows[-1] |= {
-            "grad_norm": float(run.get_global_grad_norm() or 0.0),
+            "grad_norm": norms[-1],
             "clips_per_s": len(rows) * self.cfg.train.batch_size / seconds,
             "data_wait": self.waited / seconds,
             "tflops": done / seconds / 1e12,
@@ -93,8 +102,44 @@ class Meter:
         }
         rows[-1] |= {"mfu": done / seconds / self.peak} if self.peak else {}
         rows[-1] |= audio_space(self.features, self.labels) if "audio" in self.features else {}
-        self.pending, self.counts = [], []
+        self.pending, self.counts, self.broken, self.ids = [], [], [], []
         return rows
+
+    def _must_be_finite(self, rows: list[dict[str, Any]], norms: list[float]) -> None:
+        """UserError naming the first step that is not sound. All numbers are the same on all ranks, so all stop."""
+        good = f"the last checkpoint in {self.cfg.run_dir}/checkpoints is good"
+        cure = f"lower train.lr, or take bf16 or fp32 in train.precision; {good}"
+        for i, (row, norm) in enumerate(zip(rows, norms, strict=True)):
+            sound = math.isfinite(norm) and norm >= 0  # ZeRO says -1 for one that is not
+            if not math.isfinite(row["loss"]):
+                raise UserError(f"the loss of step {row['step']} is {row['loss']}, {self._cause(i)}: {cure}")
+            if math.isnan(norm) or not (sound or self.fp16):  # which skips such a step and lowers the loss scale
+                what = f"the loss is {row['loss']:.4g}, but the gradient, or the weights after it, are not finite"
+                raise UserError(f"step {row['step']}: {what}: {cure}")
+            self.skipped = 0 if sound else self.skipped + 1
+            if self.skipped == SKIPPED:
+                raise UserError(f"step {row['step']}: the last {SKIPPED} gradients overflow fp16: {cure}")
+
+    def _cause(self, i: int) -> str:
+        """Which features of which clips are not finite in a pending step; all ranks are to ask."""
+        broken = self.broken[i].cpu()
+        names = [
+            name for name, any_clip in zip(_by_clip(self.features), broken.any(1).tolist(), strict=True) if any_clip
+        ]
+        mine = [
+            " ".join(name.split())
+            for name, any_feature in zip(self.ids[i], broken.any(0).tolist(), strict=True)
+            if any_feature
+        ]
+        everyone = distributed.gather_objects((" and ".join(names), mine[:NAMED], len(mine)))
+        parts = [
+            f"{names} not finite in {count} of the {len(broken[0])} clips of rank {rank} ({', '.join(some)})"
+            for rank, (names, some, count) in enumerate(everyone)
+            if count
+        ]
+        if sum(count for *_, count in everyone) == self.cfg.train.batch_size:
+            return f"{everyone[0][0]} not finite in all clips, so the weights are not"
+        return "; ".join(parts) or "all features finite"
 
     def _row(self, step: int, values: list[float]) -> dict[str, Any]:
         """What there is for each step."""
@@ -136,14 +181,26 @@ def audio_space(features: dict[str, Tensor], labels: list[Labels]) -> dict[str, 
     return found | ({"uniformity": math.log(kernel / pairs)} if pairs else {})
 
 
-def _must_be_finite(rows: list[dict[str, Any]], run_dir: str) -> None:
-    """UserError naming the first step whose loss is not finite; the value is the same on all ranks, so all stop."""
-    for row in rows:
-        if not math.isfinite(row["loss"]):
-            raise UserError(
-                f"the loss of step {row['step']} is {row['loss']}: lower train.lr, or take bf16 or fp32 in train.precision; "
-                f"the last checkpoint in {run_dir}/checkpoints is good"
-            )
+def _by_clip(features: dict[str, Tensor]) -> list[str]:
+    return [name for name in features if name != "scale"]
+
+
+def _broken(features: dict[str, Tensor]) -> Tensor:
+    """Of each feature, by name, and clip whether it is not finite, (features, b) bool: kept, not looked at."""
+    return ~torch.stack(
+        [features[name].detach().float().reshape(len(features[name]), -1).sum(1) for name in _by_clip(features)]
+    ).isfinite()
+
+
+def _numbers(row: list[Any]) -> list[float]:
+    """Without a norm, as ZeRO-0 has none in fp32, 0."""
+    return [float(value or 0.0) for value in row]
+
+
+def _finite_weights(model: torch.nn.Module) -> bool:
+    """Whether this rank's trained weights, its part of them under ZeRO-3, are finite: one pass over them, one wait."""
+    own = [getattr(p, "ds_tensor", p).detach() for p in model.parameters() if p.requires_grad]
+    return bool(torch.stack(torch._foreach_norm([x for x in own if x.numel()], math.inf)).isfinite().all())
 
 
 def peak_memory(device: torch.device) -> float:

@@ -19,7 +19,7 @@ from clip4vla.build import weights_to_evaluate
 from clip4vla.config import RunConfig, UserError
 from clip4vla.exhibits import encoded
 from clip4vla.model import Model
-from clip4vla.shards import write_text
+from clip4vla.shards import write_bytes, write_text
 
 RATIOS = [f"{i / 10:g}" for i in range(11)]
 BOTH = "both"  # the two tokens beside each other, as the paper fine-tunes, for comparison
@@ -101,7 +101,7 @@ def write(found: dict[str, list[Row]], chosen: dict[str, str], out: Path) -> Non
     writer.writerows({"run": run} | row for run, rows in found.items() for row in rows)
     write_text(out / "figure4.csv", text.getvalue())
     tested = {run: [row for row in rows if row["split"] == "data.test"] for run, rows in found.items()}
-    (out / "figure4.png").write_bytes(encoded(lambda buffer: figure(tested, chosen).savefig(buffer, format="png")))
+    write_bytes(out / "figure4.png", encoded(lambda buffer: figure(tested, chosen).savefig(buffer, format="png")))
 
 
 def figure(found: dict[str, list[Row]], chosen: dict[str, str]) -> Figure:

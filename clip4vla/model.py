@@ -1,6 +1,5 @@
 """Text, vision and audio towers into one space, and the pooling of frames and segments into clips."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +7,6 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,7 +17,7 @@ from clip4vla.captioner import Captioner, Growing
 from clip4vla.classifier import Classifier, label_of
 from clip4vla.config import FramesConfig, LossConfig, MaskConfig, ModelConfig, SpectrogramConfig, UserError
 from clip4vla.masking import masked_view
-from clip4vla.settings import to_dict
+from clip4vla.settings import from_tree, parse_json, to_dict
 from clip4vla.spectrogram import decode, normalise
 
 TEXTS = 256  # of a pass through the text tower
@@ -254,13 +252,25 @@ class Model(nn.Module):
     def from_checkpoint(cls, folder: str | Path) -> Self:
         """The model of a checkpoint folder (model.safetensors and config.json), in fp32, in evaluation mode."""
         try:
-            tree = json.loads((Path(folder) / "config.json").read_text())
-            frames = FramesConfig(**tree.get("frames", {}))  # version 0.1.0 did not write them
-            model = cls(tree["clip"], ModelConfig(**tree["model"]), SpectrogramConfig(**tree["spectrogram"]), frames)
-            model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            model = cls._of_folder(Path(folder))
+        except UserError:
+            raise
+        except Exception as error:  # safetensors, open_clip and torch raise many kinds for what is damaged
             raise UserError(f"{folder}: not a readable checkpoint ({' '.join(str(error).split())[:200]})") from None
         return model.eval()
+
+    @classmethod
+    def _of_folder(cls, folder: Path) -> Self:
+        file, weights = folder / "config.json", load_file(folder / "model.safetensors")
+        tree = {"frames": {}} | parse_json(file.read_bytes())  # version 0.1.0 did not write frames
+        cfg = from_tree(ModelConfig, tree["model"], file, "model.")
+        spectrogram = from_tree(SpectrogramConfig, tree["spectrogram"], file, "spectrogram.")
+        head = cfg.fusion not in ("global_global", "classifier")
+        positions = cfg.max_tokens + cfg.max_frames + spectrogram.max_segments
+        towers.must_be_backed(tree["clip"], weights, cfg.fusion_layers * head, positions * head)
+        model = cls(tree["clip"], cfg, spectrogram, from_tree(FramesConfig, tree["frames"], file, "frames."))
+        model.load_state_dict(weights)
+        return model
 
 
 def must_have_room(cfg: ModelConfig, fingerprint: dict[str, Any]) -> None:

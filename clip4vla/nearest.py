@@ -11,8 +11,9 @@ from torch import Tensor
 
 from clip4vla import distributed, fusion, retrieval
 from clip4vla.config import RunConfig, UserError
-from clip4vla.loader import EvalOrder, Loader, Place, open_folders, spoken
+from clip4vla.loader import Loader, open_folders, spoken
 from clip4vla.model import Model
+from clip4vla.order import EvalOrder, Place
 from clip4vla.shards import Damaged
 from clip4vla.watchdog import watch
 

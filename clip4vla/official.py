@@ -101,6 +101,10 @@ def from_official(state: State, cfg: ImportConfig, where: str, allow_unknown: bo
         raise UserError(
             "model.fusion=classifier: the authors' cls_linear is on features of their own; import the towers, then train one"
         )
+    try:
+        towers.must_be_backed(config, state, 0 if cfg.model.fusion == "global_global" else cfg.model.fusion_layers)
+    except ValueError as error:
+        raise UserError(f"{where}: lacks the keys of model.fusion_layers={cfg.model.fusion_layers}: {error}") from None
     model = Model(config | {"quick_gelu": True}, cfg.model, cfg.spectrogram, cfg.frames)
     model.must_have_positions()
     table, ours, account = names(model), model.state_dict(), Account()
@@ -170,7 +174,7 @@ def _heads(model: Model) -> list[int]:
 
 def _fitting(theirs: Tensor, shape: torch.Size, key: str, where: str) -> tuple[Tensor, str]:
     """(the rows that we have, which those are if not all); UserError for another shape."""
-    longer = key in LONGER and theirs.shape[1:] == shape[1:] and len(theirs) > shape[0]
+    longer = key in LONGER and theirs.ndim == len(shape) and theirs.shape[1:] == shape[1:] and len(theirs) > shape[0]
     if theirs.shape != shape and not longer:
         hint = "; lower model.max_tokens, model.max_frames or spectrogram.max_segments" * (key == POSITIONS)
         raise UserError(f"{where} is {tuple(theirs.shape)}, the model needs {tuple(shape)}{hint}")

@@ -9,27 +9,37 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from clip4vla.config import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".svg")
+ORIENTATION = 0x0112  # in EXIF
+BAND = 256  # rows that are laid on white at once
+UNREADABLE = "unreadable picture: "
 
 
 def read_picture(path: Path, size: int) -> np.ndarray:
-    """The picture in a file as `fitted` has it."""
+    """The picture in a file as `fitted` has it; one of more than 178,956,970 pixels is refused by its header."""
     try:
         with Image.open(io.BytesIO(_render_svg(path, size)) if path.suffix.lower() == ".svg" else path) as image:
             return fitted(image, size)
+    except UserError:
+        raise
     except UnidentifiedImageError:
         raise ValueError("not a picture that Pillow can read") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"unreadable picture: {error}") from None
+    except Exception as error:  # Pillow raises whatever its parsers raise
+        reason = str(error).removeprefix(UNREADABLE)
+        raise ValueError(f"{UNREADABLE}{' '.join(reason.split())[:200] or type(error).__name__}") from None
 
 
 def fitted(image: Image.Image, size: int) -> np.ndarray:
     """A picture as (size, size, 3) uint8: upright, transparency on white, aspect ratio kept, padded with white."""
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    if image.getexif().get(ORIENTATION, 1) != 1:  # not otherwise: it would copy
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would cut them off at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    flat = Image.alpha_composite(white, rgba).convert("RGB")
+    flat = Image.new("RGB", image.size)
+    for top in range(0, image.height, BAND):  # three copies of a large picture would fill the memory
+        band = image.crop((0, top, image.width, min(top + BAND, image.height))).convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        flat.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
     return np.asarray(ImageOps.pad(flat, (size, size), Image.Resampling.BICUBIC, color="white"))
 
 
@@ -50,7 +60,7 @@ def _render_svg(path: Path, size: int) -> bytes:
         data = path.read_bytes()
         return PNGSurface.convert(bytestring=data, unsafe=True, url_fetcher=fetch_embedded, output_width=2 * size)
     except OSError as error:
-        raise ValueError(f"unreadable picture: {error.strerror or error}") from None
+        raise ValueError(f"{UNREADABLE}{error.strerror or error}") from None
     except Exception as error:  # cairosvg raises whatever its parsers and cairo raise
         raise ValueError(f"unreadable drawing: {type(error).__name__}: {error}") from None
 

@@ -27,6 +27,7 @@ from clip4vla.losses import TERMS, features_used
 from clip4vla.meter import peak_memory
 from clip4vla.model import uses_head
 from clip4vla.vectors import obstacle
+from clip4vla.watchdog import watch
 
 LOOKED_AT = 4  # batches of which a dry run steps with the largest
 
@@ -233,7 +234,7 @@ def _say(lines: list[str]) -> None:
 
 @contextlib.contextmanager
 def enough_memory(cfg: RunConfig) -> Iterator[None]:
-    """Inside, a step that does not fit into memory is a UserError that names the cure."""
+    """Inside, a step that does not fit into memory, or into fp16, is a UserError that names the cure."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -244,4 +245,11 @@ def enough_memory(cfg: RunConfig) -> Iterator[None]:
         raise UserError(
             f"{clips} clips at a time do not fit into memory: raise train.accumulate (now {parts}), set train.recompute=true, "
             f"or lower train.batch_size ({train.batch_size})"
+        ) from None
+    except Exception as error:
+        if "loss scale already at minimum" not in str(error):  # DeepSpeed has no kind of its own for it
+            raise
+        raise UserError(
+            f"{watch.place}: the gradients overflow fp16 with the least loss scale too: take bf16 or fp32 in train.precision, "
+            "or lower train.lr"
         ) from None

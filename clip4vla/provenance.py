@@ -57,4 +57,4 @@ def _key(loader: Loader, i: int) -> str:
     """The name under which a clip that was not used lies in its shards."""
     place = loader.order.places[i]
     folder = loader.folders[place.source]
-    return f"{folder.source}/{folder.shards[place.shard].entries[place.entry][0]}"
+    return f"{folder.source}/{folder.entries(place.shard)[place.entry][0]}"

@@ -3,6 +3,7 @@
 Everything is inside the file (data: URIs) and its content security policy lets the browser request nothing else.
 """
 
+import math
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from clip4vla.captions_page import Written
 from clip4vla.exhibits import Exhibit, data_uri, encoded
 from clip4vla.predictions_page import Predicted
 from clip4vla.queries_page import Query, arrow
+from clip4vla.shards import write_bytes, write_text
 
 TERMS = {
     "loss": "total",
@@ -41,6 +43,8 @@ PANELS = {  # of meter.py's rows
 }
 SHADES = ("#1f2937", "#2563eb", "#059669", "#d97706", "#9333ea", "#dc2626", "#0891b2", "#be185d")
 PLOTTED = 200  # classes at most in a confusion matrix, which takes gigabytes beyond
+LARGEST = 1e100  # number that is drawn: matplotlib squares some
+LONG = 100  # characters of a name in a plot
 SMOOTH = ("lr", "memory_gib")  # as they are
 COLOURS = {key: shade for keys in (TERMS, *PANELS.values()) for key, shade in zip(keys, SHADES, strict=False)}
 
@@ -57,7 +61,8 @@ def run_plot(name: str, rows: list[dict[str, Any]]) -> bytes:
     grid = figure.add_gridspec(lines + 1, 3, height_ratios=[2.3] + [1] * lines)
     top = figure.add_subplot(grid[0, :])
     _panel(top, rows, TERMS)
-    top.set_title(name, parse_math=False)  # a folder's name may hold $
+    shown = name.encode("utf-8", "backslashreplace").decode()[:LONG]
+    top.set_title(shown, parse_math=False)  # a folder's name may hold $
     top.set_ylabel("loss (nats)")
     if not top.lines:
         top.text(0.5, 0.5, "no loss logged", ha="center", transform=top.transAxes)
@@ -74,7 +79,7 @@ def run_plot(name: str, rows: list[dict[str, Any]]) -> bytes:
 def write_plot(run_dir: str, rows: list[dict[str, Any]]) -> None:
     """run_dir/curves.png of a run of more than a few steps."""
     if len(rows) > 20:
-        Path(run_dir, "curves.png").write_bytes(run_plot(Path(run_dir).name, rows))
+        write_bytes(Path(run_dir, "curves.png"), run_plot(Path(run_dir).name, rows))
 
 
 def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -82,9 +87,14 @@ def latest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for _, row in sorted({row["step"]: row for row in rows if "loss" in row}.items())]
 
 
+def is_number(value: Any) -> bool:
+    """Whether it can be drawn, be it as a gap."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not LARGEST < abs(value) != math.inf
+
+
 def draw(axes: Axes, rows: list[dict[str, Any]], key: str, times: float = 1, **line: Any) -> None:
     """The values of a key over steps, raw (thin) and smoothed; line: how matplotlib is to draw the smoothed one."""
-    points = [(row["step"], row[key] * times) for row in rows if row.get(key) is not None]
+    points = [(row["step"], row[key] * times) for row in rows if is_number(row.get(key))]
     if points:
         steps, values = np.array(points, dtype=float).T
         axes.plot(steps, values, color=line["color"], lw=0.7, alpha=0.3)
@@ -111,9 +121,12 @@ def _panel(axes: Axes, rows: list[dict[str, Any]], keys: dict[str, str], times: 
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about a twentieth of the points, narrower at both ends."""
-    kernel = np.ones(min(len(values), len(values) // 40 * 2 + 1))
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+    """Centred moving average over about a twentieth of the points, narrower at both ends; of those that are finite."""
+    half, places = len(values) // 40, np.arange(len(values))
+    finite = np.isfinite(values)
+    sums = np.pad([np.where(finite, values, 0), finite], ((0, 0), (1, 0))).cumsum(1)  # linear in millions of points
+    total, count = sums[:, np.minimum(places + half + 1, len(values))] - sums[:, np.maximum(places - half, 0)]
+    return np.where(count, total / np.maximum(count, 1), np.nan)
 
 
 def write(path: Path, title: str, settings: dict[str, Any], runs: dict[str, list[dict[str, Any]]], body: str) -> None:
@@ -128,7 +141,8 @@ def write(path: Path, title: str, settings: dict[str, Any], runs: dict[str, list
         body,
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{HEAD}<title>{escape(title)}</title><main>{''.join(parts)}</main></html>\n", encoding="utf-8")
+    text = f"{HEAD}<title>{escape(title)}</title><main>{''.join(parts)}</main></html>\n"
+    write_text(path, text.encode("utf-8", "backslashreplace").decode())  # a folder's name may be no text
 
 
 def retrieval(metrics: dict[str, dict[str, Any]], exhibits: list[Exhibit], queries: list[Query]) -> str:

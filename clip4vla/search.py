@@ -61,6 +61,9 @@ def arguments() -> argparse.ArgumentParser:
     build.add_argument(
         "--retry-damaged", action="store_true", help="read what could not be read, as a disk may be back"
     )
+    build.add_argument(
+        "--time-limit", type=float, default=120, metavar="S", help="for a clip of a file; what hangs longer is given up"
+    )
     info = commands.add_parser("info", help="what an index holds, as JSON")
     info.set_defaults(run=run_info)
     info.add_argument("index", type=Path, metavar="IDX")
@@ -88,7 +91,11 @@ def run_build(args: argparse.Namespace) -> None:
     vector_index.faiss()
     model = load(args.model, args.device)
     again = args.retry_damaged
-    counts = build(model, named(args.model), args.places, args.out, args.types, args.memory_gb * 1e9, again)
+    if not args.time_limit > 0:
+        raise UserError(f"--time-limit: more than 0 s, not {args.time_limit:g}")
+    counts = build(
+        model, named(args.model), args.places, args.out, args.types, args.memory_gb * 1e9, again, args.time_limit
+    )
     print(", ".join(f"{count} {name}" for name, count in counts._asdict().items()) + " files or shards")
     print(describe(args.out))
 
@@ -122,7 +129,8 @@ def line(rank: int, hit: Hit) -> str:
     """A hit for a person: rank, score, cosines, name, seconds in the medium, first caption."""
     cosines = " ".join(f"{part} {cosine:.3f}" for part, cosine in hit.scores.items())
     when = f"  {hit.start:.1f}-{hit.end:.1f} s" if hit.start is not None and hit.end is not None else ""
-    return f"{rank:3}  {hit.score:.4f}  ({cosines})  {hit.name}{when}  {' | '.join(hit.captions[:1])}".rstrip()
+    said = f"{rank:3}  {hit.score:.4f}  ({cosines})  {hit.name}{when}  {' | '.join(hit.captions[:1])}".rstrip()
+    return "".join(c if c.isprintable() else " " for c in said)  # nothing that a terminal would obey
 
 
 def run_info(args: argparse.Namespace) -> None:

@@ -1,10 +1,10 @@
 """Which checkpoint of a run is the best: by a metric of its evaluations on data.val, never on data.test."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from clip4vla.config import RunConfig, UserError
+from clip4vla.settings import read_tree
 
 # what is better if it is higher
 HIGHER = tuple("R@1 R@5 R@10 BLEU-1 BLEU-2 BLEU-3 BLEU-4 METEOR ROUGE-L CIDEr accuracy top5 class_mean".split())
@@ -14,18 +14,20 @@ LOWER = ("MedR", "MeanR")
 def value(metrics: dict[str, dict[str, Any]], select: str) -> float:
     """What eval.select picks of metrics by direction, such that more is better; UserError if it is not there."""
     direction, _, name = select.rpartition("/")
-    if direction not in metrics or name not in HIGHER + LOWER or name not in metrics[direction]:
+    known = {key: row for key, row in metrics.items() if isinstance(row, dict)}
+    number = known.get(direction, {}).get(name)
+    if name not in HIGHER + LOWER or not isinstance(number, int | float):
         directions, names = (
-            ", ".join(metrics),
-            ", ".join(k for k in HIGHER + LOWER if k in next(iter(metrics.values()))),
+            ", ".join(known),
+            ", ".join(k for k in HIGHER + LOWER if k in next(iter(known.values()), {})),
         )
         raise UserError(f"eval.select={select}: no such number; there is {directions}, each with {names}")
-    return -metrics[direction][name] if name in LOWER else metrics[direction][name]
+    return -number if name in LOWER else number
 
 
 def best(cfg: RunConfig) -> str:
     """The step-NNNNNNNN whose evaluation on data.val is best (of equal ones the first), "" without any."""
-    found = {file.parent.name: value(json.loads(file.read_text()), cfg.eval.select) for file in _evaluations(cfg)}
+    found = {file.parent.name: value(read_tree(file), cfg.eval.select) for file in _evaluations(cfg)}
     top = max(sorted(found), key=lambda name: found[name], default="")
     return top.replace("val", "step")
 

@@ -5,8 +5,12 @@ Order of precedence, lowest first: config.py's defaults, the preset, the YAML fi
 
 import dataclasses
 import difflib
+import json
+import math
+import reprlib
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -15,6 +19,12 @@ import yaml
 from clip4vla.config import OFFICIAL, DataConfig, ImportConfig, RunConfig, UserError
 
 Config = TypeVar("Config", RunConfig, DataConfig, ImportConfig)
+DEEPEST = 100  # levels of a file's lists and mappings
+MOST = 10_000_000  # values in a file, those that YAML's aliases repeat counted each time
+LONGEST = 1 << 19  # characters of a YAML file: its parser takes a second for 100 KB
+_shown = reprlib.Repr()  # YAML's aliases can make a value too long to be printed
+_shown.maxstring = _shown.maxother = 200
+_shown.maxlist, _shown.maxdict, _shown.maxlevel = 12, 12, 3
 
 
 def load(cls: type[Config], path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
@@ -28,6 +38,13 @@ def load(cls: type[Config], path: str | Path | None = None, overrides: typing.Se
         layers = [("preset official", _override(k, v)) for k, v in OFFICIAL.items() if k in keys] + layers
     for where, tree in layers:
         _merge(config, tree, where, "")
+    return config
+
+
+def from_tree(cls: type[Any], tree: dict[str, Any], where: str | Path, prefix: str) -> Any:
+    """A section of the settings from names and values, by the same rules as `load`."""
+    config = cls()
+    _merge(config, tree, str(where), prefix)
     return config
 
 
@@ -50,14 +67,86 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read this config file ({getattr(error, 'strerror', error)})") from None
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read this config file ({getattr(error, 'strerror', error)})") from None
     if not isinstance(tree, dict | types.NoneType):
         raise UserError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
     return tree or {}
+
+
+class _Loader(yaml.SafeLoader):
+    """Data alone, as SafeLoader; merge keys of merge keys of merge keys end before they fill the memory."""
+
+    pairs = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        self.pairs += len(node.value)
+        if self.pairs > LONGEST:
+            raise yaml.YAMLError("<< brings too much")
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says; yaml.YAMLError if it is none, is too long, or nested too deeply."""
+    if len(text) > LONGEST:
+        raise yaml.YAMLError(f"{len(text)} characters, {LONGEST} at most")
+    try:
+        tree = yaml.load(text, _Loader)
+        _measure([tree], 0, {})
+        if "\\" in text:  # half characters
+            json.dumps(tree, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # PyYAML passes on whatever int(), datetime() and deep nesting raise
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+    return tree
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says; ValueError if it is none, nested too deeply, or has half characters, which cannot be written."""
+    text = text if isinstance(text, str) else text.decode("utf-8-sig")
+    try:
+        tree = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEEPEST} levels") from None
+    _measure([tree], 0, {})
+    try:
+        if "\\u" in text:
+            json.dumps(tree, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("its text or path is not valid Unicode") from None
+    return tree
+
+
+def _measure(tree: Any, level: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """(values, levels) below here, where what YAML's aliases share counts each time; ValueError for too many."""
+    if level > DEEPEST:
+        raise ValueError(f"nested deeper than {DEEPEST} levels")
+    size, height = 1, 1
+    for item in tree.values() if isinstance(tree, dict) else tree:
+        more, levels = (
+            (1, 0) if not isinstance(item, dict | list) else known.get(id(item)) or _measure(item, level + 1, known)
+        )
+        size, height = size + more, max(height, levels + 1)
+    if level + height > DEEPEST + 1 or size > MOST:
+        raise ValueError(f"{size} values in {level + height} levels: {MOST} in {DEEPEST} at most")
+    known[id(tree)] = size, height
+    return size, height
+
+
+def read_tree(path: Path, parse: Callable[[str], Any] = parse_json) -> dict[str, Any]:
+    """The names and values in a file that the program wrote; UserError if it cannot be read."""
+    try:
+        tree = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        kind = "valid YAML" if isinstance(error, yaml.YAMLError) else "readable"
+        raise UserError(f"{path}: not {kind} ({error}); mend it or write it again") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected names with values, found {type(tree).__name__}; write it again")
+    return tree
 
 
 def _override(word: str, value: Any = None) -> dict[str, Any]:
@@ -66,7 +155,7 @@ def _override(word: str, value: Any = None) -> dict[str, Any]:
         if not sign:
             raise UserError(f"command line: {word!r} is neither a .yaml file nor KEY=VALUE")
         try:
-            value = yaml.safe_load(text)
+            value = parse_yaml(text)
         except yaml.YAMLError:
             raise UserError(f"command line: {word}: the value is not valid YAML") from None
     for part in reversed(key.split(".")):
@@ -79,15 +168,15 @@ def _merge(config: Any, tree: dict[str, Any], where: str, prefix: str) -> None:
     known = {item.name: item for item in dataclasses.fields(config)}
     for key, value in tree.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0) or sorted(hints)[:1]
+            near = difflib.get_close_matches(str(key)[:100], hints, n=1, cutoff=0) or sorted(hints)[:1]
             raise UserError(f"{where}: unknown key {prefix}{key}; the nearest is {prefix}{near[0]} (see --help)")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
-                raise UserError(f"{where}: {prefix}{key} holds settings, not {value!r}")
+                raise UserError(f"{where}: {prefix}{key} holds settings, not {_shown.repr(value)}")
             _merge(getattr(config, key), value, where, f"{prefix}{key}.")
         else:
             value, low = _coerce(value, hints[key], where, prefix + key), known[key].metadata["low"]
-            if low is not None and value < low:
+            if low is not None and not value >= low:
                 raise UserError(f"{where}: {prefix}{key} must be at least {low}, not {value}")
             setattr(config, key, value)
 
@@ -101,8 +190,9 @@ def _coerce(value: Any, kind: Any, where: str, key: str) -> Any:
         return value
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
-        except ValueError:
+            if not math.isnan(number := float(value)):
+                return number
+        except (ValueError, OverflowError):
             pass
     if kind is str and value is None:  # KEY= on the command line
         return ""
@@ -117,7 +207,7 @@ def _coerce(value: Any, kind: Any, where: str, key: str) -> Any:
     if origin is dict and isinstance(names, dict | list) and all(isinstance(name, str) for name in names):
         shares = names if isinstance(names, dict) else dict.fromkeys(names, 1.0)
         return {name: _coerce(share, args[1], where, f"{key}.{name}") for name, share in shares.items()}
-    raise UserError(f"{where}: {key} must be {_type_name(kind)}, not {value!r}")
+    raise UserError(f"{where}: {key} must be {_type_name(kind)}, not {_shown.repr(value)}")
 
 
 def _type_name(kind: Any) -> str:

@@ -1,13 +1,17 @@
 """What is in a shard folder: names, metadata, fingerprint; writing tars, and reading samples from them by byte range.
 
-A folder holds SOURCE-SPLIT-000000.tar … and index.json. Members of a sample, in this order: KEY.json, KEY.fbank.jpg|png
-(the log-mel picture of spectrogram.encode) and KEY.frames.jpg (the film strip: n frames stacked vertically).
+A folder holds SOURCE-SPLIT-000000.tar …, index.json, which counts the samples of each, and entries.jsonl with a line
+[key, {extension: [offset, size, CRC-32]}] for each sample, of which only the shards in use are in memory. Members of a sample,
+in this order: KEY.json, KEY.fbank.jpg|png (the log-mel picture of spectrogram.encode) and KEY.frames.jpg (the film strip: n
+frames stacked vertically).
 
 KEY.json: id, item (the thing shown), group (stays in one split, answers the same queries), source, split, captions and
 caption_langs (parallel), lang (spoken), audio_type (vb, nb, both), label, start and end (s in the medium, or null),
 duration (s of audio), n_frames, n_segments, n_rows (valid ones), has_audio, has_frames, media {audio, frames}.
 """
 
+import collections
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -17,7 +21,7 @@ import os
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,12 +32,12 @@ from clip4vla import storage
 from clip4vla.config import DataConfig, DataSources, UserError
 
 INDEX = "index.json"
-FORMAT = 1
+ENTRIES = "entries.jsonl"
+FORMAT = 2
 HEADER = 512  # bytes of a tar header, and the unit that members are padded to
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """One file in a tar: where its bytes start, how many there are, and their CRC-32."""
 
     offset: int
@@ -41,9 +45,9 @@ class Member:
     crc32: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar as index.json describes it; entries stay as JSON gave them, [key, {ext: [offset, size, crc32]}].
+    """One tar as index.json describes it. entries: where its lines of entries.jsonl are.
 
     of: in a folder of vectors, the sha256 of the shard that they belong to.
     """
@@ -52,13 +56,38 @@ class Shard:
     samples: int
     bytes: int
     sha256: str
-    entries: list[Any]
+    entries: Member
     of: str = ""
 
-    def members(self, entry: int) -> tuple[str, dict[str, Member]]:
-        """Key and members by extension ("json", "fbank.jpg", "frames.jpg") of one sample."""
-        key, members = self.entries[entry]
+    @classmethod
+    def of_json(cls, tree: dict[str, Any]) -> "Shard":
+        """From its row of index.json; raises ValueError or TypeError if that cannot be one."""
+        shard = cls(**tree | {"entries": Member(*tree["entries"])})
+        texts, numbers = (shard.name, shard.sha256, shard.of), (shard.samples, shard.bytes, *shard.entries)
+        if not all(isinstance(x, str) for x in texts) or not all(type(x) is int and x >= 0 for x in numbers):
+            raise ValueError(f"a shard is {tree!r:.200}")
+        return shard
+
+
+class Entries(Sequence[tuple[str, dict[str, Member]]]):
+    """The samples of one shard: key, and members by extension ("json", "fbank.jpg", "frames.jpg").
+
+    Kept as text, which takes a tenth of the memory; raises ValueError, KeyError or TypeError for a line that is none.
+    """
+
+    def __init__(self, lines: bytes) -> None:
+        self.lines = lines.splitlines()
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, number: Any) -> Any:
+        key, members = json.loads(self.lines[number])
         return key, {ext: Member(*place) for ext, place in members.items()}
+
+    def keys(self) -> list[str]:
+        """Of all samples."""
+        return [key for key, _ in self]
 
 
 @dataclass(frozen=True)
@@ -139,16 +168,32 @@ def _describe(path: str, name: str) -> dict[str, Any]:
 
 def write_json(path: str | Path, tree: Any) -> None:
     """JSON that is complete or absent: written aside, synced, renamed."""
-    write_text(path, json.dumps(tree, ensure_ascii=False, separators=(",", ":")) + "\n")
+    write_text(path, _line(tree))
 
 
 def write_text(path: str | Path, text: str) -> None:
     """A text file that is complete or absent: written aside, synced, renamed."""
-    with open(f"{path}.partial", "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(f"{path}.partial", path)
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """The same of any file."""
+    with _complete(path) as stream:
+        stream.write(data)
+
+
+@contextlib.contextmanager
+def _complete(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name when all of it is on the disk."""
+    try:
+        with _own(f"{path}.partial") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+            os.replace(f"{path}.partial", path)  # while the lock holds
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file
+        raise
 
 
 def write_index(
@@ -159,14 +204,24 @@ def write_index(
     source: str,
     split: str,
     counts: dict[str, Any],
-    shards: list[dict[str, Any]],
+    shards: Iterable[dict[str, Any]],
 ) -> None:
-    """index.json of a folder, atomically.
+    """entries.jsonl and then index.json of a folder; each is complete or absent, and index.json knows the other's CRC-32s.
 
-    counts: samples, with_audio, with_frames, seconds, quarantined. shards: what write_shard returned.
+    counts: samples, with_audio, with_frames, seconds, quarantined. shards: what write_shard returned; taken one by one.
     """
+    rows = []
+    with _complete(Path(folder, ENTRIES)) as stream:
+        for shard in shards:
+            lines = "".join(_line(entry) for entry in shard["entries"]).encode()
+            rows.append(shard | {"entries": Member(stream.tell(), len(lines), zlib.crc32(lines))})
+            stream.write(lines)
     head = {"format": FORMAT, "fingerprint": fingerprint, "media_root": media_root, "source": source, "split": split}
-    write_json(Path(folder) / INDEX, head | {"counts": counts, "shards": shards})
+    write_json(Path(folder) / INDEX, head | {"counts": counts, "shards": rows})
+
+
+def _line(tree: Any) -> str:
+    return json.dumps(tree, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 class ShardFolder:
@@ -177,7 +232,9 @@ class ShardFolder:
     ) -> None:
         self.url, self.fs, self.path, self.cfg = url, fs, path, cfg
         self.reader = storage.Reader(fs, cfg)
-        self.shards = [Shard(**shard) for shard in index["shards"]]
+        self.shards = [Shard.of_json(shard) for shard in index["shards"]]
+        self.total = sum(shard.samples for shard in self.shards)
+        self.in_use: collections.OrderedDict[int, Entries] = collections.OrderedDict()  # the last one used last
         self.fingerprint: dict[str, Any] = index["fingerprint"]
         self.counts: dict[str, Any] = index["counts"]
         self.source: str = index["source"]
@@ -186,8 +243,10 @@ class ShardFolder:
         for shard in self.shards:
             if shard.name in ("", ".", "..") or set(shard.name) & set("/\\"):
                 raise UserError(f"{url}/{INDEX}: shard name {shard.name!r} leaves the folder; make the index anew")
-            if len(shard.entries) != shard.samples:
-                raise ValueError(f"{shard.name} lists {len(shard.entries)} of {shard.samples} samples")
+        lines = sum(shard.entries.size for shard in self.shards)
+        there = storage.size(fs, f"{path}/{ENTRIES}", cfg) if self.shards else 0
+        if lines != there or lines < self.total:
+            raise ValueError(f"{ENTRIES} has {there} bytes, not {lines} for {self.total} samples")
 
     @classmethod
     def open(cls, url: str, cfg: DataSources = storage.DEFAULT) -> "ShardFolder":
@@ -210,7 +269,9 @@ class ShardFolder:
             folder = cls(url, fs, path, index, cfg)
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError) as error:
+        except OSError as error:
+            raise UserError(f"cannot read {url}/{ENTRIES}: {error}; run data_prep/shard.py to make it") from None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{url}/{INDEX} is not a readable index ({reason}); run data_prep/shard.py again") from None
         if len(folder) == 0:
@@ -219,7 +280,14 @@ class ShardFolder:
 
     def __len__(self) -> int:
         """Samples in all shards."""
-        return sum(shard.samples for shard in self.shards)
+        return self.total
+
+    def entries(self, shard: int) -> Entries:
+        """The samples of a shard; ValueError if they cannot be had."""
+        found = self._entries({shard})[shard]
+        if isinstance(found, str):
+            raise ValueError(f"{self.shards[shard].name}: {found}")
+        return found
 
     def read(
         self, wanted: Sequence[tuple[int, int]], exts: Sequence[str] = ("json", "fbank", "frames")
@@ -229,48 +297,109 @@ class ShardFolder:
         Adjacent members are one range, all ranges are read at once (storage.py). Size and CRC-32 are checked; a damaged
         sample, missing tar or failing read gives a Damaged in its place, never an exception.
         """
-        plans = [self._plan(shard, entry, tuple(exts)) for shard, entry in wanted]
-        parts = [(self.shards[s], part) for (s, _), plan in zip(wanted, plans, strict=True) for part in plan]
+        entries = self._entries({shard for shard, _ in wanted})
+        plans = [self._plan(shard, entry, entries[shard], tuple(exts)) for shard, entry in wanted]
+        parts = [(self.shards[s], part) for (s, _), plan in zip(wanted, plans, strict=True) for part in plan.ranges]
         ranges = [storage.Range(f"{self.path}/{s.name}", s.sha256, part.start, part.end) for s, part in parts]
         blobs = iter(self.reader.read(ranges, lambda i, blob: not _members(parts[i][1], blob)[1]))
-        return [self._check(s, e, plan, blobs) for (s, e), plan in zip(wanted, plans, strict=True)]
+        return [_checked(self.shards[shard].name, plan, blobs) for (shard, _), plan in zip(wanted, plans, strict=True)]
 
-    def _plan(self, shard: int, entry: int, exts: tuple[str, ...]) -> list[_Range]:
+    def damaged(self, shard: int, number: int, reason: str) -> Damaged:
+        """What to say of a sample that was read, and is not right all the same."""
+        return Damaged(self.shards[shard].name, self.entries(shard)[number][0], reason)
+
+    def _entries(self, shards: set[int]) -> dict[int, Entries | str]:
+        """The samples of each shard, or why they cannot be had; those of two windows of shards stay in memory."""
+        missing = sorted(shards - self.in_use.keys())
+        places = [self.shards[shard].entries for shard in missing]
+        ranges = [
+            storage.Range(
+                f"{self.path}/{ENTRIES}", f"{ENTRIES} of {self.shards[shard].sha256}", p.offset, p.offset + p.size
+            )
+            for shard, p in zip(missing, places, strict=True)
+        ]
+        blobs = self.reader.read(ranges, lambda i, blob: not fault(places[i], blob))
+        found: dict[int, Entries | str] = {shard: self.in_use[shard] for shard in shards & self.in_use.keys()}
+        for shard, place, blob in zip(missing, places, blobs, strict=True):
+            wrong = fault(place, blob)
+            entries = Entries(blob) if isinstance(blob, bytes) and not wrong else None
+            if entries is not None and len(entries) != self.shards[shard].samples:
+                wrong = f"{len(entries)} of {self.shards[shard].samples} samples"
+            found[shard] = f"{ENTRIES}: {wrong}" if entries is None or wrong else entries
+        self._keep(found)
+        return found
+
+    def _keep(self, found: dict[int, Entries | str]) -> None:
+        for shard, entries in found.items():
+            if isinstance(entries, Entries):
+                self.in_use[shard] = entries
+                self.in_use.move_to_end(shard)
+        while len(self.in_use) > 2 * self.cfg.window:
+            self.in_use.popitem(last=False)
+
+    def _plan(self, shard: int, number: int, entries: Entries | str, exts: tuple[str, ...]) -> "_Plan":
         """Byte ranges for one sample, adjacent members joined."""
-        _, members = self.shards[shard].members(entry)
-        chosen = [(ext.partition(".")[0], member) for ext, member in members.items()]
-        parts: list[_Range] = []
-        for kind, member in sorted((c for c in chosen if c[0] in exts and c[1].size), key=lambda c: c[1].offset):
-            end = member.offset + member.size
-            if parts and member.offset - parts[-1].end < 2 * HEADER:  # padding and a header between
-                parts[-1] = _Range(parts[-1].start, end, [*parts[-1].members, (kind, member)])
-            else:
-                parts.append(_Range(member.offset, end, [(kind, member)]))
-        return parts
-
-    def _check(self, shard: int, entry: int, plan: list[_Range], blobs: Any) -> dict[str, bytes] | Damaged:
-        """The sample's bytes by kind; takes its ranges' answers off `blobs`."""
-        key, name = self.shards[shard].entries[entry][0], self.shards[shard].name
-        sample: dict[str, bytes] = {}
-        reason = ""
-        for part, blob in [(part, next(blobs)) for part in plan]:
-            if isinstance(blob, BaseException):
-                reason = reason or f"{type(blob).__name__}: {blob}"
-                continue
-            members, fault = _members(part, blob)
-            sample |= members
-            reason = reason or fault
-        return Damaged(name, key, reason) if reason else sample
+        if isinstance(entries, str):
+            return _Plan(f"entry {number}", [], entries)
+        try:
+            key, members = entries[number]
+            chosen = [(ext.partition(".")[0], member) for ext, member in members.items()]
+            chosen = sorted((c for c in chosen if c[0] in exts and c[1].size), key=lambda c: c[1].offset)
+            if any(m.offset < 0 or not 0 <= m.size <= self.shards[shard].bytes - m.offset for _, m in chosen):
+                raise ValueError("a member lies outside of the tar")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            return _Plan(f"entry {number}", [], f"{ENTRIES}: {type(error).__name__}: {error}")
+        return _Plan(key, _joined(chosen), "")
 
 
-def _members(part: _Range, blob: bytes) -> tuple[dict[str, bytes], str]:
+class _Plan(NamedTuple):
+    """What is to be read of a sample; or why nothing can be."""
+
+    key: str
+    ranges: list[_Range]
+    fault: str
+
+
+def _joined(members: list[tuple[str, Member]]) -> list[_Range]:
+    """Ranges over (kind, member) in the order of their offsets; what lies between two is padding and a header at most."""
+    parts: list[_Range] = []
+    for kind, member in members:
+        end = member.offset + member.size
+        if parts and member.offset - parts[-1].end < 2 * HEADER:
+            parts[-1] = _Range(parts[-1].start, end, [*parts[-1].members, (kind, member)])
+        else:
+            parts.append(_Range(member.offset, end, [(kind, member)]))
+    return parts
+
+
+def _checked(shard: str, plan: _Plan, blobs: Iterator[Any]) -> dict[str, bytes] | Damaged:
+    """The sample's bytes by kind; takes its ranges' answers off `blobs`."""
+    sample: dict[str, bytes] = {}
+    reason = plan.fault
+    for part, blob in [(part, next(blobs)) for part in plan.ranges]:
+        members, wrong = _members(part, blob)
+        sample |= members
+        reason = reason or wrong
+    return Damaged(shard, plan.key, reason) if reason else sample
+
+
+def _members(part: _Range, blob: bytes | BaseException) -> tuple[dict[str, bytes], str]:
     """(bytes by kind, what is wrong with them or "") of one range."""
+    if isinstance(blob, BaseException):
+        return {}, fault(part.members[0][1], blob)
     found: dict[str, bytes] = {}
     for kind, member in part.members:
         at = member.offset - part.start
         found[kind] = bytes(blob[at : at + member.size])
-        if len(found[kind]) != member.size:
-            return found, f"{kind}: {len(found[kind])} of {member.size} bytes"
-        if zlib.crc32(found[kind]) != member.crc32:
-            return found, f"{kind}: CRC-32 differs from {INDEX}"
+        if wrong := fault(member, found[kind]):
+            return found, f"{kind}: {wrong}"
     return found, ""
+
+
+def fault(place: Member, answer: bytes | BaseException) -> str:
+    """What is wrong with what was read of a place, or ""."""
+    if isinstance(answer, BaseException):
+        return f"{type(answer).__name__}: {answer}"
+    if len(answer) != place.size:
+        return f"{len(answer)} of {place.size} bytes"
+    return "" if zlib.crc32(answer) == place.crc32 else f"CRC-32 differs from {INDEX}"

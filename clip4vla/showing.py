@@ -21,7 +21,7 @@ def of_shard(place: str, state: str, shown: dict[str, Any]) -> Exhibit:
     try:
         folder = opened(url)
         number = [(shard.name, shard.sha256) for shard in folder.shards].index((name, state))
-        entry = [key for key, _ in folder.shards[number].entries].index(shown["key"])
+        entry = folder.entries(number).keys().index(shown["key"])
         meta = parsed(folder.read([(number, entry)], ("json",))[0])
     except ValueError:  # UserError is one
         return Exhibit(shown["name"], shown["captions"])

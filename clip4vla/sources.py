@@ -3,7 +3,6 @@
 A file is one clip if it is short, else windows of 17.92 s (inputs.longest) one behind the other. A shard has its samples.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -11,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clip4vla import inputs
+from clip4vla import clips, inputs
 from clip4vla.config import UserError
 from clip4vla.inputs import Input
 from clip4vla.media import SOUNDS, VIDEOS, duration, edges
 from clip4vla.model import Model
 from clip4vla.pictures import PICTURES
+from clip4vla.pool import Apart
 from clip4vla.settings import to_dict
 from clip4vla.shards import INDEX, Damaged, ShardFolder
 
@@ -41,9 +41,16 @@ class Source:
     name: str  # a file's, below the folder that was named
     shard: tuple[ShardFolder, int] | None = None
 
-    def clips(self, first: int, model: Model) -> Iterator[tuple[Clip, bool]]:
-        """Its clips from number `first` on, and whether it is the last one; where the file is damaged it ends."""
-        rows = _samples(*self.shard, first, model) if self.shard else _media(Path(self.place), self.name, first, model)
+    def clips(self, first: int, model: Model, apart: Apart | None = None) -> Iterator[tuple[Clip, bool]]:
+        """Its clips from number `first` on, and whether it is the last one; where the file is damaged it ends.
+
+        apart: runs `media`; None: it runs in this process.
+        """
+        if self.shard:
+            rows = _samples(*self.shard, first, model)
+        else:
+            words = self.place, self.name, first
+            rows = apart.iterate(*words) if apart else media(model, *words)
         held = None
         while True:
             try:
@@ -125,7 +132,7 @@ def _shards(url: str, model: Model) -> list[Source]:
 
 
 def _samples(folder: ShardFolder, shard: int, first: int, model: Model) -> Iterator[Clip]:
-    entries = folder.shards[shard].entries
+    entries = folder.entries(shard)
     for begin in range(first, len(entries), TOGETHER):
         numbers = range(begin, min(begin + TOGETHER, len(entries)))
         for number, sample in zip(numbers, folder.read([(shard, n) for n in numbers]), strict=True):
@@ -137,7 +144,10 @@ def _sample(number: int, key: str, sample: dict[str, bytes] | Damaged, model: Mo
         meta = parsed(sample)
         assert not isinstance(sample, Damaged)
         shown = {name: meta[name] for name in ("captions", "start", "end")} | {"name": meta["id"], "key": key}
-        return Clip(number, shown, inputs.of_shard(meta, sample, model.spectrogram))
+        clip = inputs.of_shard(meta, sample, model.spectrogram)
+        if clip.frames is not None and clip.frames.shape[-1] != model.frames.size:
+            raise ValueError(f"frames of {clip.frames.shape[-1]} pixels, not {model.frames.size}")
+        return Clip(number, shown, clip)
     except (ValueError, KeyError) as error:
         return Clip(number, {"name": key}, None, str(error))
 
@@ -146,10 +156,12 @@ def parsed(sample: dict[str, bytes] | Damaged) -> dict[str, Any]:
     """A sample's json; ValueError if it cannot be read."""
     if isinstance(sample, Damaged):
         raise ValueError(sample.reason)
-    return json.loads(sample["json"])
+    return clips.parsed(sample.get("json", b""))
 
 
-def _media(path: Path, name: str, first: int, model: Model) -> Iterator[Clip]:
+def media(model: Model, place: str, name: str, first: int) -> Iterator[Clip]:
+    """Clips of a media file from number `first` on."""
+    path = Path(place)
     spec, long = model.spectrogram, inputs.longest(model.spectrogram)
     shown = {"name": name, "captions": [], "key": ""}
     kind = path.suffix.lower()

@@ -121,6 +121,11 @@ def exists(fs: fsspec.AbstractFileSystem, path: str, cfg: DataSources = DEFAULT)
         return False
 
 
+def size(fs: fsspec.AbstractFileSystem, path: str, cfg: DataSources = DEFAULT) -> int:
+    """Bytes of a file; raises FileNotFoundError or OSError."""
+    return int((fs.info(path) if _is_local(fs) else call(fs, "info", path, cfg=cfg))["size"])
+
+
 def call(
     fs: fsspec.AbstractFileSystem, method: str, *args: Any, cfg: DataSources, seconds: float = 0, **words: Any
 ) -> Any:

@@ -2,13 +2,13 @@
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clip4vla.config import UserError
+from clip4vla.settings import parse_json
 
 DIRECTIONS = {"text_to_video": "T2V", "video_to_text": "V2T"}
 METRICS = {"R@1": "R@1", "R@5": "R@5", "R@10": "R@10", "MedR": "MdR"}
@@ -137,7 +137,9 @@ def tables(runs: Sequence[str], as_csv: bool = False) -> str:
             title, old = KINDS[task].of(source)
             new = [[f"{run} ({how})", *cells] for how, *cells in KINDS[task].rows(metrics, settings)]
             found.setdefault((task, f"{title}, {split}"), old).extend(new)
-        except (KeyError, TypeError, AttributeError) as error:
+        except UserError:
+            raise
+        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise UserError(f"{run}/eval/test: of another version ({error!r}); {_command(run)}") from None
     if as_csv:
         return _csv(found)
@@ -156,7 +158,7 @@ def _read(run: str, name: str) -> dict[str, Any]:
     if not Path(run).is_dir():
         raise UserError(f"{run}: no such run; name the folders that run_dir gave")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{run}: not evaluated yet, {path} is missing; {_command(run)}") from None
     except (OSError, ValueError) as error:
@@ -188,8 +190,13 @@ def _cell(score: dict[str, Any], metric: str) -> str:
 
 def _markdown(title: str, columns: list[str], rows: list[list[str]]) -> str:
     ruler = ["---"] * len(COMMON) + ["---:"] * len(columns)
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in [COMMON + columns, ruler, *rows]]
-    return f"### {title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [[" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in [COMMON + columns, ruler, *rows]]
+    return f"### {' '.join(title.split())}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _inert(cell: str) -> str:
+    """A spreadsheet takes what begins so for a formula, and computes it."""
+    return f"'{cell}" if cell[:1] in tuple("=+-@\t\r") and cell != NONE else cell
 
 
 def _csv(found: Found) -> str:
@@ -200,5 +207,5 @@ def _csv(found: Found) -> str:
     writer.writeheader()
     for (task, title), rows in found.items():
         names = head + KINDS[task].columns
-        writer.writerows(dict(zip(names, [title, *row], strict=True)) for row in rows)
+        writer.writerows(dict(zip(names, map(_inert, [title, *row]), strict=True)) for row in rows)
     return out.getvalue()

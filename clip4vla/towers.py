@@ -8,11 +8,11 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import CustomTextCLIP, convert_to_custom_text_state_dict
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, convert_to_custom_text_state_dict
 from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from clip4vla import tensor_files
 from clip4vla.config import UserError
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
@@ -29,7 +29,7 @@ def describe_clip(clip: str, quick_gelu: str = "auto") -> dict[str, Any]:
     if clip.endswith(".json"):
         try:
             return {key: value for key, value in json.loads(Path(clip).read_text()).items() if key in TOWER_KEYS}
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"model.clip: {clip}: not a readable open_clip config ({error})") from None
     config = open_clip.get_model_config(clip.partition("/")[0])
     if config is None:
@@ -44,13 +44,42 @@ def describe_clip(clip: str, quick_gelu: str = "auto") -> dict[str, Any]:
 def build_clip(config: dict[str, Any]) -> CustomTextCLIP:
     """Randomly initialised towers `.visual` and `.text` of an open_clip configuration."""
     try:
+        _must_be_own(config)
         model = CustomTextCLIP(**config)
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise UserError(f"model.clip: open_clip cannot build these towers: {error}") from None
+    except Exception as error:  # open_clip and torch raise many kinds for sizes that cannot be
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model.clip: open_clip cannot build these towers: {reason}") from None
     for tower, kind in ((model.visual, VisionTransformer), (model.text, TextTransformer)):
         if not isinstance(tower, kind):
             raise UserError(f"model.clip: needs open_clip's {kind.__name__}, this model has a {type(tower).__name__}")
     return model
+
+
+def _must_be_own(config: dict[str, Any]) -> None:
+    """ValueError for towers that open_clip has from other libraries, which may fetch and run what they are told to."""
+    for cfg, names in (("vision_cfg", ("timm_model_name",)), ("text_cfg", ("hf_model_name", "hf_tokenizer_name"))):
+        if any(config[cfg].get(name) for name in names):
+            raise ValueError(f"{cfg} names a model of another library")
+
+
+def must_be_backed(config: dict[str, Any], state: dict[str, Tensor], blocks: int = 0, positions: int = 0) -> None:
+    """ValueError for a configuration of more weights than there are: what is built of it could fill any memory.
+
+    blocks, positions: of a head, of the text tower's width.
+    """
+    vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
+    image, patch = (max(side) if isinstance(side, list) else side for side in (vision.image_size, vision.patch_size))
+    wanted = sum(
+        cfg.width * (cfg.width * (4 + 2 * cfg.mlp_ratio) * layers + rows + config["embed_dim"])
+        for cfg, layers, rows in (
+            (vision, vision.layers, 3 * patch**2 + (image // patch) ** 2),
+            (text, text.layers + blocks, text.vocab_size + text.context_length + positions),
+        )
+    )
+    numbers = sum(value.numel() for value in state.values())
+    layers = vision.layers + text.layers + blocks
+    if wanted > numbers or layers > len(state) or min(vision.width, text.width, vision.layers, text.layers) < 1:
+        raise ValueError(f"towers of {wanted:.0f} weights, the file has {numbers}")
 
 
 def load_clip_weights(model: CustomTextCLIP, clip: str) -> bool:
@@ -79,7 +108,7 @@ def infer_config(state: dict[str, Tensor], where: str = "weights") -> dict[str, 
         width, _, patch, _ = state["visual.conv1.weight"].shape
         positions, _ = state["visual.positional_embedding"].shape
         text_width = state["ln_final.weight"].shape[0]
-        return {
+        config = {
             "embed_dim": state["text_projection"].shape[1],
             "vision_cfg": {
                 "layers": _blocks(state, "visual.transformer.resblocks."),
@@ -95,8 +124,12 @@ def infer_config(state: dict[str, Tensor], where: str = "weights") -> dict[str, 
                 "layers": _blocks(state, "transformer.resblocks."),
             },
         }
+        must_be_backed(config, state)
+        return config
     except KeyError as error:
         raise UserError(f"{where}: not the weights of a CLIP with a vision transformer: no {error}") from None
+    except (ValueError, IndexError, ArithmeticError) as error:  # tensors of other shapes than a CLIP's
+        raise UserError(f"{where}: not the weights of a CLIP with a vision transformer: {error}") from None
 
 
 def encode_text(tower: TextTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,24 +199,28 @@ def tokenizer(clip: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
 
 
 def read_weights(path: str, key: str = "model.clip: ") -> tuple[dict[str, Tensor], bool]:
-    """(state dict in fp32 on the CPU, whether it is one of OpenAI's TorchScript archives); nothing is unpickled."""
+    """(state dict in fp32 on the CPU, whether it is one of OpenAI's TorchScript archives); no code in it is run."""
     if not Path(path).is_file():
         raise UserError(f"{key}no weights file {path}")
     try:
-        if path.endswith(".safetensors"):
-            return load_file(path), False
-        try:
-            state, jit = torch.load(path, map_location="cpu", weights_only=True), False
-        except RuntimeError:  # a TorchScript archive, as OpenAI publishes them
-            state, jit = torch.jit.load(path, map_location="cpu").state_dict(), True
+        state, jit = tensor_files.read(path)
     except Exception as error:  # torch and safetensors raise many kinds for damaged files
-        raise UserError(f"{key}{path}: unreadable weights ({' '.join(str(error).split())[:200]})") from None
+        raise _unreadable(key, path, error) from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     extra = {"input_resolution", "context_length", "vocab_size", "attn_mask"}  # archives carry these beside the weights
-    state = {k.removeprefix("module."): v for k, v in state.items() if k not in extra}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    flat = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not state or not flat:
         raise UserError(f"{key}{path}: not one flat dictionary of weights; save the model's state_dict() alone")
+    state = {k.removeprefix("module."): v for k, v in state.items() if k not in extra}
+    try:
+        tensor_files.must_be_plain(state, Path(path).stat().st_size)
+    except ValueError as error:
+        raise _unreadable(key, path, error) from None
     return {name: value.float() for name, value in state.items()}, jit
+
+
+def _unreadable(key: str, path: str, error: Exception) -> UserError:
+    return UserError(f"{key}{path}: unreadable weights ({' '.join(str(error).split())[:200]})")
 
 
 def _load(model: nn.Module, state: dict[str, Tensor], where: str) -> None:

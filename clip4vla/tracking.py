@@ -1,31 +1,38 @@
-"""What is written about a run while it goes on: metrics.jsonl, log.txt, a progress bar on a terminal, wandb."""
+"""What is written about a run while it goes on: metrics.jsonl, log.txt, samples/, a progress bar on a terminal, wandb."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from tqdm import tqdm
 
 from clip4vla import distributed
+from clip4vla.batch import Batch
 from clip4vla.config import RunConfig, UserError
-from clip4vla.settings import to_dict
+from clip4vla.settings import parse_json, to_dict
 from clip4vla.shards import write_text
 
+WAIT = 60.0  # s for another run in the folder: a requeued job may start while the old one is dying
 PACKAGES = ("torch", "deepspeed", "open_clip_torch", "nvidia-dali-cuda130", "webdataset")
 
 
 class Tracker:
-    """Rank 0 writes; the other ranks' calls do nothing. Rows of steps after `step`, from a run cut short, are dropped."""
+    """Rank 0 writes; the other ranks list their samples alone. Rows after `step`, from a run cut short, are dropped."""
 
     def __init__(self, cfg: RunConfig, step: int):
         self.active, self.folder = distributed.rank() == 0, Path(cfg.run_dir)
+        self.samples = _open_samples(self.folder / "samples", step) if cfg.track.samples else None
         if not self.active:
             return
         write_text(
@@ -34,6 +41,13 @@ class Tracker:
         self.metrics = (self.folder / "metrics.jsonl").open("a")
         self.bar = tqdm(total=cfg.train.max_steps, initial=step, disable=None, dynamic_ncols=True, unit="step")
         self.wandb = _start_wandb(cfg, self.folder)
+
+    def took(self, step: int, micros: list[Batch]) -> None:
+        """Note the ids of this rank's samples of a step, with track.samples; of a damaged one it is empty."""
+        if self.samples:
+            self.samples.write(
+                json.dumps({"step": step, "ids": [name for micro in micros for name in micro.ids]}) + "\n"
+            )
 
     def rows_of(self, rows: list[dict[str, Any]]) -> None:
         """Append the rows of finished steps; the last one carries throughput and memory, and is shown."""
@@ -58,11 +72,42 @@ class Tracker:
 
     def close(self) -> None:
         """Finish the bar and the wandb run."""
+        if self.samples:
+            self.samples.close()
         if self.active:
             self.bar.close()
             self.metrics.close()
             if self.wandb:
                 self.wandb.finish()
+
+
+@contextlib.contextmanager
+def own(cfg: RunConfig) -> Iterator[None]:
+    """Inside, rank 0 holds a lock on the run folder, which it makes: another run, or one that is dying, has a minute to end.
+
+    Raises UserError if it cannot be had. It is free, too, when the process is gone.
+    """
+    with contextlib.nullcontext() if distributed.rank() else _locked(cfg):
+        yield
+
+
+def _locked(cfg: RunConfig) -> TextIO:
+    end = time.monotonic() + min(WAIT, 30 * cfg.train.timeout)
+    try:
+        Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+        lock = Path(cfg.run_dir, ".lock").open("a")
+    except OSError as error:
+        raise UserError(f"run_dir {cfg.run_dir}: cannot be written ({error.strerror})") from None
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            time.sleep(0.5)
+        except OSError as error:  # Lustre without flock, NFS without lockd
+            logging.warning(f"run_dir {cfg.run_dir}: no locks there ({error.strerror}): start no second run in it")
+            return lock
+    raise UserError(f"run_dir {cfg.run_dir}: another run is writing there; wait for it, or choose another run_dir")
 
 
 def start_run(cfg: RunConfig, ds: dict[str, Any]) -> None:
@@ -72,17 +117,36 @@ def start_run(cfg: RunConfig, ds: dict[str, Any]) -> None:
     header = f"# git {git_commit()}\n" + "".join(f"# {name} {version}\n" for name, version in versions().items())
     try:
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-        Path(cfg.run_dir, "config.yaml").write_text(header + yaml.safe_dump(to_dict(cfg), sort_keys=False))
-        Path(cfg.run_dir, "ds.json").write_text(json.dumps(ds, indent=1))
+        write_text(Path(cfg.run_dir, "config.yaml"), header + yaml.safe_dump(to_dict(cfg), sort_keys=False))
+        write_text(Path(cfg.run_dir, "ds.json"), json.dumps(ds, indent=1))
     except OSError as error:
         raise UserError(f"run_dir {cfg.run_dir}: cannot be written ({error.strerror})") from None
 
 
 def read_rows(run_dir: str | Path, until: float = float("inf")) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl with step <= until; a line cut short by a crash is left out."""
-    file = Path(run_dir, "metrics.jsonl")
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [row for row in (json.loads(line) for line in lines if line.endswith("}\n")) if row["step"] <= until]
+    return _rows(Path(run_dir, "metrics.jsonl"), until)
+
+
+def _rows(file: Path, until: float) -> list[dict[str, Any]]:
+    try:
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+        rows = [parse_json(line) for line in lines if line.endswith(b"}\n")]
+        if not all(isinstance(row, dict) and type(row["step"]) is int and abs(row["step"]) < 2**53 for row in rows):
+            raise KeyError("step")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{file}: not readable ({error}); mend it or remove it") from None
+    return [row for row in rows if row["step"] <= until]
+
+
+def _open_samples(folder: Path, step: int) -> TextIO:
+    """This rank's list of samples, to append to; the lists of ranks that are no more are cut to `step` too."""
+    mine = folder / f"rank-{distributed.rank():05d}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in {mine, *folder.glob("rank-?????.jsonl")}:
+        if int(file.stem[5:]) % distributed.world() == distributed.rank():
+            write_text(file, "".join(json.dumps(row) + "\n" for row in _rows(file, step)))
+    return mine.open("a", buffering=1)  # a line is there as soon as its step is done
 
 
 def versions() -> dict[str, str]:
@@ -122,7 +186,7 @@ def _start_wandb(cfg: RunConfig, folder: Path) -> Any:
     os.environ.setdefault("WANDB_SILENT", "true")
     mark = folder / "wandb_id"  # a resumed run goes on as the same one
     if not mark.exists():
-        mark.write_text(uuid.uuid4().hex)
+        write_text(mark, uuid.uuid4().hex)
     named = {"project": cfg.track.project, "name": folder.name, "id": mark.read_text()}
     known: dict[str, Any] = named | {"resume": "allow", "config": to_dict(cfg)}
     return wandb.init(dir=folder, mode=mode, **known)

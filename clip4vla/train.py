@@ -18,6 +18,12 @@ PREEMPTED = 85  # exit code after SIGTERM or SIGUSR1, once the state is saved
 def train(cfg: RunConfig, ds_config: str | None) -> None:
     """Train until max_steps, from wherever this run stands; exit 85 when a signal asked to stop."""
     stop = _Signals()  # first: start-up takes minutes
+    distributed.setup(cfg.train.timeout)
+    with tracking.own(cfg):  # before it is looked up where the run stands
+        _train(cfg, ds_config, stop)
+
+
+def _train(cfg: RunConfig, ds_config: str | None, stop: "_Signals") -> None:
     setup = prepare(cfg, ds_config)
     tracking.start_run(cfg, setup.ds)
     frozen = frozen_weights(setup.model)
@@ -43,7 +49,8 @@ def train(cfg: RunConfig, ds_config: str | None) -> None:
         with preflight.enough_memory(cfg):
             losses, features = accumulation.step(run, micros, cfg)
         step += 1
-        meter.add(losses, features, micros)
+        meter.add(losses, features, micros, run.get_global_grad_norm())
+        tracker.took(step, micros)
         evaluating = cfg.eval.every and step % cfg.eval.every == 0
         saving = checkpoints.due(step) or (evaluating and cfg.eval.select)  # the best one is to be there
         stopped = stop.anywhere()

@@ -8,7 +8,6 @@ import contextlib
 import io
 import os
 import shutil
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -35,10 +34,8 @@ def convert(checkpoint: Path, passed: Callable[[str], object]) -> None:
         return
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    with tempfile.TemporaryDirectory() as plain:  # DeepSpeed takes paths for patterns: + and [ in a name would break it
-        Path(plain, "in").symlink_to(checkpoint.resolve())
-        Path(plain, "out").symlink_to(aside.resolve())
-        folders = {"input_folder": f"{plain}/in", "output_folder": f"{plain}/out/{NAME}"}
+    with _plain(checkpoint) as source, _plain(aside) as target:
+        folders = {"input_folder": source, "output_folder": f"{target}/{NAME}"}
         workers = {"num_extract_workers": 1, "num_merge_workers": 1}
         how = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
         with tensors_only(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -88,6 +85,16 @@ def tensors_only() -> Iterator[None]:
     finally:
         del os.environ[force]
         os.environ.update({force: before[force]} if force in before else {})
+
+
+@contextlib.contextmanager
+def _plain(folder: Path) -> Iterator[str]:
+    """A folder under a name that leaves nothing behind: DeepSpeed takes paths for patterns, which + and [ would break."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{handle}"
+    finally:
+        os.close(handle)
 
 
 def fsync(path: Path) -> None:

@@ -135,7 +135,11 @@ def still_serves(made: Kind, wanted: Kind) -> bool:
 def save(index: Any, path: Path) -> None:
     """Written aside, synced, renamed."""
     partial = f"{path}.partial"
-    faiss().write_index(index, partial)
+    try:
+        faiss().write_index(index, partial)
+    except RuntimeError as error:
+        why = str(error).strip().rpartition(": ")[2]
+        raise UserError(f"{path}: cannot be written ({why}): make room and run the build again") from None
     with open(partial, "rb") as stream:
         os.fsync(stream.fileno())
     os.replace(partial, path)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 BEAT = 1.0  # seconds between two words to the judge
+LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed", "ds", "torchrun", "torch.distributed.run")  # by the second
 
 
 class Watch:
@@ -28,6 +29,7 @@ class Watch:
         self.judge: subprocess.Popen | None = None
         self.sending = threading.Lock()
         self.world, self.limit, self.passed = 1, 0.0, 0
+        self.launchers = launchers()
         self.at("start-up")
 
     def at(self, place: str) -> None:
@@ -97,6 +99,9 @@ class Watch:
                 self._send({"passed": self.passed, "place": self.place} | ({"stack": stacks()} if stuck else {}))
             if words.poll(BEAT * 1000):
                 self._told(link)
+            above = launchers()
+            if 0 in above or above != self.launchers:  # left behind, where the same command may start again
+                self._leave(f"error: {socket.gethostname()} at {self.place}: the launcher is gone (killed?)")
 
     def _told(self, link: socket.socket) -> None:
         """The judge's exit code ends this process; so does a judge that is gone, since then nothing ends a hang."""
@@ -106,14 +111,16 @@ class Watch:
             code = b""
         if self.link is not link:  # stopped meanwhile
             return
-        if not code and os.environ.get("LOCAL_RANK", "0") == "0":  # nobody is left to say it once: once a node
-            host = socket.gethostname()
-            print(
-                f"error: {host} at {self.place}: the connection to rank 0's machine is lost",
-                file=sys.stderr,
-                flush=True,
-            )
-        os._exit(int(code or 1))
+        if not code:
+            self._leave(f"error: {socket.gethostname()} at {self.place}: the connection to rank 0's machine is lost")
+        os._exit(int(code))
+
+    def _leave(self, why: str) -> None:
+        """End this process; nobody is left to say why once: once a node."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                print(why, file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def keep_alive(link: socket.socket) -> None:
@@ -123,6 +130,22 @@ def keep_alive(link: socket.socket) -> None:
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4), ("TCP_USER_TIMEOUT", 30_000)):
         if hasattr(socket, option):  # Linux
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def launchers() -> list[int]:
+    """The processes of deepspeed or torchrun right above this one, nearest first, and 0 if the first of them is gone."""
+    found, pid, below = [], os.getppid(), ""
+    with contextlib.suppress(OSError):  # no /proc, or a process that leaves meanwhile
+        while name := next((word for word in _command(pid) if word in LAUNCHERS), ""):
+            found.append(pid)
+            pid, below = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]), name
+        if below == LAUNCHERS[0] and pid == 1:
+            found.append(0)
+    return found
+
+
+def _command(pid: int) -> list[str]:
+    return [os.path.basename(word) for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:4]]
 
 
 def stacks() -> str:

@@ -11,6 +11,7 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,7 @@ from clip4vla.cli import cli
 from clip4vla.config import UserError
 from clip4vla.exhibits import Exhibit
 from clip4vla.index import Index
-from clip4vla.web_guard import BODY, LOCAL, Guard
+from clip4vla.web_guard import BODY, KEPT, LOCAL, Guard, Impatient
 
 if TYPE_CHECKING:
     import gradio
@@ -33,7 +34,7 @@ TITLE = "CLIP4VLA search"
 HITS = 12
 LONGEST = 300  # characters of a query
 WAITING = 64  # queries in line; more are refused
-KEPT = 300  # s that an upload stays at most
+SESSIONS = 256  # of which answers that nobody fetched, and last queries, are kept
 LIMIT = 20  # MB of an upload
 TRIED = 5  # examples of queries
 FONT = ["system-ui", "Segoe UI", "DejaVu Sans", "sans-serif"]  # of the machine: none is loaded
@@ -66,11 +67,11 @@ class Searcher:
         some = "SELECT shown FROM items WHERE id >= ? ORDER BY id LIMIT 1"
         rows = (self.index.store.db.execute(some, (i * last // TRIED,)).fetchone() for i in range(TRIED))
         captions = (json.loads(row[0])["captions"] for row in rows if row)
-        return list(dict.fromkeys(few[0] for few in captions if few))
+        return list(dict.fromkeys(few[0] for few in captions if few and len(few[0]) <= LONGEST))
 
     def text(self, words: str, sound_weight: float, ratio: float) -> tuple[Asked | None, str]:
         """(the query, HTML) of words."""
-        started, words = time.perf_counter(), " ".join((words or "").split())
+        started, words = time.perf_counter(), " ".join((words or "").encode("utf-8", "replace").decode().split())
         if not words:
             return None, web_results.notice("Type what you look for, or drop a file.")
         if len(words) > LONGEST:
@@ -150,25 +151,39 @@ def page(searcher: Searcher, limit: int) -> "gradio.Blocks":
             slider.change(
                 searcher.again, [asked, *sliders], results, trigger_mode="always_last", show_progress="hidden", **one
             )
-    return blocks.queue(max_size=WAITING)
+    blocks.queue(max_size=WAITING)
+    waiting = (
+        blocks._queue
+    )  # gradio has no setting for these: it keeps 2000 answers, and some of every session for ever
+    waiting.pending_messages_per_session = gr.utils.LRUCache(SESSIONS)
+    waiting.pending_event_ids_session = gr.utils.LRUCache(SESSIONS)
+    blocks.state_session_capacity = SESSIONS
+    return blocks
 
 
-def application(blocks: "gradio.Blocks", uploads: str, limit: int, local: bool) -> Guard:
-    """The page as an ASGI application; limit: MB of an upload; local: asked for by names of this machine alone."""
+def application(blocks: "gradio.Blocks", uploads: str, limit: int, names: Collection[str], numbers: bool) -> Guard:
+    """The page as an ASGI application; limit: MB of an upload; names, numbers: of hosts, that it answers to."""
     import gradio as gr
-    from fastapi import FastAPI
+    from fastapi import FastAPI, Response
 
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    outer.get("/favicon.ico")(lambda: Response(web_results.ICON, media_type="image/svg+xml"))
     theme = gr.themes.Base(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=["monospace"])
     gr.mount_gradio_app(
         outer, blocks, "/", footer_links=[], run_history=False, show_error=False, max_file_size=f"{limit}mb", ssr_mode=False,
         enable_monitoring=False, pwa=False, mcp_server=False, theme=theme, css=web_results.STYLE,
     )  # fmt: skip
-    return Guard(outer, uploads, (limit << 20) + BODY, local)
+    kinds: dict[str, type] = {"file": dict, "state": type(None)}
+    events = {number: kinds.get(event.inputs[0].get_block_name(), str) for number, event in blocks.fns.items()}
+    sessions = blocks._queue.pending_messages_per_session
+    return Guard(outer, uploads, (limit << 20) + BODY, names, numbers, events, sessions)
 
 
-def serve(index: Index, model: CLIP4VLA, listener: socket.socket, limit: int) -> None:
-    """The page at a socket, until SIGINT or SIGTERM. Uploads lie in a folder of its own, which is removed then."""
+def serve(index: Index, model: CLIP4VLA, listener: socket.socket, limit: int, names: Collection[str] = ()) -> None:
+    """The page at a socket, until SIGINT or SIGTERM. Uploads lie in a folder of its own, which is removed then.
+
+    names: of other hosts that it answers to.
+    """
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -180,10 +195,13 @@ def serve(index: Index, model: CLIP4VLA, listener: socket.socket, limit: int) ->
     with tempfile.TemporaryDirectory(prefix="clip4vla-web-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         searcher = Searcher(index, model)
-        asgi = application(page(searcher, limit), folder, limit, local=host in LOCAL)
+        known = (*LOCAL, socket.gethostname().lower(), *map(str.lower, names))
+        asgi = application(page(searcher, limit), os.path.abspath(folder), limit, known, numbers=host not in LOCAL)
         name = f"[{host}]" if ":" in host else host
         print(f"http://{name}:{port}: {', '.join(searcher.facts)}; Ctrl-C ends it", flush=True)
-        Server(uvicorn.Config(asgi, log_level="warning", proxy_headers=False, server_header=False)).run([listener])
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each upload that is none
+        quiet: dict[str, Any] = {"log_level": "error", "proxy_headers": False, "server_header": False}
+        Server(uvicorn.Config(asgi, http=Impatient, ws="none", **quiet)).run([listener])
 
 
 @cli
@@ -193,6 +211,7 @@ def main() -> None:
     parser.add_argument("index", metavar="IDX", help="a folder that python -m clip4vla.search build made")
     parser.add_argument("--model", help="a folder or a hub id; default: where the index was built with it")
     parser.add_argument("--host", default="127.0.0.1", help="of another address than this, others see the page too")
+    parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="more hosts to answer to, as a proxy's")
     parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
     parser.add_argument("--device", help="default: cuda if there is one")
     parser.add_argument("--max-upload", type=int, default=LIMIT, metavar="MB", help="of a file that asks")
@@ -202,7 +221,7 @@ def main() -> None:
     name = args.model or index.model
     model = search.load(name, args.device)
     index.must_fit(model, name)
-    serve(index, model, listener, args.max_upload)
+    serve(index, model, listener, args.max_upload, args.names)
 
 
 def _short(model: str) -> str:

@@ -1,15 +1,22 @@
 """What a browser may ask of the page's server. Gradio's also serves files and fetches addresses; this page needs neither.
 
-Everything else is 404. The names of this machine alone are answered to, so that no page of another site can reach it by a
-name that points here (DNS rebinding), and no form of another site can send to it.
+Everything else is 404. Only addresses and known names are answered to, so that no page of another site can reach it by a
+name that points here (DNS rebinding), and no form of another site can send to it. Who is slow, or asks for much, has to end.
 """
 
+import asyncio
+import ipaddress
 import json
+import logging
 import os
 import re
-from pathlib import Path
+import time
+from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 PAGE = ("/", "/config", "/theme.css", "/manifest.json", "/favicon.ico")
@@ -18,13 +25,36 @@ CALLS = tuple(
     API + call for call in ("upload", "upload_progress", "queue/join", "queue/data", "startup-events", "info")
 )
 UNDER = ("/assets/", "/static/", API + "heartbeat/")
+STREAMS = (API + "queue/data", API + "upload_progress")
 BODY = 1 << 16  # bytes of a request without a file
+KEPT = 300  # s that an upload stays at most, and may take
+SHORT = 60  # s that another request may take, unless it is a stream
+FILES, ROOM = 256, 25  # uploads that lie there at once, and their bytes in uploads of the largest size
+CONNECTIONS = 512  # at once
+TURN = 10  # s that a connection may take to begin a request
 HEADERS = {  # the browser itself refuses to ask another host; gradio's templates need eval
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "frame-ancestors 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+
+
+class Impatient(H11Protocol):
+    """A connection that is one too many, or begins no request within a turn or two, is closed."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > CONNECTIONS:
+            transport.abort()
+        else:
+            self.loop.call_later(TURN, self._look, self.cycle)
+
+    def _look(self, last: Any) -> None:
+        if self.cycle is last and (last is None or last.response_complete):
+            self.transport.close()
+        if not self.transport.is_closing():
+            self.loop.call_later(TURN, self._look, self.cycle)
 
 
 def _plain(path: str) -> bool:
@@ -35,68 +65,133 @@ def _plain(path: str) -> bool:
 class Guard:
     """An ASGI application before another. uploads: the folder that they lie in; limit: bytes of one.
 
-    local: answer to names of this machine alone.
+    names: of hosts, that are answered to; numbers: so are IP addresses, which no other site can make its own;
+    events: by number what the page sends with one: str, dict (an upload) or NoneType; sessions: those that have asked.
     """
 
-    def __init__(self, inner: Any, uploads: str, limit: int, local: bool) -> None:
-        self.inner, self.uploads, self.limit, self.local = inner, Path(uploads), limit, local
+    def __init__(
+        self, inner: Any, uploads: str, limit: int, names: Collection[str], numbers: bool, events: dict[int, type],
+        sessions: Collection[str],
+    ) -> None:  # fmt: skip
+        self.inner, self.uploads, self.limit, self.names, self.numbers = inner, uploads, limit, names, numbers
+        self.events, self.sessions = events, sessions
+        self.under_way = 0  # bytes of uploads
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
             return await self.inner(scope, receive, send)
+        done = {"begun": False, "over": False}
 
         async def sent(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message["headers"],
-                    *((k.lower().encode(), v.encode()) for k, v in HEADERS.items()),
-                ]
+                done["begun"] = True
+                own = ((name.lower().encode(), value.encode()) for name, value in HEADERS.items())
+                message["headers"] = [*message["headers"], *own]
+            elif message["type"] == "http.response.body":
+                done["over"] = not message.get("more_body", False)
             await send(message)
 
-        status = self._status(scope)
-        if not status and scope["path"] == API + "queue/join":
-            status, receive = await self._read(receive)
-        if status:
-            await sent({"type": "http.response.start", "status": status, "headers": []})
-            return await sent({"type": "http.response.body"})
-        await self.inner(scope, receive, sent)
+        try:
+            status = await self._answered(scope, receive, sent)
+        except TimeoutError:
+            status = 408
+        except Exception as error:  # of gradio's, or of what it calls
+            logging.getLogger("uvicorn.error").error("%s: %r", scope["path"], error)
+            status = 500
+        if status and not done["begun"]:
+            await sent({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+        if status and not done["over"]:
+            await sent({"type": "http.response.body"})
 
-    def _status(self, scope: Any) -> int:
+    async def _answered(self, scope: Any, receive: Any, send: Any) -> int:
+        """0 after the answer; else why there is none."""
+        path, headers = scope["path"], {name.decode("latin-1"): v.decode("latin-1") for name, v in scope["headers"]}
+        if status := self._status(scope, headers):
+            return status
+        upload = int(headers.get("content-length", 0)) if path == API + "upload" else 0
+        if upload and not self._room(upload):
+            return 503
+        self.under_way += upload
+        try:
+            async with asyncio.timeout(None if path.startswith((*STREAMS, UNDER[-1])) else KEPT if upload else SHORT):
+                if path == API + "queue/join" and not (receive := await self._read(receive)):
+                    return 400
+                await self.inner(scope, receive, send)
+        finally:
+            self.under_way -= upload
+        return 0
+
+    def _status(self, scope: Any, headers: dict[str, str]) -> int:
         """Why not to answer, 0 to do so."""
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope.get("headers", ())}
         host, path = headers.get("host", ""), scope["path"]
-        origin = headers.get("origin", f"http://{host}")
         if scope["type"] != "http" or not (path in PAGE + CALLS or path.startswith(UNDER) and _plain(path)):
             return 404
-        if urlsplit(origin).netloc != host or self.local and urlsplit(f"//{host}").hostname not in LOCAL:
+        if headers.get("origin", f"//{host}").partition("//")[2] != host or not self._known(host):
             return 403
         if scope["method"] in ("GET", "HEAD"):
-            return 0
+            asked = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])
+            return 404 if path == STREAMS[0] and asked[0] not in self.sessions else 0
         size = headers.get("content-length", "")
         if not size.isdigit() or "transfer-encoding" in headers:  # which would count for more than the length
             return 411
         return 413 if int(size) > (self.limit if path == API + "upload" else BODY) else 0
 
-    async def _read(self, receive: Any) -> tuple[int, Any]:
-        """(400 if a file that is named in a query is no upload, else 0; the query, to be read again)."""
+    def _known(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            return "@" not in host and (name in self.names or self.numbers and bool(ipaddress.ip_address(name)))
+        except ValueError:
+            return False
+
+    def _room(self, more: int) -> bool:
+        """Is there room for one more upload? What has been there for long goes, also what was never finished."""
+        sizes = []
+        for folder, _, names in os.walk(self.uploads):
+            for file in (os.path.join(folder, name) for name in names):
+                with suppress(OSError):  # gone meanwhile
+                    state = os.stat(file)
+                    if state.st_mtime < time.time() - KEPT:
+                        os.unlink(file)
+                    else:
+                        sizes.append(state.st_size)
+        return len(sizes) < FILES and sum(sizes) + self.under_way + more <= ROOM * self.limit
+
+    async def _read(self, receive: Any) -> Any:
+        """The query as the page itself sends it, to be read again; None if it is none."""
         body, more = b"", True
         while more:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
         try:
-            status = 400 if self._strays(json.loads(body)) else 0
-        except (ValueError, RecursionError):
-            status = 400
-        whole = [{"type": "http.request", "body": body, "more_body": False}]
+            query = self._query(json.loads(body))
+        except (ValueError, RecursionError, TypeError, KeyError):
+            query = None
+        if query is None:
+            return None
+        whole: list[dict[str, Any]] = [{"type": "http.request", "body": json.dumps(query).encode(), "more_body": False}]
 
         async def again() -> Any:
             return whole.pop() if whole else await receive()
 
-        return status, again
+        return again
 
-    def _strays(self, data: Any) -> bool:
-        """Does it name a file elsewhere? Gradio, mounted, would copy any file of this machine, and fetch from any address."""
-        if isinstance(data, dict):
-            path = Path(os.path.abspath(str(data.get("path", self.uploads / "none"))))
-            return self.uploads not in path.parents or any(map(self._strays, data.values()))
-        return isinstance(data, list) and any(map(self._strays, data))
+    def _query(self, sent: Any) -> dict[str, Any] | None:
+        """What of it goes on; None, ValueError, TypeError or KeyError if the page would not send it."""
+        number, session, (first, *shares) = sent["fn_index"], sent["session_hash"], sent["data"]
+        kind = self.events[number]
+        known = first is None or kind is not type(None) and type(first) is kind
+        if kind is dict:
+            path = self._upload(first["path"])
+            first, known = {"path": path, "meta": {"_type": "gradio.FileData"}}, path is not None
+        known &= (
+            type(number) is int
+            and len(shares) == 2
+            and all(type(share) in (int, float) and 0 <= share <= 1 for share in shares)
+        )
+        known &= re.fullmatch(r"\w{1,64}", session, re.ASCII) is not None
+        return {"data": [first, *shares], "fn_index": number, "session_hash": session} if known else None
+
+    def _upload(self, path: str) -> str | None:
+        """The path of an upload; gradio, mounted, would copy any file of this machine, and fetch from any address."""
+        path = os.path.abspath(path)
+        return path if os.path.dirname(os.path.dirname(path)) == self.uploads and os.path.isfile(path) else None

@@ -6,6 +6,8 @@ from clip4vla.exhibits import Exhibit, data_uri
 from clip4vla.index import Hit
 
 CAPTIONS = 2  # of a card; the others open at a click
+ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16" fill="none" stroke="#1d4ed8" stroke-width="2">
+<circle cx="7" cy="7" r="5"/><path d="m11 11 4 4M5 6v2m2-4v6m2-4v2"/></svg>"""
 
 
 def heading(title: str, facts: list[str]) -> str:

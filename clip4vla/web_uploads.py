@@ -17,7 +17,7 @@ PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 MEDIA = (
     "wav,w64,mp3,flac,ogg,aac,aiff,au,caf,mov,matroska,avi,flv,asf,mpeg,mpegts"  # no playlists: they name other files
 )
-PIXELS = 64_000_000  # of a picture or frame: 800 MB while it is decoded
+PIXELS = 64_000_000  # of a picture or frame: 1.5 GB while it is decoded and fitted
 
 
 def read(path: Path, spec: SpectrogramConfig, frames: FramesConfig) -> tuple[Input, Exhibit]:

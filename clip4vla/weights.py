@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from clip4vla import model_card, official, towers
@@ -110,10 +111,17 @@ def _rounded(weights: official.State, dtype: str, place: Path) -> official.State
 
 
 def save_tensors(weights: official.State, file: Path) -> None:
-    """Tensors by name as a file, .safetensors or torch's, that those may read who may read others of this user's files."""
+    """Tensors by name as a file, .safetensors or torch's, that those may read who may read others of this user's files.
+
+    Raises UserError if the disk does not take them.
+    """
     file.touch()
     rights = file.stat().st_mode  # safetensors would leave it to its owner alone
-    (save_file if file.suffix == ".safetensors" else torch.save)(weights, file)
+    try:
+        (save_file if file.suffix == ".safetensors" else torch.save)(weights, file)
+    except (SafetensorError, RuntimeError) as error:  # what both make of a full disk
+        why = " ".join(str(error).split())[:100]
+        raise UserError(f"{file.name}: cannot be written ({why}): make room, or choose another folder") from None
     file.chmod(rights)
 
 

@@ -6,7 +6,6 @@ the paper fine-tunes and tests with both tokens, since their sound may be speech
 
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
@@ -19,6 +18,7 @@ from typing import Any
 from clip4vla.config import DataConfig, UserError
 from clip4vla.media import SOUNDS, VIDEOS
 from clip4vla.pictures import PICTURES
+from clip4vla.settings import parse_json
 from data_prep import tables
 from data_prep.manifest import MediaFolder, Row, Skipped, inside, slug
 from data_prep.stamps import stamps
@@ -111,7 +111,7 @@ def _narrated(where: str, video: str, talk: Any, path: str, category: str, count
     try:
         lines = list(zip(talk["start"], talk["end"], talk["text"], strict=True))
         lines = sorted((float(start), float(end), tables.clean(text)) for start, end, text in lines)
-    except (ValueError, TypeError, KeyError) as error:
+    except tables.MISTAKES as error:
         yield Skipped("malformed", where, f"not start, end and text of equal length: {tables.reason(error)}")
         return
     good = [line for line in lines if 0 <= line[0] <= line[1] < math.inf]
@@ -224,7 +224,7 @@ def esc50(place: Path, media: MediaFolder) -> Found:
 def msrvtt(place: Path, media: MediaFolder) -> Found:
     """10,000 clips with 20 captions each, cut already; the full split."""
     (path,) = tables.need(place, "MSRVTT_data.json")
-    data = tables.read_json(path, dict, "videos", "sentences")
+    data = tables.read_json(path, dict, videos=list, sentences=list)
     told: dict[str, list[str]] = defaultdict(list)
     yield from _sentences(path, data, told)
 
@@ -241,7 +241,7 @@ def msrvtt_1ka(place: Path, media: MediaFolder) -> Found:
     """MSR-VTT as text-video retrieval uses it: 9,000 clips to train with, 1,000 to test with one sentence each."""
     path, train, test = tables.need(place, "MSRVTT_data.json", "MSRVTT_train.9k.csv", "MSRVTT_JSFUSION_test.csv")
     told: dict[str, list[str]] = defaultdict(list)
-    yield from _sentences(path, tables.read_json(path, dict, "sentences"), told)
+    yield from _sentences(path, tables.read_json(path, dict, sentences=list), told)
 
     def row(split: str, line: dict[str, str]) -> Row:
         name = line["video_id"]
@@ -303,7 +303,7 @@ def activitynet(place: Path, media: MediaFolder) -> Found:
         name, told = pair
         video = name.removeprefix("v_")
         path = media.find(name) or media.find(video)
-        return tables.whole_row("activitynet", split, video, path, [" ".join(map(tables.clean, told["sentences"]))])
+        return tables.whole_row("activitynet", split, video, path, [" ".join(tables.cleaned(told["sentences"]))])
 
     files = {"train.json": "train", "val_1.json": "val", "val_2.json": "val2"}
     loaded = ((path, split, tables.read_json(path, dict)) for path, split in tables.some(place, files))
@@ -327,7 +327,7 @@ def youcook2(place: Path, media: MediaFolder) -> Found:
         )
 
     def lines() -> Iterator[Line]:
-        for video, told in tables.read_json(path, dict, "database")["database"].items():
+        for video, told in tables.read_json(path, dict, database=dict)["database"].items():
             segments = told.get("annotations") if isinstance(told, dict) else None
             for segment in segments if isinstance(segments, list) else [{}]:
                 yield f"{path.name}: {video}", "", (video, told, segment)
@@ -380,7 +380,7 @@ def folder(place: Path, root: Path) -> Found:
 
 
 def _own_row(root: Path, line: Any) -> Row:
-    line = json.loads(line) if isinstance(line, str) else line
+    line = parse_json(line) if isinstance(line, str) else line
     if not isinstance(line, dict):
         raise ValueError("not a JSON object")
     get: Callable[..., Any] = {key: value for key, value in line.items() if value not in (None, "")}.get
@@ -392,6 +392,8 @@ def _own_row(root: Path, line: Any) -> Row:
     )
     if not path or not caption:
         raise ValueError("path or caption is empty")
+    if not isinstance(path, str) or not isinstance(lang, str) or isinstance(get("label"), dict | list):
+        raise ValueError("path, lang or label is no text")
     suffix = os.path.splitext(inside(path))[1].lower()
     if suffix not in PICTURES + VIDEOS + SOUNDS:
         raise ValueError(f"{path}: unknown kind of file, not one of {' '.join(PICTURES + VIDEOS + SOUNDS)}")
@@ -401,6 +403,7 @@ def _own_row(root: Path, line: Any) -> Row:
     tables.check_span(start, end)
     span = "" if start is end is None else f"@{start or 0:.10g}-{'' if end is None else f'{end:.10g}'}"
     more: dict[str, Any] = {"picture" if suffix in PICTURES else "media": path if (root / path).is_file() else None}
-    more |= {"lang": lang, "audio_type": kind, "label": get("label") and str(get("label")), "start": start, "end": end}
+    label = None if get("label") is None else str(get("label"))
+    more |= {"lang": lang, "audio_type": kind, "label": label, "start": start, "end": end}
     split = slug(str(get("split", "train")))
     return Row(path + span, path, path, slug(root.name), split, [caption], [lang], **more)

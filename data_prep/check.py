@@ -18,8 +18,10 @@ import multiprocessing
 import os
 import random
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip4vla.cli import cli  # noqa: E402
 from clip4vla.config import SpectrogramConfig, UserError  # noqa: E402
-from clip4vla.shards import INDEX, Shard, ShardFolder, write_json, write_shard, write_text  # noqa: E402
+from clip4vla.shards import ENTRIES, INDEX, Shard, ShardFolder, write_index, write_json, write_shard, write_text  # noqa: E402
 from data_prep.check_page import REPEATS, FolderReport, drawn, summary, write_page  # noqa: E402
 from data_prep.check_shard import HASHES, Finding, Rules, Tally, Task, check_shard, contents, indexed, judge  # noqa: E402
 
@@ -151,8 +153,8 @@ def _counts(folder: ShardFolder, tally: Tally) -> list[Finding]:
     """Counts of an undamaged folder's index that its clips deny."""
     wrong = []
     for name, value in _totals(tally).items():
-        stated = folder.counts.get(name, value)
-        if not isinstance(stated, int | float) or abs(stated - value) > 0.01:
+        stated = folder.counts.get(name, value) if isinstance(folder.counts, dict) else None
+        if not isinstance(stated, int | float) or not value - 0.01 <= stated <= value + 0.01:  # of any size, or NaN
             wrong.append(Finding(folder.url, "", "", f"{COUNTS}: {name} is {stated}, the clips have {value}"))
     return wrong
 
@@ -192,14 +194,14 @@ def _shared(one: FolderReport, two: FolderReport, kind: str) -> list[Finding]:
 
 
 def _key(report: FolderReport, row: np.void) -> str:
-    return report.folder.shards[row["shard"]].entries[row["entry"]][0]
+    return report.folder.entries(int(row["shard"]))[int(row["entry"])][0]
 
 
 def _pairing(vectors: ShardFolder) -> list[Finding]:
     """Where a folder of vectors does not fit the shard folder above it."""
     above = ShardFolder.open(str(Path(vectors.path).parent))
-    wanted = {shard.name: (list(indexed(shard)[0]), shard.sha256) for shard in above.shards}
-    found = {shard.name: (list(indexed(shard)[0]), shard.of) for shard in vectors.shards}
+    wanted = {shard.name: (list(indexed(Path(above.path), shard)[0]), shard.sha256) for shard in above.shards}
+    found = {shard.name: (list(indexed(Path(vectors.path), shard)[0]), shard.of) for shard in vectors.shards}
     names = [name for name in sorted(wanted | found) if wanted.get(name) != found.get(name)]
     again = "its keys or sha256 are not those of the shard above; run data_prep/embed.py again"
     return [Finding(vectors.url, name, "", again) for name in names]
@@ -215,36 +217,45 @@ def repair(report: FolderReport) -> None:
     if report.vectors:
         _forget(path, damaged)
         return
-    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
     lost: list[dict[str, str]] = []
-    for shard, entry in zip(folder.shards, index["shards"], strict=True):
-        if shard.name in damaged:
-            entry |= _rewrite(report, shard, lost)
+    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    same = {name: index[name] for name in ("fingerprint", "media_root", "source", "split", "counts")}
+    write_index(path, **same, shards=_mended(report, damaged, lost))
     if lost:
         _quarantine(path, lost)
     if damaged and (path / "clip" / INDEX).exists():
         _forget(path / "clip", set())
-    new = index | {"shards": [entry for entry in index["shards"] if entry["samples"]]}
-    tasks = [Task(path, 0, Shard(**entry), _rules(folder), frozenset()) for entry in new["shards"]]
+    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    tasks = [Task(path, 0, Shard.of_json(row), _rules(folder), frozenset()) for row in index["shards"]]
     totals = _totals(Tally.sum([tally for tally, _ in _run(tasks)]))
-    new["counts"] = folder.counts | totals | {"quarantined": folder.counts.get("quarantined", 0) + len(lost)}
-    write_json(path / INDEX, new)
+    index["counts"] = folder.counts | totals | {"quarantined": folder.counts.get("quarantined", 0) + len(lost)}
+    write_json(path / INDEX, index)
     print(f"repaired: {path}: {len(damaged)} shard(s) written anew, {len(lost)} clip(s) dropped", flush=True)
 
 
-def _rewrite(report: FolderReport, shard: Shard, lost: list[dict[str, str]]) -> dict[str, Any]:
-    """The new index entry of a shard; clips that had to go are added to `lost`."""
-    path, rules = Path(report.folder.path, shard.name), _rules(report.folder)
+def _mended(report: FolderReport, damaged: set[str], lost: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+    """What write_shard returned, or would have, of each shard; damaged ones are written anew on the way."""
+    for number, shard in enumerate(report.folder.shards):
+        if shard.name not in damaged:
+            yield asdict(shard) | {"entries": report.folder.entries(number)}
+        elif anew := _rewrite(report, shard, lost):
+            yield anew
+
+
+def _rewrite(report: FolderReport, shard: Shard, lost: list[dict[str, str]]) -> dict[str, Any] | None:
+    """What write_shard returns for it, None if nothing is left; clips that had to go are added to `lost`."""
+    folder, rules = Path(report.folder.path), _rules(report.folder)
+    path = folder / shard.name
     reasons = {finding.key: finding.reason for finding in report.findings if finding.shard == shard.name}
-    samples, _ = contents(path, shard)
+    samples, _ = contents(folder, shard)
     good = [key for key, members in samples.items() if not judge(members, rules, True)[1]]
-    for key in dict.fromkeys([*indexed(shard)[0], *samples]):
+    for key in dict.fromkeys([*indexed(folder, shard)[0], *samples]):
         if key not in good:
             lost.append({"id": key, "path": shard.name, "reason": reasons[key]})
             print(f"dropped: {path} {key}: {reasons[key]}")
     if not good:
         path.unlink(missing_ok=True)
-        return {"samples": 0}
+        return None
     return write_shard(path, ((key, {ext: bytes(d) for ext, d in samples[key].items()}) for key in good))
 
 
@@ -257,7 +268,7 @@ def _quarantine(path: Path, lost: list[dict[str, str]]) -> None:
 
 def _forget(vectors: Path, names: set[str]) -> None:
     """Remove the index of a folder of vectors, and these shards of it."""
-    for name in (INDEX, *names):
+    for name in (INDEX, ENTRIES, *names):
         (vectors / name).unlink(missing_ok=True)
     print(
         f"repaired: {vectors}: removed {', '.join((INDEX, *sorted(names)))}; run data_prep/embed.py again", flush=True

@@ -29,6 +29,7 @@ SHOWN = 10  # findings of a folder that are printed; the page has them all
 REPEATS = ("audio", "picture")
 ROW: tuple[str, ...] = ("folder", "clips", "hours", "shards", "MB", "no sound", "no frames", "no captions")
 ROW += ("same audio", "same picture", "findings")
+LONG = 32  # characters of a name in a plot
 PALETTE = ("#2563eb", "#d97706", "#059669", "#9333ea", "#1f2937")
 
 
@@ -107,7 +108,9 @@ def summary(reports: list[FolderReport], tally: Tally) -> str:
         lines += [f"finding: {finding}" for finding in report.findings[:SHOWN]]
         if len(report.findings) > SHOWN:
             lines.append(f"finding: {report.folder.url}: {len(report.findings) - SHOWN:,} more, see the page")
-    return "\n".join(lines)
+    return "\n".join(
+        "".join(c if c.isprintable() else " " for c in line) for line in lines
+    )  # a terminal obeys nothing in it
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
@@ -200,17 +203,19 @@ def _bars(axes: Axes, stacks: dict[str, Counter[str]]) -> None:
     """Horizontal bars of the 15 largest; one colour for each stack."""
     total = sum(stacks.values(), Counter())
     names = [name for name, _ in total.most_common(15)][::-1]
-    left = np.zeros(len(names), int)
+    rows, left = range(len(names)), np.zeros(len(names), int)
     for colour, (label, counter) in zip(PALETTE * len(stacks), stacks.items(), strict=False):
         widths = np.array([counter[name] for name in names])
-        bars = axes.barh(names, widths, left=left, color=colour, label=label, height=0.7)
+        bars = axes.barh(rows, widths, left=left, color=colour, label=label, height=0.7)
         left = left + widths
+    axes.set_yticks(rows, [name[:LONG] for name in names], parse_math=False)
     if names:
         axes.bar_label(bars, [f"{total[name]:,}" for name in names], padding=3, fontsize=8)
         axes.margins(x=0.15)
         axes.set_ylim(len(names) - max(5, len(names)) - 0.5, len(names) - 0.5)
     if len(stacks) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        for text in axes.legend(frameon=False, fontsize=8).get_texts():
+            text.set(text=text.get_text()[:LONG], parse_math=False)
 
 
 @dataclass

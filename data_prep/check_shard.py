@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import tarfile
 import zlib
 from collections import Counter
@@ -13,25 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clip4vla.clips import parsed
 from clip4vla.config import SpectrogramConfig
-from clip4vla.shards import INDEX, Member, Shard
+from clip4vla.shards import ENTRIES, INDEX, Entries, Member, Shard, fault
 from clip4vla.spectrogram import n_segments
 
 Members = dict[str, memoryview]  # by extension: "json", "fbank.jpg", "frames.jpg"
 Places = dict[str, dict[str, Member]]  # by key and extension
 Notes = list[tuple[str, str]]  # (key, or "" for the shard; what is wrong)
-
-FIELDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("id", "item", "group", "source", "split", "lang", "audio_type"), (str,)),
-    **dict.fromkeys(("captions", "caption_langs"), (list,)),
-    **dict.fromkeys(("start", "end"), (int, float, type(None))),
-    **dict.fromkeys(("n_frames", "n_segments", "n_rows"), (int,)),
-    **dict.fromkeys(("has_audio", "has_frames"), (bool,)),
-    "label": (str, type(None)),
-    "duration": (int, float),
-    "media": (dict,),
-}
-
 
 HASHES = ("id", "group", "item", "audio", "picture")  # 64 bits of BLAKE2; 0: the clip has none
 COUNTS = ("n_segments", "n_frames", "n_captions")
@@ -115,8 +103,8 @@ class Task:
 
 def check_shard(task: Task) -> tuple[Tally, list[Finding]]:
     """The intact clips of one shard, and a finding for each of the others."""
-    samples, notes = contents(task.path / task.shard.name, task.shard)
-    numbers, rows, tally = indexed(task.shard)[1], [], Tally()
+    samples, notes = contents(task.path, task.shard)
+    numbers, rows, tally = indexed(task.path, task.shard)[1], [], Tally()
     for key, members in samples.items():
         number = numbers.get(key)
         meta, reason = judge(members, task.rules, task.decode is None or number in task.decode)
@@ -133,16 +121,16 @@ def check_shard(task: Task) -> tuple[Tally, list[Finding]]:
     return tally, [Finding(*where, key, "; ".join(dict.fromkeys(some))) for key, some in reasons.items()]
 
 
-def contents(path: Path, shard: Shard) -> tuple[dict[str, Members], Notes]:
-    """Samples whose bytes can be relied on, and what is wrong.
+def contents(folder: Path, shard: Shard) -> tuple[dict[str, Members], Notes]:
+    """Samples of a shard whose bytes can be relied on, and what is wrong.
 
     A tar with the indexed sha256 is right, whatever else the index says. In another, a member counts if it has the
     indexed CRC-32, be it at the indexed place or where the tar has its name (a repair may have been killed between tar
     and index); a sample with any other member is left out.
     """
-    stated, _, notes = indexed(shard)
+    stated, _, notes = indexed(folder, shard)
     try:
-        data = path.read_bytes()
+        data = Path(folder, shard.name).read_bytes()
     except OSError as error:
         return {}, [
             *notes,
@@ -167,25 +155,36 @@ def contents(path: Path, shard: Shard) -> tuple[dict[str, Members], Notes]:
     return samples, notes
 
 
-def indexed(shard: Shard) -> tuple[Places, dict[str, int], Notes]:
-    """Members as index.json has them, the number of each key's entry, and which entries are none."""
+def indexed(folder: Path, shard: Shard) -> tuple[Places, dict[str, int], Notes]:
+    """Members as entries.jsonl has them, the number of each key's entry, and which entries are none."""
     stated: Places = {}
     numbers: dict[str, int] = {}
-    notes: Notes = []
-    for number in range(len(shard.entries)):
+    entries, notes = _entries(folder, shard)
+    for number in range(len(entries)):
         try:
-            key, members = shard.members(number)
-            counts = [count for member in members.values() for count in vars(member).values()]
+            key, members = entries[number]
+            counts = [count for member in members.values() for count in member]
             good = isinstance(key, str) and "." not in key and all(type(n) is int and n >= 0 for n in counts)
-        except (TypeError, ValueError, AttributeError, LookupError):
+        except (TypeError, ValueError, AttributeError, LookupError, RecursionError):
             good = False
         if not good:
-            notes.append(("", f"entry {number} of {INDEX} is malformed"))
+            notes.append(("", f"entry {number} in {ENTRIES} is malformed"))
         elif key in stated:
-            notes.append((key, f"twice in {INDEX}"))
+            notes.append((key, f"twice in {ENTRIES}"))
         else:
             stated[key], numbers[key] = members, number
     return stated, numbers, notes
+
+
+def _entries(folder: Path, shard: Shard) -> tuple[Entries, Notes]:
+    """The lines of a shard, none if they are not those that index.json knows."""
+    with open(folder / ENTRIES, "rb") as stream:
+        stream.seek(shard.entries.offset)
+        lines = stream.read(shard.entries.size)
+    if wrong := fault(shard.entries, lines):
+        return Entries(b""), [("", f"{ENTRIES}: {wrong}")]
+    entries = Entries(lines)
+    return entries, [("", f"{len(entries)} samples, {shard.samples} in {INDEX}")] * (len(entries) != shard.samples)
 
 
 def _listed(data: bytes) -> tuple[Places, Notes]:
@@ -209,8 +208,8 @@ def _disagreements(stated: Places, listed: Places) -> Notes:
     notes: Notes = []
     for key in dict.fromkeys([*stated, *listed]):
         there, here = stated.get(key, {}), listed.get(key, {})
-        notes += [(key, f"{ext} is in {INDEX}, not in the tar") for ext in there if ext not in here]
-        notes += [(key, f"{ext} is in the tar, not in {INDEX}") for ext in here if ext not in there]
+        notes += [(key, f"{ext} is in {ENTRIES}, not in the tar") for ext in there if ext not in here]
+        notes += [(key, f"{ext} is in the tar, not in {ENTRIES}") for ext in here if ext not in there]
         for ext in [ext for ext in there if ext in here]:
             one, two = there[ext], here[ext]
             if (one.offset, one.size) != (two.offset, two.size):
@@ -237,46 +236,22 @@ def judge(members: Members, rules: Rules, decode: bool) -> tuple[dict[str, Any] 
     if "json" not in members:
         return None, "no json"
     try:
-        meta = json.loads(bytes(members["json"]))
-        json.dumps(meta, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        return None, f"json is not JSON: {error}"
-    reason = _fields(meta, rules) or _consistency(meta, members, rules)
+        meta = parsed(bytes(members["json"]))
+    except ValueError as error:
+        return None, str(error)
+    reason = _consistency(meta, members, rules)
     return meta, reason or next(filter(None, (_picture(meta, ext, members[ext], rules, decode) for ext in members)), "")
 
 
-def _fields(meta: Any, rules: Rules) -> str:
-    if not isinstance(meta, dict) or set(FIELDS) - set(meta):
-        lacks = sorted(set(FIELDS) - set(meta)) if isinstance(meta, dict) else "every field"
-        return f"json lacks {lacks}"
-    for name, kinds in FIELDS.items():
-        if type(meta[name]) not in kinds:
-            return f"json: {name} is {meta[name]!r:.60}"
-    texts = [*meta["captions"], *meta["caption_langs"]]
-    if not all(isinstance(text, str) for text in texts) or len(texts) != 2 * len(meta["captions"]):
-        return "json: captions and caption_langs are not two equally long lists of text"
-    if any(not isinstance(meta["media"].get(name, 0), str | None) for name in ("audio", "frames")):
-        return "json: media is not two paths"
-    if meta["audio_type"] not in ("vb", "nb", "both"):
-        return f"json: audio_type is {meta['audio_type']!r:.60}"
+def _consistency(meta: dict[str, Any], members: Members, rules: Rules) -> str:
+    """Whether folder, counts and members tell the same."""
+    spec, rows = rules.spectrogram, meta["n_rows"]
     if (meta["source"], meta["split"]) != (rules.source, rules.split):
         return f"json: {meta['source']}/{meta['split']} in the folder of {rules.source}/{rules.split}"
-    return ""
-
-
-def _consistency(meta: dict[str, Any], members: Members, rules: Rules) -> str:
-    """Whether counts, has_audio, has_frames and members tell the same."""
-    spec, rows = rules.spectrogram, meta["n_rows"]
     wanted = {"json", *[f"fbank.{spec.codec}"] * meta["has_audio"], *["frames.jpg"] * meta["has_frames"]}
     if set(members) != wanted:
         return f"members {sorted(members)}, by its json {sorted(wanted)}"
-    if meta["has_frames"] != (meta["n_frames"] > 0) or meta["n_frames"] < 0:
-        return f"json: has_frames is {meta['has_frames']}, n_frames {meta['n_frames']}"
-    if not 0 <= meta["duration"] < 1e9 or meta["has_audio"] > (meta["duration"] > 0):
-        return f"json: has_audio is {meta['has_audio']}, duration {meta['duration']}"
-    if meta["has_audio"] != (rows > 0) or not 0 <= rows <= spec.max_segments * spec.segment_rows:
-        return f"json: has_audio is {meta['has_audio']}, n_rows {rows}"
-    if meta["n_segments"] != (n_segments(rows, spec) if rows else 0):
+    if rows > spec.max_segments * spec.segment_rows or meta["n_segments"] != (n_segments(rows, spec) if rows else 0):
         return f"json: n_segments is {meta['n_segments']}, n_rows {rows}"
     return ""
 

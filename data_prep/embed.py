@@ -31,8 +31,9 @@ from clip4vla.batch import Batch  # noqa: E402
 from clip4vla.build import build_model  # noqa: E402
 from clip4vla.checkpoints import newest_checkpoint  # noqa: E402
 from clip4vla.config import RunConfig, UserError  # noqa: E402
-from clip4vla.loader import EvalOrder, Loader, open_folders  # noqa: E402
+from clip4vla.loader import Loader, open_folders  # noqa: E402
 from clip4vla.model import Model  # noqa: E402
+from clip4vla.order import EvalOrder  # noqa: E402
 from clip4vla.shards import INDEX, Shard, ShardFolder, write_index, write_json, write_shard  # noqa: E402
 from clip4vla.towers import tokenizer  # noqa: E402
 from clip4vla.vectors import FOLDER, MEMBER, describe  # noqa: E402
@@ -54,6 +55,10 @@ class Unit:
     def shard(self) -> Shard:
         """The shard itself."""
         return self.folder.shards[self.number]
+
+    def keys(self) -> list[str]:
+        """Of its samples."""
+        return self.folder.entries(self.number).keys()
 
     @property
     def tar(self) -> Path:
@@ -143,17 +148,17 @@ def make(unit: Unit, model: Model, loader: Loader, bar: tqdm) -> None:
     loader.order = EvalOrder([sizes], CLIPS)
     note = {"identity": unit.identity, "captions": 0, "frames": 0, "damaged": []}
     start = time.perf_counter()
-    entry = write_shard(unit.tar, _members(unit.shard, model, loader, note, bar))
-    assert [key for key, _ in entry["entries"]] == [key for key, _ in unit.shard.entries], unit.tar
+    entry = write_shard(unit.tar, _members(unit.keys(), model, loader, note, bar))
+    assert [key for key, _ in entry["entries"]] == unit.keys(), unit.tar
     seconds = time.perf_counter() - start
     write_json(unit.note, note | {"shard": entry | {"of": unit.shard.sha256}, "seconds": seconds})
 
 
 def _members(
-    shard: Shard, model: Model, loader: Loader, note: dict[str, Any], bar: tqdm
+    of: list[str], model: Model, loader: Loader, note: dict[str, Any], bar: tqdm
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, its one member) of a shard's samples; counts go into the note."""
-    keys = iter(key for key, _ in shard.entries)
+    """(key, its one member) of the samples with these keys; counts go into the note."""
+    keys = iter(of)
     for batch in loader.batches(0, len(loader.order)):
         rows = vectors(model, loader, batch.to(loader.device))
         for meta, (texts, frames), key in zip(batch.meta, rows, keys, strict=False):  # keys last: they go on
@@ -178,28 +183,32 @@ def vectors(model: Model, loader: Loader, batch: Batch) -> list[tuple[torch.Tens
 
 def finish(folder: ShardFolder, fingerprint: dict[str, Any]) -> None:
     """index.json of a folder's vectors, and a line on them."""
-    notes = _notes(folder, fingerprint["clip"]["identity"])
+    units = [Unit(folder, i, fingerprint["clip"]["identity"]) for i in range(len(folder.shards))]
+    notes = _notes(units)
     counts = {"samples": len(folder), "damaged": sum(len(note["damaged"]) for note in notes)}
     counts |= {name: sum(note[name] for note in notes) for name in ("captions", "frames")}
-    shards, seconds = [note["shard"] for note in notes], sum(note["seconds"] for note in notes)
+    size, seconds = sum(note["shard"]["bytes"] for note in notes), sum(note["seconds"] for note in notes)
+    shards = (note["shard"] for unit in units if (note := unit.finished()))  # one by one: their entries are large
     names = {"source": folder.source, "split": folder.split, "media_root": ".."}
     write_index(place(folder), fingerprint=fingerprint, counts=counts, shards=shards, **names)
-    size = sum(shard["bytes"] for shard in shards) / 1e6
     print(
         f"{place(folder)}: {counts['samples']} clips ({counts['damaged']} damaged), {counts['captions']} captions, "
-        f"{counts['frames']} frames, {size:.1f} MB, {counts['samples'] / seconds:.0f} clips/s a rank",
+        f"{counts['frames']} frames, {size / 1e6:.1f} MB, {counts['samples'] / seconds:.0f} clips/s a rank",
         flush=True,
     )
 
 
-def _notes(folder: ShardFolder, identity: str) -> list[dict[str, Any]]:
-    """The notes of all shards, once they are visible here."""
-    units, deadline = [Unit(folder, i, identity) for i in range(len(folder.shards))], time.monotonic() + SIGHT
-    while not all(notes := [unit.finished() for unit in units]):
-        if time.monotonic() > deadline:
-            raise UserError(f"{place(folder)}: finished vectors are gone again (another run?): start embed.py again")
-        time.sleep(1)
-    return [note for note in notes if note]
+def _notes(units: list[Unit]) -> list[dict[str, Any]]:
+    """The notes of all shards without their entries, once they are visible here."""
+    deadline = time.monotonic() + SIGHT
+    notes: list[dict[str, Any]] = []
+    for unit in units:
+        while not (note := unit.finished()):
+            if time.monotonic() > deadline:
+                raise UserError(f"{unit.tar}: finished vectors are gone again (another run?): start embed.py again")
+            time.sleep(1)
+        notes.append(note | {"shard": note["shard"] | {"entries": []}})
+    return notes
 
 
 if __name__ == "__main__":

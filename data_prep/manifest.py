@@ -86,9 +86,18 @@ class MediaFolder:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Paths of all files below root, relative to it; links to folders are followed, hidden files left out."""
+    """Paths of all files below root, relative to it; links to folders are followed, hidden files left out.
+
+    A folder that several names lead to is walked once: two links to the one above them would never come to an end.
+    """
+    seen: set[tuple[int, int]] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.relpath(os.path.join(folder, name), root) for name in files if not name.startswith("."))
 
 

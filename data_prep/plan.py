@@ -4,14 +4,15 @@ OUT/manifest.jsonl: the first line lists the units (one unit is one shard), the 
 """
 
 import hashlib
-import itertools
 import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clip4vla.config import UserError
+from clip4vla.settings import parse_json
 from clip4vla.shards import write_text
 from data_prep.manifest import Row, Skipped
 
@@ -60,8 +61,11 @@ class Unit:
             return file.read(self.size)
 
     def read(self) -> list[Row]:
-        """The rows."""
-        return [Row(**json.loads(line)) for line in self.text().splitlines()]
+        """The rows; UserError if the manifest is damaged."""
+        try:
+            return [_row(line) for line in self.text().splitlines()]
+        except (ValueError, TypeError):
+            raise _none(self.out) from None
 
 
 def read_plan(out: Path) -> tuple[int, list[Unit]] | None:
@@ -69,16 +73,49 @@ def read_plan(out: Path) -> tuple[int, list[Unit]] | None:
     try:
         with (out / MANIFEST).open("rb") as file:
             line = file.readline()
-            head = json.loads(line)
+            head = parse_json(line)
+            units = _units(out, head["units"], len(line))
+            whole = file.seek(0, os.SEEK_END) == len(line) + sum(unit.size for unit in units)
+            if not whole or type(head["samples_per_shard"]) is not int:
+                raise ValueError(line)
     except FileNotFoundError:
         return None
-    except ValueError:
-        raise UserError(
-            f"{out / MANIFEST}: not a manifest of shard.py: delete it, the next run makes it anew"
-        ) from None
-    ends = itertools.accumulate((unit[-1] for unit in head["units"]), initial=len(line))
-    units = [Unit(*[str(out), *unit[:-1], end, unit[-1]]) for unit, end in zip(head["units"], ends, strict=False)]
+    except (ValueError, TypeError, LookupError):
+        raise _none(out) from None
     return head["samples_per_shard"], units
+
+
+def _units(out: Path, heads: list, offset: int) -> list[Unit]:
+    """As the first line lists them, the first one's rows at `offset`; ValueError or TypeError if they cannot be units."""
+    units = []
+    for source, split, *numbers, size in heads:
+        number, first, rows = numbers
+        unit = Unit(str(out), source, split, number, first, rows, offset, size)
+        if any(type(number) is not int or number < 0 for number in (*numbers, size)) or unit.folder.parts[-2:] != (
+            source,
+            split,
+        ):
+            raise ValueError(unit)
+        units.append(unit)
+        offset += size
+    return units
+
+
+def _row(line: bytes) -> Row:
+    """One line of the manifest; ValueError or TypeError if it cannot be a row."""
+    row = Row(**parse_json(line))
+    texts = [row.id, row.item, row.group, row.source, row.split, row.lang, row.audio_type]
+    texts += [text for text in (row.picture, row.media, row.label) if text is not None]
+    for some in (texts, row.captions, row.caption_langs):
+        if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
+            raise ValueError(line)
+    if not all(type(end) in (int, float, type(None)) for end in (row.start, row.end)):
+        raise ValueError(line)
+    return row
+
+
+def _none(out: str | Path) -> UserError:
+    return UserError(f"{Path(out, MANIFEST)}: not a manifest of shard.py: delete it, the next run makes it anew")
 
 
 def make_plan(out: Path, rows: Iterable[Row], skipped: list[Skipped], size: int) -> list[Unit]:
@@ -92,10 +129,9 @@ def make_plan(out: Path, rows: Iterable[Row], skipped: list[Skipped], size: int)
     filled: list[tuple[Unit, list[str]]] = []
     for unit in before[1] if before and before[0] == size else []:
         lines = []
-        for line in map(bytes.decode, unit.text().splitlines()):  # a text would be split at U+2028 too
-            row = json.loads(line)
-            kept = line if gone & {row["id"], row["item"]} else None
-            text = new.pop((row["source"], row["split"], row["id"]), kept)
+        for row, line in zip(unit.read(), unit.text().splitlines(), strict=True):
+            kept = line.decode() if gone & {row.id, row.item} else None
+            text = new.pop((row.source, row.split, row.id), kept)
             lines += [text] if text else []
         filled.append((unit, lines))
     _write(out, size, [*_heads(filled), *_new_units(new, filled, size)])

@@ -9,8 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from clip4vla.pool import At, work
 from data_prep.manifest import Row
-from data_prep.pool import At, work
 
 EVERY = 30.0  # s between lines where there is no terminal
 TRIED = 32  # samples made for an estimate

@@ -34,13 +34,13 @@ from clip4vla.cli import cli, help_text  # noqa: E402
 from clip4vla.config import DataConfig, UserError  # noqa: E402
 from clip4vla.media import Clip, read_clip  # noqa: E402
 from clip4vla.pictures import jpeg, png, read_picture  # noqa: E402
+from clip4vla.pool import NO_ITEM, At, work  # noqa: E402
 from clip4vla.settings import load  # noqa: E402
 from clip4vla.shards import INDEX, fingerprint, write_index, write_json, write_shard, write_text  # noqa: E402
 from clip4vla.spectrogram import crop, encode, log_mel  # noqa: E402
 from data_prep.annotations import read  # noqa: E402
 from data_prep.manifest import Row, inside  # noqa: E402
 from data_prep.plan import Unit, make_plan, read_plan  # noqa: E402
-from data_prep.pool import NO_ITEM, At, work  # noqa: E402
 from data_prep.progress import Progress, estimate  # noqa: E402
 
 DEFAULT = "configs/data/stamps.yaml"
@@ -167,7 +167,7 @@ def build(cfg: DataConfig, units: list[Unit]) -> None:
 def build_unit(cfg: DataConfig, unit: Unit, blamed: dict[int, str], at: At) -> dict[str, Any]:
     """The note of one shard, which is made unless it is there; blamed: rows not to be touched, and why."""
     text = unit.text()
-    rows = [Row(**json.loads(line)) for line in text.splitlines()]
+    rows = unit.read()
     key = _key(cfg, unit, text)
     note = _finished(unit, key)
     if (
@@ -286,7 +286,7 @@ def film_strip(path: Path, size: int, quality: int) -> bytes:
 
 def finish(cfg: DataConfig, units: list[Unit]) -> None:
     """quarantine.jsonl and index.json of every folder; raises UserError if shards are missing or too much failed."""
-    notes = [_note(cfg, unit) for unit in units]
+    notes = [_small(_note(cfg, unit)) for unit in units]
     bad = [item for note in notes for item in note["quarantined"]]
     folders: dict[Path, list[int]] = {}
     for i, unit in enumerate(units):
@@ -302,7 +302,7 @@ def finish(cfg: DataConfig, units: list[Unit]) -> None:
             f"all are in {cfg.out}/*/*/quarantine.jsonl: mend them, or raise max_damage, and start again"
         )
     for place, members in folders.items():
-        counts = _write_index(cfg, place, units[members[0]], [notes[i] for i in members])
+        counts = _write_index(cfg, place, [units[i] for i in members], [notes[i] for i in members])
         _remove_stale(place, {units[i].tar.stem for i in members})
         print(place, counts, flush=True)
     for index in sorted(Path(cfg.out).glob(f"*/*/{INDEX}")):
@@ -316,19 +316,24 @@ def _note(cfg: DataConfig, unit: Unit) -> dict[str, Any]:
     note = _finished(unit, _key(cfg, unit, unit.text()))
     if note is None:
         raise UserError(f"{unit.tar} is not finished, or made with other settings: run the parts again, then --merge")
-    del note["media"]  # large, and of no more use
     return note
 
 
-def _write_index(cfg: DataConfig, place: Path, unit: Unit, notes: list[dict[str, Any]]) -> dict[str, Any]:
-    """index.json of one folder; returns its counts."""
+def _small(note: dict[str, Any]) -> dict[str, Any]:
+    """Without what grows with the samples: those of all shards would fill the memory."""
+    return note | {"media": [], "shard": note["shard"] | {"entries": []}}
+
+
+def _write_index(cfg: DataConfig, place: Path, units: list[Unit], notes: list[dict[str, Any]]) -> dict[str, Any]:
+    """index.json and entries.jsonl of one folder; returns its counts. notes: small ones of these units."""
     counts = {"samples": sum(note["shard"]["samples"] for note in notes)}
     counts |= {name: sum(note[name] for note in notes) for name in ("with_audio", "with_frames", "silent")}
     counts |= {"seconds": round(sum(note["seconds"] for note in notes), 3)}
     counts |= {"quarantined": sum(len(note["quarantined"]) for note in notes)}
     media = os.path.relpath(Path(cfg.media_root).resolve(), place.resolve())
-    shards = [note["shard"] for note in notes if note["shard"]["samples"]]
-    names = {"source": unit.source, "split": unit.split}
+    there = [unit for unit, note in zip(units, notes, strict=True) if note["shard"]["samples"]]
+    shards = (_note(cfg, unit)["shard"] for unit in there)
+    names = {"source": units[0].source, "split": units[0].split}
     write_index(place, fingerprint=fingerprint(cfg), media_root=media, **names, counts=counts, shards=shards)
     return counts
 

@@ -1,8 +1,9 @@
 """Tux Paint's stamps: real pictures, text, sounds and speech, which a fresh machine can get (get_stamps.sh)."""
 
 import csv
+import functools
 import hashlib
-import multiprocessing
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,10 +13,12 @@ from typing import Any
 
 import soundfile
 
+from clip4vla.pool import NO_ITEM, At, work
 from data_prep.manifest import Row
 
 PICTURE_LANGS = ("fr", "ro", "ru", "ca", "bg", "es", "be", "el", "da")
 KINDS = Path(__file__).parent / "stamps_sound_kinds.csv"
+PATIENCE = 60.0  # s for one sound
 
 
 @dataclass
@@ -136,9 +139,21 @@ def _words(name: str, stamp: Stamp) -> Iterator[str]:
 def _sounds(root: Path, found: dict[str, Stamp]) -> dict[str, str]:
     """Hash of the samples by path, less silent ones: the same recording lies in files of different bytes."""
     paths = sorted({path for stamp in found.values() for path in stamp.sounds})
-    with multiprocessing.get_context("fork").Pool() as pool:
-        hashes = pool.map(_samples_hash, [root / path for path in paths], chunksize=64)
-    return {path: f"sound {digest}" for path, digest in zip(paths, hashes, strict=True) if digest}
+    chunks = [range(first, min(first + 64, len(paths))) for first in range(0, len(paths), 64)]
+    do = functools.partial(_hashes, [root / path for path in paths])
+    done = work(chunks, do, len(os.sched_getaffinity(0)), PATIENCE, lambda _: None)
+    hashes = {paths[i]: digest for chunk, digests in done for i, digest in zip(chunk, digests, strict=True)}
+    return {path: f"sound {hashes[path]}" for path in paths if hashes[path]}
+
+
+def _hashes(paths: list[Path], chunk: range, blamed: dict[int, str], at: At) -> list[str]:
+    """In a worker; what hangs or crashes the decoder has none."""
+    found = []
+    for i in chunk:
+        at.start(i)
+        found.append("" if i in blamed else _samples_hash(paths[i]))
+    at.start(NO_ITEM)
+    return found
 
 
 def _samples_hash(path: Path) -> str:

@@ -4,15 +4,27 @@ import csv
 import html
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import ijson
+from typing import Any, TextIO
 
 from clip4vla.config import UserError
+from clip4vla.settings import parse_json
 from data_prep.manifest import MediaFolder, Row, Skipped
 
+BLOCK, PAIR = 1 << 20, 1 << 26  # characters: of a large JSON file read at once; of a key with its value
+SAID = 20  # characters of what is no JSON that a message repeats
+MARK = re.compile(r"\s*([{}:,])\s*").match
+LONGEST = 100_000  # characters of a caption, of which CLIP reads 77 tokens
+MISTAKES = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    OSError,
+)  # of a line: a name too long for the disk
 Found = Iterator[Row | Skipped]
 Line = tuple[str, str, Any]  # FILE:LINE or FILE: ID, split, what stands there
 
@@ -77,13 +89,14 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield f"{path.name}:{number}", line.strip()
 
 
-def read_json(path: Path, kind: type[list] | type[dict], *keys: str) -> Any:
-    """The list or dict in a JSON file; raises UserError if it is something else or lacks one of the keys."""
+def read_json(path: Path, kind: type[list] | type[dict], **keys: type[list] | type[dict]) -> Any:
+    """The list or dict in a JSON file; raises UserError if it is something else or lacks one of the keys, of its kind."""
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}; get it again") from None
-    if not isinstance(data, kind) or any(key not in data for key in keys):
+    there = data if isinstance(data, dict) else {}
+    if not isinstance(data, kind) or any(not isinstance(there.get(key), below) for key, below in keys.items()):
         form = f"a {kind.__name__} with {' and '.join(keys)}" if keys else f"a {kind.__name__}"
         raise UserError(f"{path}: JSON, but not {form}; is it the right file?")
     return data
@@ -92,11 +105,43 @@ def read_json(path: Path, kind: type[list] | type[dict], *keys: str) -> Any:
 def stream_json(path: Path) -> Iterator[tuple[str, Any]]:
     """Keys and values of a JSON object that is too large for memory."""
     try:
-        with path.open("rb") as file:
-            yield from ijson.kvitems(file, "", use_float=True)
-    except ijson.JSONError as error:
-        what = " ".join(str(error).split())
+        with path.open(encoding="utf-8-sig") as file:
+            yield from _pairs(file)
+    except (ValueError, RecursionError) as error:
+        what = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise UserError(f"{path}: not valid JSON, perhaps cut short: {what}; get it again") from None
+
+
+def _pairs(file: TextIO) -> Iterator[tuple[str, Any]]:
+    """The same of an open file. ValueError for what is no JSON, or for a pair of more than PAIR characters."""
+    decode, text, at, awaited = json.JSONDecoder().raw_decode, "", 0, "{"
+    while True:
+        try:
+            mark, begin = _mark(text, at)
+            if (awaited, mark) == (",", "}") or (awaited == "{" and "".join(text.split()) == "{}"):
+                return
+            if mark != awaited:
+                raise ValueError(text[at : at + SAID])
+            key, end = decode(text, begin)
+            value, end = decode(text, _mark(text, end)[1])
+            if not isinstance(key, str):
+                raise ValueError(text[begin : begin + SAID])
+            _mark(text, end)  # behind a number that is cut another digit may follow
+        except ValueError:
+            more = file.read(max(BLOCK, len(text) - at)) if len(text) - at < PAIR else ""
+            if not more:
+                raise
+            text, at = text[at:] + more, 0
+            continue
+        awaited, at = ",", end
+        yield key, value
+
+
+def _mark(text: str, at: int) -> tuple[str, int]:
+    """The brace, colon or comma there, and where the next word begins."""
+    if not (found := MARK(text, at)):
+        raise ValueError(text[at : at + SAID])
+    return found[1], found.end()
 
 
 # Rows
@@ -113,7 +158,7 @@ def rows(lines: Iterable[Line], parse: Callable[[str, Any], Row], join: bool = F
             if isinstance(line, dict) and None in line:
                 raise ValueError("more cells than the header has columns")
             row = parse(split, line)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except MISTAKES as error:
             yield Skipped("malformed", where, reason(error))
             continue
         first, kept = held.setdefault((row.split, row.id), (where, row))
@@ -127,18 +172,16 @@ def rows(lines: Iterable[Line], parse: Callable[[str, Any], Row], join: bool = F
     yield from (row if row.media or row.picture else missing(row.id, row.item) for _, row in held.values())
 
 
-def whole_row(
-    source: str, split: str, name: str, path: str | None, texts: Iterable[Any], group: str = "", **more: Any
-) -> Row:
+def whole_row(source: str, split: str, name: str, path: str | None, texts: Any, group: str = "", **more: Any) -> Row:
     """The Row of a whole file, in English."""
-    if not name:
+    if not isinstance(name, str) or not name:
         raise ValueError("no name")
     told = captions(texts)
     return Row(name, name, group or name, source, split, told, ["en"] * len(told), media=path, **more)
 
 
 def clip_row(
-    media: MediaFolder, source: str, split: str, video: str, start: float, end: float, texts: Iterable[Any], **more: Any
+    media: MediaFolder, source: str, split: str, video: str, start: float, end: float, texts: Any, **more: Any
 ) -> Row:
     """The Row of an interval in seconds of a video, or of the file that was cut from it, in English."""
     check_span(start, end)
@@ -156,9 +199,16 @@ def check_span(start: float | None, end: float | None) -> None:
         raise ValueError(f"start {start} and end {end} do not span any time")
 
 
-def captions(texts: Iterable[Any]) -> list[str]:
+def captions(texts: Any) -> list[str]:
     """Cleaned texts, without empty and repeated ones."""
-    return list(dict.fromkeys(filter(None, map(clean, texts))))
+    return list(dict.fromkeys(filter(None, cleaned(texts))))
+
+
+def cleaned(texts: Any) -> list[str]:
+    """All of them; ValueError unless they are a list of texts."""
+    if not isinstance(texts, list):
+        raise ValueError(f"captions are a list of texts, not {type(texts).__name__}")
+    return [clean(text) for text in texts]
 
 
 def only(rows: list[Row], languages: list[str]) -> None:
@@ -175,8 +225,12 @@ def only(rows: list[Row], languages: list[str]) -> None:
 
 
 def clean(text: Any) -> str:
-    """Without HTML entities and doubled white space."""
-    return "" if text is None else " ".join(html.unescape(str(text)).split())
+    """Without HTML entities and doubled white space; ValueError for what is no text."""
+    if not isinstance(text, str | int | float | None) or isinstance(text, bool):
+        raise ValueError(f"a caption is a text, not {type(text).__name__}")
+    if len(told := "" if text is None else str(text)) > LONGEST:
+        raise ValueError(f"a text of {len(told)} characters")
+    return " ".join(html.unescape(told).split())
 
 
 def missing(name: str, file: str) -> Skipped:

@@ -30,8 +30,9 @@ from PIL import Image
 from torch import Tensor
 
 from clip4vla.config import DataConfig, DataSources, FramesConfig, MaskConfig, UserError
-from clip4vla.loader import Loader, TrainOrder, open_folders
+from clip4vla.loader import Loader, open_folders
 from clip4vla.media import Clip, read_clip
+from clip4vla.order import TrainOrder
 from clip4vla.pictures import jpeg
 from clip4vla.shards import ShardFolder, fingerprint, write_index, write_shard
 from clip4vla.towers import tokenizer
@@ -142,7 +143,7 @@ def _samples(cfg: DataConfig, clips: int, rng: np.random.Generator) -> Iterator[
             "caption_langs": ["en"],
         }
         meta |= {
-            "lang": None,
+            "lang": "en",
             "audio_type": "both",
             "label": None,
             "start": None,

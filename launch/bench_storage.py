@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from clip4vla.config import DataSources, MaskConfig, UserError
-from clip4vla.loader import Loader, TrainOrder
+from clip4vla.loader import Loader
+from clip4vla.order import TrainOrder
 from clip4vla.shards import ShardFolder
 from clip4vla.towers import tokenizer
 from launch.bench_loader import MAX_TOKENS, SHARDS, TOWERS, add_arguments, check, make_shards
@@ -102,7 +103,7 @@ def one_by_one(folder: ShardFolder, batch: int) -> tuple[int, str]:
     """(clips, digest) of a first batch, by one request after the other; the rest would take long."""
     digest = hashlib.sha256()
     for place in _order(folder, batch).batch(0):
-        members = folder.shards[place.shard].members(place.entry)[1]
+        members = folder.entries(place.shard)[place.entry][1]
         parts = {ext.partition(".")[0]: member for ext, member in members.items()}
         start = min(member.offset for member in parts.values())
         end = max(member.offset + member.size for member in parts.values())

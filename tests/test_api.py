@@ -19,8 +19,9 @@ from PIL import Image
 
 from clip4vla import CLIP4VLA, inputs, towers
 from clip4vla.config import DataSources, FramesConfig, MaskConfig, ModelConfig, SpectrogramConfig, UserError
-from clip4vla.loader import EvalOrder, Loader
+from clip4vla.loader import Loader
 from clip4vla.media import read_clip
+from clip4vla.order import EvalOrder
 from clip4vla.shards import ShardFolder
 
 SAMPLE = ROOT / "tests/sample"

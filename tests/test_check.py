@@ -10,6 +10,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import indexes
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from test_report import EVIL, browse
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip4vla.config import SpectrogramConfig  # noqa: E402
-from clip4vla.shards import INDEX, ShardFolder, write_index, write_json, write_shard  # noqa: E402
+from clip4vla.shards import INDEX, ShardFolder, write_index, write_shard  # noqa: E402
 from clip4vla.spectrogram import log_mel  # noqa: E402
 from data_prep.check import inspect, main  # noqa: E402
 from data_prep.check_page import griffin_lim, remarks, summary  # noqa: E402
@@ -56,7 +57,7 @@ def tar(folder, number=0):
 
 
 def index(folder):
-    return json.loads((folder / INDEX).read_text())
+    return indexes.read(folder)
 
 
 def samples(folder, number=0):
@@ -74,7 +75,7 @@ def rewrite(folder, change, number=0):
     tree, content = index(folder), samples(folder, number)
     change(content)
     tree["shards"][number] = write_shard(tar(folder, number), content.items())
-    write_json(folder / INDEX, tree)
+    indexes.write(folder, tree)
 
 
 def edit(folder, entry=3, **fields):
@@ -156,44 +157,44 @@ def empty(folder):
 def wrong_sha256(folder):
     tree = index(folder)
     tree["shards"][0]["sha256"] = "0" * 64
-    write_json(folder / INDEX, tree)
+    indexes.write(folder, tree)
 
 
 def wrong_crc32(folder):
     tree = index(folder)
     tree["shards"][0]["entries"][5][1]["json"][2] ^= 1
-    write_json(folder / INDEX, tree)
+    indexes.write(folder, tree)
 
 
 def wrong_offset(folder):
     tree = index(folder)
     tree["shards"][0]["entries"][5][1]["frames.jpg"][0] += 512
-    write_json(folder / INDEX, tree)
+    indexes.write(folder, tree)
 
 
 def member_not_in_index(folder):
     tree = index(folder)
     del tree["shards"][0]["entries"][1][1]["frames.jpg"]
-    write_json(folder / INDEX, tree)
+    indexes.write(folder, tree)
 
 
 def sample_not_in_index(folder):
     tree = index(folder)
     del tree["shards"][0]["entries"][1]
     tree["shards"][0]["samples"] -= 1
-    write_json(folder / INDEX, tree)
+    indexes.write(folder, tree)
 
 
 def malformed_entry(folder):
     tree = index(folder)
     tree["shards"][0]["entries"][1] = ["key", {"json": [0]}]
-    write_json(folder / INDEX, tree)
+    indexes.write(folder, tree)
 
 
 def member_not_in_tar(folder):
     old = index(folder)
     rewrite(folder, lambda content: list(content.values())[6].pop("fbank.jpg"))
-    write_json(folder / INDEX, old)
+    indexes.write(folder, old)
 
 
 def member_missing(folder):
@@ -221,23 +222,23 @@ def a_picture_of_another_size(folder):
 def wrong_counts(folder):
     tree = index(folder)
     tree["counts"]["seconds"] += 5
-    write_json(folder / INDEX, tree)
+    indexes.write(folder, tree)
 
 
 DAMAGE = [  # what is done, what is found, and how many samples go in a repair
     (flipped_bit, r"0000002-\S+: fbank.jpg: CRC-32 differs", 1),
     (truncated, r"0000009-\S+: .*frames.jpg: no [\d,]+ bytes there", 7),
-    (damaged_header, r"0000004-\S+: json is in index.json, not in the tar", 0),
+    (damaged_header, r"0000004-\S+: json is in entries.jsonl, not in the tar", 0),
     (no_tar, r"000000.tar: unreadable: No such file", 16),
     (rubbish, r"000000.tar: .*unreadable tar", 16),
     (empty, r"000000.tar: .*unreadable tar", 16),
     (wrong_sha256, r"000000.tar: sha256 differs", 0),
     (wrong_crc32, r"0000005-\S+: json: CRC-32 differs", 0),
     (wrong_offset, r"0000005-\S+: frames.jpg is at \d+\+\d+, by index.json at", 0),
-    (member_not_in_index, r"0000001-\S+: frames.jpg is in the tar, not in index.json", 0),
-    (sample_not_in_index, r"0000001-\S+: json is in the tar, not in index.json", 0),
-    (malformed_entry, r"000000.tar: .*entry 1 of index.json is malformed", 0),
-    (member_not_in_tar, r"0000006-\S+: fbank.jpg is in index.json, not in the tar", 1),
+    (member_not_in_index, r"0000001-\S+: frames.jpg is in the tar, not in entries.jsonl", 0),
+    (sample_not_in_index, r"0000001-\S+: json is in the tar, not in entries.jsonl", 0),
+    (malformed_entry, r"000000.tar: .*entry 1 in entries.jsonl is malformed", 0),
+    (member_not_in_tar, r"0000006-\S+: fbank.jpg is in entries.jsonl, not in the tar", 1),
     (member_missing, r"0000006-\S+: members \['fbank.jpg', 'json'\], by its json", 1),
     (not_json, r"0000000-\S+: json is not JSON", 1),
     (half_a_picture, r"0000007-\S+: frames.jpg cannot be decoded: .*truncated", 1),
@@ -256,7 +257,7 @@ def test_damage_is_named_and_repaired(folder, capfd, damage, message, lost):
     opened = ShardFolder.open(str(folder))
     left = opened.read([(s, e) for s, shard in enumerate(opened.shards) for e in range(shard.samples)])
     assert len(left) == 18 - lost == opened.counts["samples"]
-    keys = [entry[0] for shard in opened.shards for entry in shard.entries]
+    keys = [key for number in range(len(opened.shards)) for key in opened.entries(number).keys()]
     for key, sample in zip(keys, left, strict=True):  # what stays is what was
         assert sample == {ext.partition(".")[0]: data for ext, data in before[key].items()}
     seconds = sum(json.loads(sample["json"])["duration"] for sample in left)
@@ -266,11 +267,11 @@ def test_damage_is_named_and_repaired(folder, capfd, damage, message, lost):
 
 
 CONTRADICTIONS = [
-    ({"n_rows": 9000}, "has_audio is True, n_rows 9000"),
+    ({"n_rows": 9000}, "n_segments is 1, n_rows 9000"),
     ({"n_segments": 2}, "n_segments is 2"),
     ({"n_frames": 0}, "has_frames is True, n_frames 0"),
     ({"n_frames": 10**400}, "frames.jpg is RGB"),
-    ({"has_audio": False}, "by its json"),
+    ({"has_audio": False}, "has_audio is False, n_segments 1"),
     ({"duration": 0.0}, "duration 0.0"),
     ({"duration": float("nan")}, "duration nan"),
     ({"captions": ["a"]}, "captions and caption_langs"),
@@ -298,7 +299,7 @@ def test_a_repair_killed_between_tar_and_index_is_finished_by_the_next(folder):
     old = index(folder)
     findings(folder, repair=True)
     done = {path.name: path.read_bytes() for path in folder.glob("*.tar")}
-    write_json(folder / INDEX, old)
+    indexes.write(folder, old)
     assert findings(folder)
     assert findings(folder, repair=True) == [] and len(ShardFolder.open(str(folder))) == 17
     assert {path.name: path.read_bytes() for path in folder.glob("*.tar")} == done
@@ -323,7 +324,7 @@ def test_leakage_between_splits_is_found_and_left_alone(sample_shards, tmp_path)
     tree = index(test)
     for name, value in {"samples": 1, "with_audio": 1, "with_frames": 1, "seconds": meta["duration"]}.items():
         tree["counts"][name] += value
-    write_json(test / INDEX, tree)
+    indexes.write(test, tree)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     found = findings(out, repair=True)
     for kind, line in zip(("id", "group", "item", "audio", "picture"), found, strict=True):

@@ -218,7 +218,8 @@ def test_added_media_get_new_shards_and_rewrite_nothing_old(run, tmp_path):
     assert before.items() <= after.items() and len(after) == 4
     ids = [meta["id"] for meta in rows_of(place)]
     assert sorted(ids) == sorted(f"t{i}.wav" for i in range(12))
-    keys = [key for shard in ShardFolder.open(place).shards for key, _ in shard.entries]
+    folder = ShardFolder.open(place)
+    keys = [key for number in range(len(folder.shards)) for key in folder.entries(number).keys()]
     assert len(set(keys)) == 12 and sorted(key[:7] for key in keys) == [f"{i:07d}" for i in range(12)]
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import conftest
+import indexes
 import numpy as np
 import open_clip
 import pytest
@@ -22,8 +23,9 @@ from safetensors.torch import save_file
 
 from clip4vla import towers
 from clip4vla.config import DataSources, LossConfig, MaskConfig, ModelConfig
-from clip4vla.loader import EvalOrder, Loader, TrainOrder, open_folders
+from clip4vla.loader import Loader, open_folders
 from clip4vla.model import Model
+from clip4vla.order import EvalOrder, TrainOrder
 from clip4vla.shards import Damaged, ShardFolder, write_index, write_shard
 
 SOURCES = ("speech_fr", "sounds", "odd")
@@ -80,6 +82,7 @@ def odd(source: ShardFolder, out: Path) -> None:
     for i, sample in enumerate(source.read([(0, e % 8) for e in range(94)])):
         captions, frames = [f"caption {c} of {i}" for c in range(i % 4)], (i // 4 + 1) % 4
         meta = json.loads(sample["json"]) | {"id": f"odd{i}", "captions": captions, "n_frames": frames}
+        meta |= {"caption_langs": ["en"] * len(captions)}
         members = {"json": json.dumps(meta | {"has_frames": frames > 0}).encode(), "fbank.jpg": sample["fbank"]}
         strip = Image.fromarray(np.concatenate([np.roll(picture(sample), 40 * f, 1) for f in range(frames or 1)]))
         strip.save(data := io.BytesIO(), "jpeg")
@@ -95,8 +98,8 @@ def picture(sample: dict[str, bytes]) -> np.ndarray:
 
 def flip(folder: Path, ext: str, entry: int) -> str:
     """Damage one member of the first shard; returns the sample's key."""
-    shard = ShardFolder.open(str(folder)).shards[0]
-    key, members = shard.members(entry)
+    opened = ShardFolder.open(str(folder))
+    shard, (key, members) = opened.shards[0], opened.entries(0)[entry]
     tar = bytearray((folder / shard.name).read_bytes())
     tar[members[ext].offset + members[ext].size // 2] ^= 0xFF
     (folder / shard.name).write_bytes(tar)
@@ -135,14 +138,30 @@ def made(plain, clip, tmp_path_factory):
     return out, runs, results
 
 
+def not_finite(folder: Path, entry: int) -> str:
+    """A NaN in the vectors of one sample of the first shard, with right checksums; returns its key."""
+    opened, tree = ShardFolder.open(str(folder)), indexes.read(folder)
+    keys = opened.entries(0).keys()
+    content = {
+        key: sample["clip"]
+        for key, sample in zip(keys, opened.read([(0, e) for e in range(len(keys))], ("clip",)), strict=True)
+    }
+    content[keys[entry]] = b"\0\x7e" + content[keys[entry]][2:]
+    anew = write_shard(folder / opened.shards[0].name, [(key, {"clip.f16": data}) for key, data in content.items()])
+    tree["shards"][0] |= anew
+    indexes.write(folder, tree)
+    return keys[entry]
+
+
 def without_pictures(root: Path) -> None:
     """Overwrite every film strip with zeros."""
     for source in SOURCES:
         folder = root / source
-        for shard in ShardFolder.open(str(folder)).shards:
+        opened = ShardFolder.open(str(folder))
+        for number, shard in enumerate(opened.shards):
             tar = bytearray((folder / shard.name).read_bytes())
-            for entry in range(shard.samples):
-                if member := shard.members(entry)[1].get("frames.jpg"):
+            for _, members in opened.entries(number):
+                if member := members.get("frames.jpg"):
                     tar[member.offset : member.offset + member.size] = bytes(member.size)
             (folder / shard.name).write_bytes(tar)
 
@@ -184,10 +203,11 @@ def test_vectors_are_open_clips_own(made, plain, clip):
 
 def test_plain_webdataset_reads_them(made, plain):
     for source in SOURCES:
-        for shard in ShardFolder.open(str(plain / source)).shards:
+        opened = ShardFolder.open(str(plain / source))
+        for number, shard in enumerate(opened.shards):
             tar = str(made[0] / source / "clip" / shard.name)
             got = list(webdataset.WebDataset(tar, shardshuffle=False, empty_check=False))
-            assert [sample["__key__"] for sample in got] == [key for key, _ in shard.entries]
+            assert [sample["__key__"] for sample in got] == opened.entries(number).keys()
             assert all("clip.f16" in sample and len(sample["clip.f16"]) % 128 == 0 for sample in got)
 
 
@@ -240,6 +260,7 @@ def test_a_batch_with_vectors_is_the_same_batch(made, plain, clip):
 
 def test_damaged_vectors_are_damage_of_the_sample(made, clip, tmp_path):
     shutil.copytree(made[0], tmp_path / "s")
+    bad = not_finite(tmp_path / "s/sounds/clip", entry=5)
     key = flip(tmp_path / "s/sounds/clip", "clip.f16", entry=3)
     (tmp_path / "s/damaged.jsonl").unlink(missing_ok=True)
     ours = loader(tmp_path / "s", clip, True)
@@ -249,6 +270,7 @@ def test_damaged_vectors_are_damage_of_the_sample(made, clip, tmp_path):
     listed = [json.loads(line) for line in (tmp_path / "s/damaged.jsonl").read_text().splitlines()]
     assert [(row["key"], row["reason"]) for row in listed] == [
         (key, "clip: CRC-32 differs from index.json"),
+        (bad, "clip: vectors that are not finite"),
         ("0000002-odd", "clip: 0 bytes, not 3 vectors of 128"),
     ]
 
@@ -282,13 +304,17 @@ def test_killed_and_finished_by_two_ranks_the_bytes_are_those_of_one_undisturbed
 def rewrite(folder: Path) -> Path:
     """Make the first shard of a folder anew, without its last sample; returns it."""
     opened = ShardFolder.open(str(folder))
-    first, *others = [vars(shard) for shard in opened.shards]
-    samples = opened.read([(0, entry) for entry in range(first["samples"] - 1)])
+    tree = indexes.read(folder)
+    first, *others = tree["shards"]
+    samples = opened.read([(0, entry) for entry in range(first["samples"] - 1)], ("json", "fbank"))
+    metas = [json.loads(s["json"]) | {"n_frames": 0, "has_frames": False} for s in samples]
     keys = [key for key, _ in first["entries"]]
-    content = [(key, {"json": s["json"], "fbank.jpg": s["fbank"]}) for key, s in zip(keys, samples, strict=False)]
+    content = [
+        (key, {"json": json.dumps(meta).encode(), "fbank.jpg": s["fbank"]})
+        for key, meta, s in zip(keys, metas, samples, strict=False)
+    ]
     entry = write_shard(folder / first["name"], content)
-    index = json.loads((folder / "index.json").read_text()) | {"shards": [entry, *others]}
-    (folder / "index.json").write_text(json.dumps(index))
+    indexes.write(folder, tree | {"shards": [entry, *others]})
     return folder / first["name"]
 
 
@@ -341,7 +367,7 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(refused, number):
 
 def test_only_what_is_stale_is_made_anew(refused, made):
     tmp, times, results = refused
-    assert [code for code, _, _ in results[len(SAID) :]] == [0, 0]
+    assert [code for code, _, _ in results[len(SAID) :]] == [0, 0], results[len(SAID) :]
     changed = {str(path.relative_to(tmp)) for path, before in times.items() if path.stat().st_mtime_ns != before}
     assert {path for path in changed if "rewritten" in path} == {"rewritten/sounds/clip/sounds-train-000000.tar"}
     assert len([path for path in changed if "others" in path]) == 13  # all of another model's

@@ -19,7 +19,7 @@ from PIL import Image
 from clip4vla.config import RunConfig
 from clip4vla.evaluation import eval_loader
 from clip4vla.exhibits import exhibit, film_strip, ogg, original_sound, spectrogram_jpeg
-from clip4vla.loader import Place
+from clip4vla.order import Place
 from clip4vla.shards import INDEX, ShardFolder
 from clip4vla.zero_shot import Found, directions, examples
 

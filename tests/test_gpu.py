@@ -19,8 +19,9 @@ from test_train import SHIPPED
 
 from clip4vla import CLIP4VLA, inputs
 from clip4vla.config import DataSources, MaskConfig
-from clip4vla.loader import EvalOrder, Loader, open_folders
+from clip4vla.loader import Loader, open_folders
 from clip4vla.losses import info_nce
+from clip4vla.order import EvalOrder
 from clip4vla.towers import tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -53,6 +54,12 @@ def test_every_shipped_config_trains_in_every_precision_as_the_cpu_does(tiny, on
     )
     again = run("launch/pretrain.py", *words, "train.max_steps=10")  # and it goes on from its checkpoint
     assert again.returncode == 0 and "8 done of 10" in again.stdout, again.stderr
+
+
+def test_fp16_that_overflows_for_ever_ends_in_one_line(tiny, tmp_path):
+    words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.precision=fp16", "train.max_steps=40", "loss.at=1e9"]
+    done = run("launch/pretrain.py", *words)
+    assert done.returncode == 2 and "overflow fp16 with the least loss scale too" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 import collections
 import gc
+import io
 import json
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from types import SimpleNamespace
 
+import indexes
 import numpy as np
 import pytest
 import torch
@@ -18,8 +22,10 @@ from PIL import Image
 
 from clip4vla import distributed, towers
 from clip4vla.config import DataSources, MaskConfig, RunConfig, UserError
-from clip4vla.loader import EvalOrder, Loader, Place, TrainOrder, check_fingerprint, open_folders
+from clip4vla.loader import Loader, check_fingerprint, open_folders
+from clip4vla.order import EvalOrder, Place, TrainOrder
 from clip4vla.settings import load
+from clip4vla.shards import ShardFolder, write_shard
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=7)
 
@@ -222,8 +228,7 @@ def test_the_pictures_of_a_batch_outlive_later_batches_and_the_loader(sample_sha
 def damage(shards, share: float):
     """Flip one byte in the spectrograms of a share of the speech samples."""
     folder = shards / "speech_fr/train"
-    index = json.loads((folder / "index.json").read_text())
-    shard = index["shards"][0]
+    shard = indexes.read(folder)["shards"][0]
     tar = bytearray((folder / shard["name"]).read_bytes())
     hit = shard["entries"][: max(1, round(share * shard["samples"]))]
     for _, members in hit:
@@ -242,6 +247,82 @@ def test_damaged_samples_are_skipped_counted_and_listed(sample_shards, tmp_path)
     assert ours.damaged == len(keys) and absent == len(keys) + padding
     listed = [json.loads(line) for line in (tmp_path / "s/damaged.jsonl").read_text().splitlines()]
     assert [row["key"] for row in listed] == keys and all("CRC" in row["reason"] for row in listed)
+
+
+def _claims(kind: str, width: int, height: int) -> bytes:
+    """A picture of one pixel whose header says that it is larger."""
+    Image.new("L", (1, 1)).save(out := io.BytesIO(), kind)
+    data = bytearray(out.getvalue())
+    if kind == "PNG":
+        data[16:24] = struct.pack(">II", width, height)
+        data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    else:
+        at = data.index(b"\xff\xc0")
+        data[at + 5 : at + 9] = struct.pack(">HH", height, width)
+    return bytes(data)
+
+
+def _json(sample, **fields):
+    meta = json.loads(sample["json"]) | fields
+    return {"json": json.dumps({name: value for name, value in meta.items() if value is not ...}).encode()}
+
+
+HOSTILE = [  # what a sample becomes, with a right CRC-32; a word of the reason
+    (
+        lambda s: {"frames.jpg": s["frames"][: len(s["frames"]) // 2] + b"\xff\xd9"},
+        "",
+    ),  # Pillow and DALI fill it with grey
+    (lambda s: {"frames.jpg": s["frames"][:300]}, "frames"),
+    (lambda s: {"frames.jpg": s["frames"][:-2000] + s["frames"][:2000]}, ""),
+    (lambda s: {"fbank.jpg": b"\xff\xd8" + bytes(500)}, "fbank cannot be read"),
+    (lambda s: {"frames.jpg": _claims("PNG", 60_000, 60_000)}, "frames"),
+    (lambda s: {"frames.jpg": _claims("JPEG", 60_000, 60_000)}, "frames"),
+    (lambda s: {"frames.jpg": _claims("PNG", 224, 224)}, "frames cannot be decoded"),
+    (lambda s: _json(s, n_frames=10**12), "frames is 224 x 224, by its json"),
+    (lambda s: _json(s, n_rows=10**12), "n_rows is 1000000000000"),
+    (lambda s: _json(s, n_segments=-1), "n_segments -1"),
+    (lambda s: _json(s, captions="none"), "captions is 'none'"),
+    (lambda s: _json(s, id=...), "json lacks ['id']"),
+    (lambda s: _json(s, group="\ud800"), "json is not JSON"),
+    (lambda s: {"json": b"[" * 100_000}, "json is not JSON"),
+    (lambda s: {"json": b"\x80\x04cos\nsystem\n"}, "json is not JSON"),
+    (lambda s: {"json": b""}, "json is not JSON"),
+]
+
+
+def test_hostile_samples_with_right_checksums_are_damage_too(sample_shards, tmp_path):
+    shutil.copytree(sample_shards, tmp_path / "s")
+    folder = tmp_path / "s/speech_fr/train"
+    whole, opened = loader(sample_shards), ShardFolder.open(str(folder))
+    tree = indexes.read(folder)
+    content = []
+    for i, key in enumerate(opened.entries(0).keys()):
+        (sample,) = opened.read([(0, i)])
+        change = HOSTILE[i][0](sample) if i < len(HOSTILE) else {}
+        content.append(
+            (key, {"json": sample["json"], "fbank.jpg": sample["fbank"], "frames.jpg": sample["frames"]} | change)
+        )
+    tree["shards"][0] = write_shard(folder / tree["shards"][0]["name"], content)
+    indexes.write(folder, tree)
+    ours = loader(tmp_path / "s", max_damage=0.02)
+    batches = list(ours.batches(0, len(ours.order)))
+    rows = [json.loads(line) for line in (tmp_path / "s/damaged.jsonl").read_text().splitlines()]
+    listed = {row["key"].partition("-")[0]: row["reason"] for row in rows}
+    assert len(rows) == ours.damaged == sum(bool(word) for _, word in HOSTILE), rows
+    for i, (_, word) in enumerate(HOSTILE):
+        assert word in listed.get(f"{i:07d}", ""), (i, word, listed)
+    for k, batch in enumerate(batches):  # what is intact is as it was
+        before = whole.batch(k)
+        for row, name in enumerate(batch.ids):
+            hostile = k * 16 + row < len(HOSTILE)
+            assert name == ("" if hostile and HOSTILE[k * 16 + row][1] else before.ids[row])
+            assert hostile or torch.equal(
+                batch.frames[batch.frame_clip == row], before.frames[before.frame_clip == row]
+            )
+            assert hostile or torch.equal(
+                batch.segments[batch.segment_clip == row], before.segments[before.segment_clip == row]
+            )
+    assert len(opened.entries(0)) >= len(HOSTILE)
 
 
 def test_more_damage_than_allowed_stops(sample_shards, tmp_path):

@@ -66,7 +66,13 @@ def clips(name, split, rng):
         counts, members = fbank(DataConfig(), Clip(SECONDS, wave=sound(pitch, rhythm, rng), rate=RATE))
         members["frames.jpg"] = jpeg(picture(colour, pattern, rng), 90)
         caption = " ".join(item)
-        meta = {"id": f"{split}-{number}", "item": caption, "group": caption, "captions": [caption], "audio_type": "both",
+        about = dict.fromkeys(("start", "end", "label")) | {
+            "source": "s",
+            "split": split,
+            "lang": "en",
+            "caption_langs": ["en"],
+        }
+        meta = about | {"id": f"{split}-{number}", "item": caption, "group": caption, "captions": [caption], "audio_type": "both",
                 "n_frames": 1, "has_frames": True, "duration": SECONDS, "media": {"audio": None, "frames": None}}  # fmt: skip
         yield f"{number:07d}", {"json": json.dumps(meta | counts).encode()} | members
 

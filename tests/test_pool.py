@@ -1,4 +1,4 @@
-"""data_prep/pool.py: real processes that crash, are killed, and are stopped."""
+"""clip4vla/pool.py: real processes that crash, are killed, and are stopped."""
 
 import faulthandler
 import os
@@ -13,7 +13,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT))
 
 from clip4vla.config import UserError  # noqa: E402
-from data_prep.pool import work  # noqa: E402
+from clip4vla.pool import work  # noqa: E402
 
 
 def _crash_on_sevens(unit, blamed, at):

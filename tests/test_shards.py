@@ -4,13 +4,14 @@ import io
 import json
 import tarfile
 
+import indexes
 import numpy as np
 import pytest
 import webdataset
 from PIL import Image
 
-from clip4vla.config import DataConfig, UserError
-from clip4vla.shards import INDEX, Damaged, ShardFolder, fingerprint, write_index, write_shard
+from clip4vla.config import DataConfig, DataSources, UserError
+from clip4vla.shards import ENTRIES, INDEX, Damaged, ShardFolder, fingerprint, write_index, write_shard
 
 SAMPLES = [
     (f"{i:07d}-a_{i}", {"json": b'{"n": %d}' % i, "fbank.jpg": b"f" * i, "frames.jpg": b"v" * 700}) for i in range(5)
@@ -42,7 +43,7 @@ def test_index_offsets_agree_with_the_tar(tmp_path):
             f"{SAMPLES[0][0]}.{e}" for e in ("json", "fbank.jpg", "frames.jpg")
         ]
         for entry in range(5):
-            key, members = folder.shards[0].members(entry)
+            key, members = folder.entries(0)[entry]
             for ext, member in members.items():
                 info = tar.getmember(f"{key}.{ext}")
                 assert (info.offset_data, info.size) == (member.offset, member.size)
@@ -72,7 +73,7 @@ def test_an_interrupted_write_leaves_no_shard(tmp_path):
 
 def test_a_corrupted_byte_is_named_and_spares_the_others(tmp_path):
     folder = make(tmp_path)
-    member = folder.shards[0].members(3)[1]["frames.jpg"]
+    member = folder.entries(0)[3][1]["frames.jpg"]
     data = bytearray((tmp_path / "s-train-000000.tar").read_bytes())
     data[member.offset + 5] ^= 1
     (tmp_path / "s-train-000000.tar").write_bytes(data)
@@ -85,7 +86,7 @@ def test_a_corrupted_byte_is_named_and_spares_the_others(tmp_path):
 def test_truncated_and_missing_tars_are_damage(tmp_path):
     folder = make(tmp_path)
     tar = tmp_path / "s-train-000000.tar"
-    member = folder.shards[0].members(4)[1]["frames.jpg"]
+    member = folder.entries(0)[4][1]["frames.jpg"]
     tar.write_bytes(tar.read_bytes()[: member.offset + 10])
     good, bad = folder.read([(0, 0), (0, 4)])
     assert isinstance(good, dict) and bad.reason == "frames: 10 of 700 bytes"
@@ -105,10 +106,10 @@ def test_names_that_leave_the_folder_are_rejected(tmp_path, name):
         (None, "no shards found in .*run data_prep/shard.py"),
         ("{", "not a readable index"),
         ("[]", "not a readable index"),
-        ('{"format": 99}', "format 99, this version reads 1"),
-        ('{"format": 1}', "not a readable index"),
+        ('{"format": 99}', "format 99, this version reads 2"),
+        ('{"format": 2}', "not a readable index"),
         (
-            '{"format":1,"fingerprint":{},"media_root":".","source":"s","split":"t","counts":{},"shards":[]}',
+            '{"format":2,"fingerprint":{},"media_root":".","source":"s","split":"t","counts":{},"shards":[]}',
             "is empty: no samples",
         ),
     ],
@@ -120,9 +121,47 @@ def test_unusable_folders_are_user_errors(tmp_path, text, message):
         ShardFolder.open(str(tmp_path))
 
 
-def test_a_count_that_disagrees_is_rejected(tmp_path):
-    with pytest.raises(UserError, match="lists 5 of 6 samples"):
-        make(tmp_path, samples=6)
+def test_a_count_that_disagrees_is_damage(tmp_path):
+    (bad,) = make(tmp_path, samples=6).read([(0, 0)])
+    assert bad == Damaged("s-train-000000.tar", "entry 0", "entries.jsonl: 5 of 6 samples")
+
+
+def test_entries_that_are_not_those_of_the_index_are_named(tmp_path):
+    folder, lines = make(tmp_path), (tmp_path / ENTRIES).read_bytes()
+    (tmp_path / ENTRIES).write_bytes(lines.replace(b"a_3", b"a_4"))
+    (bad,) = folder.read([(0, 3)])
+    assert bad == Damaged("s-train-000000.tar", "entry 3", "entries.jsonl: CRC-32 differs from index.json")
+    (tmp_path / ENTRIES).write_bytes(lines[:-1])
+    with pytest.raises(UserError, match=f"entries.jsonl has {len(lines) - 1} bytes, not {len(lines)} for 5 samples"):
+        ShardFolder.open(str(tmp_path))
+    (tmp_path / ENTRIES).unlink()
+    with pytest.raises(UserError, match="cannot read .*/entries.jsonl: .*; run data_prep/shard.py"):
+        ShardFolder.open(str(tmp_path))
+
+
+def test_entries_of_two_windows_of_shards_stay_in_memory(tmp_path):
+    shards = [write_shard(tmp_path / f"s-{i}.tar", [(f"{i}", {"json": b"%d" % i})]) for i in range(9)]
+    write_index(
+        tmp_path, fingerprint={}, media_root=".", source="s", split="t", counts={}, shards=(shard for shard in shards)
+    )
+    folder = ShardFolder.open(str(tmp_path), DataSources(window=2))
+    for order in (range(9), reversed(range(9)), [3, 3, 8, 0]):
+        for i in order:
+            assert folder.read([(i, 0)]) == [{"json": b"%d" % i}] and len(folder.in_use) <= 4
+    assert list(folder.in_use)[-3:] == [3, 8, 0]
+    assert [s["json"] for s in folder.read([(i, 0) for i in range(9)])] == [b"%d" % i for i in range(9)]
+
+
+def test_a_line_that_is_no_entry_spares_the_others(tmp_path):
+    make(tmp_path)
+    tree = indexes.read(tmp_path)
+    entries = tree["shards"][0]["entries"]
+    hostile = [["k", {"json": [-1, 5, 0]}], ["k", {"json": [10**20, 5, 0]}], ["k", [1]], "k", 5, ["k", {"json": ["a"]}]]
+    for entry in [*hostile, ["k", {"json": [0, 10**15, 0]}]]:
+        entries[1] = entry
+        indexes.write(tmp_path, tree)
+        good, bad = ShardFolder.open(str(tmp_path)).read([(0, 0), (0, 1)])
+        assert good["json"] == b'{"n": 0}' and isinstance(bad, Damaged), entry
 
 
 def test_unknown_protocol_is_a_user_error():

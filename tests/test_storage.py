@@ -85,6 +85,9 @@ def test_a_whole_file_is_read_in_pieces(server, monkeypatch, size):
 def test_neighbours_are_one_request_and_nothing_far_is_read_along(server, samples):
     folder = ShardFolder.open(url(server), QUICK)
     server.seen.clear()
+    assert folder.read([(0, 0), (1, 0), (2, 0)]) == [samples[shard, 0] for shard in range(SHARDS)]
+    assert len(requests(server, "entries.jsonl")) == 1
+    server.seen.clear()
     got = folder.read([(0, 6), (0, 2), (1, 4), (0, 3), (0, 2)])
     assert got == [samples[place] for place in [(0, 6), (0, 2), (1, 4), (0, 3), (0, 2)]]
     assert len(requests(server)) == 3
@@ -145,6 +148,7 @@ def test_a_server_that_hangs_or_is_gone_is_one_line_within_bounded_time():
 
 def test_an_answer_that_is_late_is_not_waited_for_but_asked_for_again(server, samples):
     folder = ShardFolder.open(url(server), DataSources(timeout=0.5, retries=2))
+    assert len(folder.entries(0)) == SAMPLES
     server.seen.clear()
     with server.faults(slow=1, delay=20):
         (late,) = folder.read([(0, 0)])
@@ -250,8 +254,9 @@ def test_two_processes_share_a_cache_of_bounded_size(server, samples, tmp_path, 
 def test_damaged_entries_are_read_again_and_count_as_no_damage(server, samples, tmp_path):
     folder = ShardFolder.open(url(server), DataSources(cache=str(tmp_path), timeout=5))
     assert folder.read(EVERY) == list(samples.values())
-    entries = sorted(tmp_path.glob("ranges/??/*"))
-    assert len(entries) == len(EVERY)
+    kept = list(tmp_path.glob("ranges/??/*"))
+    assert len(kept) == len(EVERY) + SHARDS  # and the shards' lines of entries.jsonl
+    entries = [path for path in kept if path.stat().st_size > SIZE]
     entries[0].write_bytes(entries[0].read_bytes()[:-1])
     entries[1].write_bytes(b"\0" * entries[1].stat().st_size)
     for expected in (2, 0):
@@ -269,7 +274,7 @@ def test_what_comes_damaged_from_its_source_is_not_kept(server, tmp_path):
     s3.put(tmp_path / "x", "flipped", server.port)
     folder = ShardFolder.open(url(server, name="flipped"), DataSources(cache=str(tmp_path / "cache"), timeout=5))
     assert [place for place, got in zip(EVERY, folder.read(EVERY), strict=True) if isinstance(got, Damaged)] == [(1, 0)]
-    assert len(list(tmp_path.glob("cache/ranges/??/*"))) == len(EVERY) - 1
+    assert len(list(tmp_path.glob("cache/ranges/??/*"))) == len(EVERY) - 1 + SHARDS
 
 
 def test_a_replaced_shard_is_never_served_from_the_cache(server, tmp_path):

@@ -1,13 +1,16 @@
 """Worker processes for files that may hang or crash a decoder: the item is blamed, the worker replaced, the rest goes on."""
 
+import math
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +94,16 @@ class _Worker:
         self.end()
         return self.unit, self.blamed | {item: why}
 
+    def go_on(self) -> bool:
+        """Whether the process was stopped (SIGSTOP), which is not its item's doing: it is continued, with all of the time."""
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        stopped = stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "T"
+        if stopped:
+            assert self.process.pid
+            self.at.start(self.at.item)
+            os.kill(self.process.pid, signal.SIGCONT)
+        return stopped
+
     def end(self) -> None:
         """Kill the process; one that waits for a dead disk dies later."""
         self.process.kill()
@@ -98,10 +111,7 @@ class _Worker:
 
 
 def _serve(do: Do, pipe: Connection, at: At) -> None:
-    torch.set_num_threads(1)
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_DFL)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    _begin()
     while True:
         unit, blamed = pipe.recv()
         try:
@@ -110,6 +120,14 @@ def _serve(do: Do, pipe: Connection, at: At) -> None:
             if not isinstance(error, UserError | OSError):
                 traceback.print_exc()
             pipe.send(error)
+
+
+def _begin() -> None:
+    """What every worker process does first."""
+    torch.set_num_threads(1)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_DFL)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
 def _leave_with_parent() -> None:
@@ -146,7 +164,7 @@ def work(units: Iterable[Any], do: Do, workers: int, limit: float, tick: Callabl
             for worker in list(busy):
                 if worker.pipe in ready:
                     result = _answer(worker)
-                elif (item := worker.at.overdue(limit)) is not None:
+                elif (item := worker.at.overdue(limit)) is not None and not worker.go_on():
                     result = _Culprit(item, f"gave up after {limit:g} s")
                 else:
                     continue
@@ -182,4 +200,74 @@ def _death(worker: _Worker) -> str:
             f"a worker was killed at item {item} of {worker.unit} (exit code {code}; out of memory?): start again with fewer "
             "workers=N; finished shards stay"
         )
+    return _crash(code)
+
+
+def _crash(code: int) -> str:
     return f"crashed the decoder ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+
+
+class Apart:
+    """A generator function that runs in a process of its own, since what it reads may hang or crash a decoder."""
+
+    def __init__(self, make: Callable[..., Iterator[Any]], limit: float) -> None:
+        self.make, self.limit = make, limit
+        self.quiet = threading.Lock()  # to be held where other threads compute: what they lock stays locked in a fork
+        self.process: Any = None
+
+    def iterate(self, *words: Any) -> Iterator[Any]:
+        """What make(*words) yields, and the OSError or ValueError that it raises.
+
+        Raises ValueError if nothing comes for `limit` seconds or the process dies; the next call has a new one.
+        """
+        if not self.process:
+            self._start()
+        self.pipe.send(words)
+        while True:
+            kind, thing = self._next()
+            if kind == "raised":
+                raise thing
+            if kind == "end":
+                return
+            yield thing
+
+    def close(self) -> None:
+        """Kill the process."""
+        if self.process:
+            self.process.kill()
+            self.process.join(10)
+            self.pipe.close()
+            self.process = None
+
+    def _start(self) -> None:
+        self.pipe, theirs = FORK.Pipe()
+        self.process = FORK.Process(target=_stream, args=(self.make, theirs), daemon=True)
+        with self.quiet:
+            self.process.start()
+        theirs.close()
+
+    def _next(self) -> tuple[str, Any]:
+        """(yield, raised or end; what). Waits are counted, not the clock: we may be stopped (Ctrl-Z, SLURM)."""
+        try:
+            if any(self.pipe.poll(0.5) for _ in range(math.ceil(2 * self.limit))):
+                return pickle.loads(self.pipe.recv_bytes())
+            reason = f"gave up after {self.limit:g} s"
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            reason = _crash(self.process.exitcode)
+        self.close()
+        raise ValueError(reason)
+
+
+def _stream(make: Callable[..., Iterator[Any]], pipe: Connection) -> None:
+    _begin()
+    while True:
+        words = pipe.recv()
+        try:
+            for thing in make(*words):
+                pipe.send_bytes(pickle.dumps(("yield", thing)))  # send() would put tensors into shared memory
+            pipe.send_bytes(pickle.dumps(("end", None)))
+        except Exception as error:
+            if not isinstance(error, ValueError | OSError):
+                traceback.print_exc()
+            pipe.send_bytes(pickle.dumps(("raised", error)))

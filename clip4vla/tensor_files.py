@@ -1,0 +1,109 @@
+"""Files of tensors that others made: safetensors, torch's, TorchScript. None of them runs code, none grows beyond its size."""
+
+import collections
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+STORAGES = {
+    "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
+    "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
+ROOM = 64 << 20  # bytes that an archive may hold packed beside its tensors, such as the code of TorchScript
+
+
+def read(path: str | Path) -> tuple[Any, bool]:
+    """(what a weights file holds, as a rule a dictionary of tensors, on the CPU; whether it is a TorchScript archive).
+
+    Raises ValueError for what would unpack to more than twice the file, and what torch and safetensors raise.
+    """
+    if str(path).endswith(".safetensors"):
+        return load_file(path), False
+    names = _must_unpack_small(path) if zipfile.is_zipfile(path) else []
+    if any(name.endswith("/constants.pkl") for name in names):
+        return _scripted(path), True
+    return torch.load(path, map_location="cpu", weights_only=True), False
+
+
+def must_be_plain(state: dict[str, Tensor], size: int) -> None:
+    """ValueError for tensors that are not dense numbers, or that claim more bytes than a file of `size` bytes gives."""
+    for name, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex() or value.device.type != "cpu":
+            raise ValueError(f"{name} is no dense tensor of real numbers")
+    if sum(value.numel() * value.element_size() for value in state.values()) > 2 * size + ROOM:
+        raise ValueError("its tensors claim more bytes than the file has")
+
+
+def _must_unpack_small(path: str | Path) -> list[str]:
+    """Names in a zip archive; torch stores tensors as they are, so one that unpacks to far more than itself is a bomb."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(info.file_size for info in archive.infolist()) > 2 * Path(path).stat().st_size + ROOM:
+            raise ValueError("it would unpack to more than twice its size")
+        return archive.namelist()
+
+
+def _scripted(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a TorchScript archive by their names; torch.jit.load would run its __setstate__, which may write files."""
+    with zipfile.ZipFile(path) as archive:
+        root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
+        with archive.open(f"{root}data.pkl") as stream:
+            module = _Tensors(stream, archive, f"{root}data/").load()
+    state: dict[str, Tensor] = {}
+    _collect(module, "", state)
+    return state
+
+
+class _Module:
+    """Any module of an archive: what it holds."""
+
+    def __setstate__(self, held: Any) -> None:
+        self.held = held if isinstance(held, dict) else {}
+
+
+class _Tensors(pickle.Unpickler):
+    """Knows modules, tensors and ordered dictionaries, and nothing that runs."""
+
+    def __init__(self, stream: Any, archive: zipfile.ZipFile, folder: str):
+        super().__init__(stream)
+        self.archive, self.folder = archive, folder
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "__torch__":
+            return _Module
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        known = {
+            ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+            ("collections", "OrderedDict"): collections.OrderedDict,
+        }
+        if module == "torch.jit._pickle":  # lists of numbers, and what type a list or dictionary has
+            return _first
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"{module}.{name} is neither a tensor nor a module")
+        return known[module, name]
+
+    def persistent_load(self, place: Any) -> Tensor:
+        _, dtype, key, *_ = place
+        return torch.frombuffer(bytearray(self.archive.read(f"{self.folder}{key}")), dtype=dtype)
+
+
+def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
+    return torch.as_strided(storage, size, stride, offset)  # raises for what lies outside of the storage
+
+
+def _first(value: Any, *_: Any) -> Any:
+    return value
+
+
+def _collect(module: _Module, prefix: str, state: dict[str, Tensor]) -> None:
+    for name, value in module.held.items():
+        if isinstance(value, Tensor):
+            state[prefix + name] = value
+        elif isinstance(value, _Module):
+            _collect(value, f"{prefix}{name}.", state)

@@ -1,0 +1,54 @@
+"""Run parts of the campaign one after another; each writes docs/faults_PART.json: what was done, what came out, on what.
+
+    make faults                                          all parts, seed 0
+    PYTHONPATH=tests python -m faults kills --seed 7     one part
+
+A part is a module beside this one: campaign(folder, seed) -> its figures, which raises AssertionError for what is not
+survived; `folder` is empty and goes when the part ends.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from importlib import import_module
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+sys.path.insert(1, str(ROOT))
+
+from clip4vla.tracking import git_commit  # noqa: E402
+from launch.bench import machine, versions  # noqa: E402
+
+PARTS = sorted(path.stem for path in HERE.glob("[a-z]*.py"))
+
+
+def main() -> None:
+    """The parts that the command line names."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m faults", description=__doc__, formatter_class=raw)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if unknown := set(args.parts) - set(PARTS):
+        parser.error(f"no part {', '.join(unknown)}: there are {', '.join(PARTS)}")
+    for part in args.parts or PARTS:
+        file = ROOT / f"docs/faults_{part}.json"
+        file.write_text(json.dumps(run(part, args.seed), indent=1) + "\n")
+        print(file, flush=True)
+
+
+def run(part: str, seed: int) -> dict:
+    """The figures of one part, with how they were made."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=f"faults-{part}-") as folder:
+        found = import_module(f"faults.{part}").campaign(Path(folder), seed)
+    command = f"PYTHONPATH=tests python -m faults {part} --seed {seed}"
+    made = {"command": command, "minutes": round((time.monotonic() - start) / 60, 1), "git": git_commit()}
+    return {"part": part, **found, **made, "versions": versions(), "machine": machine()}
+
+
+if __name__ == "__main__":
+    main()

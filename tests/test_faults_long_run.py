@@ -1,0 +1,44 @@
+"""A slice of the long run: files, threads and children of some hundred steps, and what the bounds see."""
+
+import numpy as np
+import pytest
+from faults import long_run
+
+from clip4vla.report import _smooth
+
+
+def test_many_evaluations_and_checkpoints_leave_no_file_thread_or_child(tmp_path):
+    every = {"train.log_every": 2, "train.save_every": 4, "eval.every": 10}
+    rows, samples = long_run.trained(tmp_path, 3, 60, every, pause=0.02)
+    found = long_run.growth(rows, samples)
+    for name in long_run.CONSTANT:
+        late = found[name][3:]  # the pools' threads start with the first evaluation and checkpoint
+        assert max(late) == min(late), (name, found[name])
+
+
+@pytest.mark.parametrize("name", ["mib", "files", "threads", "cpu"])
+def test_what_grows_is_seen(name):
+    at = np.arange(2000.0)
+    rows = [{"time": float(t), "step": 10 * t, "clips_per_s": 80.0} for t in range(1, 2001)]
+    samples = {
+        "time": at,
+        "mib": 700 + at % 3,
+        "files": 20 + at % 5 // 4,
+        "threads": 17 + 0 * at,
+        "children": 1 + 0 * at,
+        "cpu": at,
+    }
+    long_run.must_be_flat(long_run.growth(rows, samples), "flat")
+    samples[name] = samples[name] + {"cpu": at**2 / 4e4, "mib": at / 50}.get(name, at // 900)
+    with pytest.raises(AssertionError, match="it should grow"):
+        long_run.must_be_flat(long_run.growth(rows, samples), "it should grow")
+
+
+def test_smoothing_is_a_moving_average_of_what_is_finite():
+    values = np.random.default_rng(0).normal(size=400)
+    kernel = np.ones(21)
+    assert np.allclose(
+        _smooth(values), np.convolve(values, kernel, "same") / np.convolve(values * 0 + 1, kernel, "same")
+    )
+    values[7], values[200] = np.inf, np.nan
+    assert np.isfinite(_smooth(values)).all() and np.isnan(_smooth(np.array([1.0, np.nan]))[1])

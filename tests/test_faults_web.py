@@ -1,0 +1,127 @@
+"""A slice of the campaign against the page's server and the HTML pages, on one server and one chromium."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import run
+from faults import web
+from faults._pages import chromium
+from faults._web import RAN, Server, build, listening
+from forks import ROOT
+
+from clip4vla import web_guard
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults")
+    build(folder)
+    (folder / "secret.txt").write_text("SECRET")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(place):
+    with Server(place, limit=1) as one:
+        yield one
+
+
+@pytest.mark.parametrize("kind", ["paths", "queries", "requests", "uploads", "hosts"])
+def test_what_means_ill_is_refused_or_answered_and_never_ends_the_server(server, kind):
+    found = web.attack(server, kind, 25, random.Random(7), 7)
+    assert found["tried"] == found.get("answered", 0) + found["refused"] and found["crashed"] == 0
+
+
+def test_hostile_texts_stay_text_in_every_page(place, server):
+    found = chromium(place, server, queries=2)
+    assert {"retrieval", "captions", "classification", "comparison", "check", "search"} <= found.keys()
+
+
+def test_it_listens_on_this_machine_alone(server):
+    assert listening(server.process.pid) == ["0100007F"]
+
+
+def test_uploads_have_room_for_so_many(tmp_path):
+    """Also those under way; what was left behind goes."""
+    guard = web_guard.Guard(None, str(tmp_path), 100, (), False, {}, ())
+    for number in range(web_guard.ROOM - 1):
+        (tmp_path / str(number)).write_bytes(bytes(100))
+    assert guard._room(100)
+    guard.under_way = 1
+    assert not guard._room(100)
+    for file in tmp_path.iterdir():
+        os.utime(file, (0, 0))
+    assert guard._room(100) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("host", "numbers", "known"),
+    [
+        ("127.0.0.1:80", False, True),
+        ("LOCALHOST", False, True),
+        ("192.168.1.9", False, False),
+        ("192.168.1.9:80", True, True),
+        ("[fe80::1]:80", True, True),
+        ("evil.example", True, False),
+        ("[", True, False),
+        ("a@127.0.0.1", True, False),
+        ("", True, False),
+    ],
+)
+def test_names_of_other_sites_are_not_answered_to(host, numbers, known):
+    assert web_guard.Guard(None, "", 0, web_guard.LOCAL, numbers, {}, ())._known(host) == known
+
+
+def test_nobody_but_a_page_can_have_a_query_computed(server):
+    """Each differs in one thing from what the page sends."""
+    good = {"data": ["a", 0.5, 0.5], "fn_index": server.events["submit"], "session_hash": "s"}
+    bad = [
+        {"data": [5, 0.5, 0.5]},
+        {"data": ["a", 0.5]},
+        {"data": ["a", True, 0.5]},
+        {"data": ["a", 2, 0.5]},
+        {"session_hash": "s" * 65},
+        {"session_hash": "../x"},
+        {"fn_index": 99},
+        {"fn_index": True},
+        {"fn_index": [0]},
+        {"data": "abc"},
+    ]
+    join = [server.join(json.dumps(good | one).encode())[0] for one in [{}, *bad]]
+    assert join == [200] + [400] * len(bad)
+
+
+def test_a_terminal_obeys_no_name(place):
+    """What the commands print of captions and languages has no control characters."""
+    words = [sys.executable, "-m", "clip4vla.search", "query", "an apple", "--index", "IDX", "-k", "99"]
+    done = subprocess.run(words, cwd=place, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    checked = run("data_prep/check.py", place / "out", "--decode", "0")
+    for said in (done.stdout, checked.stdout):
+        assert "esc [31m" in said and "".join(said.split("\n")).isprintable()
+
+
+def test_a_lone_half_of_a_character_is_searched_for(server):
+    status, found = server.ask("submit", f"\ud800 {RAN}", "half")
+    assert status == 200 and "class='card'" in found
+
+
+def test_connections_are_limited_in_number_and_silence(server):
+    """One too many is closed at once, and the first after two turns at most."""
+    port, most = int(server.host.partition(":")[2]), web_guard.CONNECTIONS
+    links = [socket.create_connection(("127.0.0.1", port), 2 * web_guard.TURN + 5) for _ in range(most + 1)]
+    start = time.monotonic()
+    assert links[-1].recv(1) == b"" and time.monotonic() < start + 5
+    links[0].setblocking(False)
+    with pytest.raises(BlockingIOError):
+        links[0].recv(1)
+    links[0].settimeout(2 * web_guard.TURN + 5)
+    assert links[0].recv(1) == b""
+    for link in links:
+        link.close()
+    server.alive()
