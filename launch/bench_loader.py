@@ -138,18 +138,8 @@ def _samples(cfg: DataConfig, clips: int, rng: np.random.Generator) -> Iterator[
         counts, members = fbank(cfg, Clip(seconds, frames, sound, cfg.spectrogram.sample_rate))
         meta: dict[str, Any] = dict.fromkeys(("id", "item", "group"), f"clip{i}")
         meta |= {"source": "bench", "split": "train"}
-        meta |= {
-            "captions": [f"clip {i} of people who ride bikes, and of a rabbit in the grass"],
-            "caption_langs": ["en"],
-        }
-        meta |= {
-            "lang": "en",
-            "audio_type": "both",
-            "label": None,
-            "start": None,
-            "end": None,
-            "duration": float(seconds),
-        }
+        meta |= {"captions": ["people ride bikes, and a rabbit sits in the grass"], "caption_langs": ["en"], "lang": "en"}
+        meta |= {"audio_type": "both", "label": None, "start": None, "end": None, "duration": float(seconds), "media": {}}
         meta |= counts | {"n_frames": len(frames), "has_frames": True}
         strip = jpeg(np.concatenate(frames), cfg.frames.quality)
         yield f"{i:06}", {"json": json.dumps(meta).encode(), **members, "frames.jpg": strip}

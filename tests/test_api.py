@@ -232,7 +232,7 @@ def test_what_cannot_be_read_is_named_in_one_line(model, tmp_path):
         (lambda: model.caption(STILLS[0]), "has no captioner"),
         (lambda: model.classify(STILLS[0]), "name the labels"),
         (lambda: make(fusion="captioner").caption(STILLS[0], beamz=2), "decode.beamz"),
-        (lambda: CLIP4VLA.from_pretrained(tmp_path), "config.json"),
+        (lambda: CLIP4VLA.from_pretrained(tmp_path), "not a readable checkpoint"),
         (lambda: CLIP4VLA.from_pretrained(tmp_path / "nothing"), "no such folder"),
     ):  # fmt: skip
         with pytest.raises(UserError) as error:
