@@ -137,9 +137,9 @@ def _samples(cfg: DataConfig, clips: int, rng: np.random.Generator) -> Iterator[
         sound = wave[:, first : first + int(seconds * cfg.spectrogram.sample_rate)] if i % 7 else None
         counts, members = fbank(cfg, Clip(seconds, frames, sound, cfg.spectrogram.sample_rate))
         meta: dict[str, Any] = dict.fromkeys(("id", "item", "group"), f"clip{i}")
-        meta |= {"source": "bench", "split": "train"}
-        meta |= {"captions": ["people ride bikes, and a rabbit sits in the grass"], "caption_langs": ["en"], "lang": "en"}
-        meta |= {"audio_type": "both", "label": None, "start": None, "end": None, "duration": float(seconds), "media": {}}
+        meta |= {"source": "bench", "split": "train", "lang": "en", "audio_type": "both", "duration": float(seconds)}
+        meta |= {"captions": ["people ride bikes, a rabbit sits in the grass"], "caption_langs": ["en"]}
+        meta |= dict.fromkeys(("label", "start", "end")) | {"media": {"audio": None, "frames": None}}
         meta |= counts | {"n_frames": len(frames), "has_frames": True}
         strip = jpeg(np.concatenate(frames), cfg.frames.quality)
         yield f"{i:06}", {"json": json.dumps(meta).encode(), **members, "frames.jpg": strip}

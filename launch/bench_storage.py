@@ -56,6 +56,7 @@ def compare(folder: str, tell: Callable[[dict[str, float]], int], batch: int, ro
     sides = {f"read/{name}": (name, one_by_one if name == "one_by_one" else read) for name in opened}
     sides |= {f"loader/{name}": (name, load) for name in opened if name != "one_by_one"}
     digests = {name: read(opened[name], batch)[1] for name in opened if name != "one_by_one"}  # fills the cache, too
+    one_by_one(opened["one_by_one"], batch)  # as those: what says where the samples are has been read
     load(opened["disk"], batch)  # warms up
     rates: dict[str, list[float]] = {side: [] for side in sides}
     cpu: dict[str, list[float]] = {side: [] for side in sides}
