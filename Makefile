@@ -8,18 +8,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 SET ?= stamps
-TOOLS = chromium default-jre-headless ffmpeg munge slurmctld slurmd slurm-client
+TOOLS = chromium default-jre-headless faketime ffmpeg munge slurmctld slurmd slurm-client
 .DELETE_ON_ERROR:
-.PHONY: demo test lint api dist faults
+.PHONY: demo test tools lint api dist faults
 
 demo: $(VENV)/installed
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash launch/demo.sh $(SET)
 
-test: $(VENV)/installed lint
-	@which chromium ffmpeg java munged slurmctld slurmd sbatch >/dev/null || [ "$$(id -u)" != 0 ] || \
-		{ apt-get update -qq && apt-get install -y -qq $(TOOLS); } >/dev/null
+test: $(VENV)/installed lint tools
 	@PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q -rs --durations=12 -p no:cacheprovider \
 		-n 2 --dist loadfile --no-loadscope-reorder tests
+
+tools:
+	@which chromium faketime ffmpeg java munged slurmctld slurmd sbatch >/dev/null || [ "$$(id -u)" != 0 ] || \
+		{ apt-get update -qq && apt-get install -y -qq $(TOOLS); } >/dev/null
 
 lint: $(VENV)/installed
 	@$(VENV)/bin/ruff check --no-cache . && $(VENV)/bin/ruff format --no-cache --check .
@@ -31,7 +33,7 @@ api: $(VENV)/installed
 dist: $(VENV)/installed
 	@$(VENV)/bin/python -m build --no-isolation
 
-faults: $(VENV)/installed
+faults: $(VENV)/installed tools
 	@PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONPATH=tests python -m faults
 
 $(VENV)/installed: setup.py constraints.txt

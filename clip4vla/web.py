@@ -152,9 +152,8 @@ def page(searcher: Searcher, limit: int) -> "gradio.Blocks":
                 searcher.again, [asked, *sliders], results, trigger_mode="always_last", show_progress="hidden", **one
             )
     blocks.queue(max_size=WAITING)
-    waiting = (
-        blocks._queue
-    )  # gradio has no setting for these: it keeps 2000 answers, and some of every session for ever
+    # gradio has no setting for these: it keeps 2000 answers, and some of every session for ever
+    waiting = blocks._queue
     waiting.pending_messages_per_session = gr.utils.LRUCache(SESSIONS)
     waiting.pending_event_ids_session = gr.utils.LRUCache(SESSIONS)
     blocks.state_session_capacity = SESSIONS
