@@ -104,10 +104,10 @@ class Judge:
         if rank.number < 0 and self.token.encode() not in line:
             return  # a stranger, say a port scanner
         words = json.loads(line)
-        if "token" in words:
+        if "token" in words and rank.number < 0:
             rank.number, rank.host, self.limit = words["rank"], words["host"], words["limit"]
             rank.moved, self.ranks[rank.number] = self.turn, rank
-            self.strangers.remove(rank)
+            self.strangers = [other for other in self.strangers if other is not rank]
         if words.get("passed", 0) > rank.passed:
             rank.passed, rank.place, rank.moved = words["passed"], words["place"], self.turn
         rank.heard, rank.stack = self.turn, words.get("stack", "")
@@ -120,8 +120,7 @@ class Judge:
     def _lost(self, rank: Rank) -> None:
         self.events.unregister(rank.link)
         rank.link.close()
-        if rank in self.strangers:
-            self.strangers.remove(rank)
+        self.strangers = [other for other in self.strangers if other is not rank]
         if self.ranks.pop(rank.number, None) and not self.judged:
             why = "killed, out of memory, or its machine is gone"
             self._end(1, f"error: {rank} died without a word, last seen at {rank.place}: {why}")

@@ -109,7 +109,7 @@ def test_torchrun_gives_the_same_losses_and_saves_when_it_is_terminated(start, s
 
 
 def test_an_error_of_one_rank_is_printed_once_and_ends_the_others(tiny, tmp_path):
-    (tmp_path / "r/metrics.jsonl").mkdir(parents=True)  # only rank 0 writes there
+    (tmp_path / "r/log.txt").mkdir(parents=True)  # only rank 0 writes there
     with job(2, "launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}") as started:
         for rank in started.ranks:
             rank.join(60)

@@ -50,7 +50,8 @@ def evaluated(tuned, head, *more, n=1):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_two_ranks_give_the_numbers_of_one(tuned, sample_shards, head):
-    test = f"data.test=[{sample_shards}/speech_fr/train, {sample_shards}/pictures/test]"
+    """No clip of data.train among them: it would tie with the silent clips that its sound is lent to, but for rounding."""
+    test = f"data.test=[{sample_shards}/speech_es/train, {sample_shards}/pictures/test]"
     one, two = (evaluated(tuned, head, test, n=n) for n in (1, 2))
     assert one == two
     metrics, manifest = one
