@@ -102,8 +102,7 @@ class Store:
             raise UserError(f"{folder}: no index there (no {ITEMS}); python -m clip4vla.search build makes one")
         try:
             if write and not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():
-                self.db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
-                self.set(format=FORMAT)
+                self.db.executescript(f"BEGIN; {SCHEMA} INSERT INTO meta VALUES ('format', '{FORMAT}'); COMMIT;")
             if self.get("format") != FORMAT:
                 raise UserError(
                     f"{folder}: index of format {self.get('format')}, this version reads {FORMAT}: build it anew"

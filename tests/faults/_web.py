@@ -103,7 +103,7 @@ class Server:
                     got += part
             except ConnectionError:
                 pass
-        head, _, body = got.partition(b"\r\n\r\n")
+        head, _, body = got.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
         return int(head.split()[1]) if head.startswith(b"HTTP/1.") else 0, body
 
     def request(self, method: str, path: str, body: bytes = b"", head: str = "", host: str = "") -> bytes:
