@@ -14,8 +14,8 @@ from typing import NamedTuple
 from clip4vla import distributed, stages
 from clip4vla.checkpoints import newest_checkpoint
 from clip4vla.config import RunConfig, UserError
+from clip4vla.files import write_text
 from clip4vla.settings import load
-from clip4vla.shards import write_text
 
 METRICS = {"R@1": "R@1", "R@5": "R@5", "R@10": "R@10", "MedR": "MdR"}
 

@@ -22,9 +22,9 @@ from clip4vla.build import weights_to_evaluate
 from clip4vla.config import RunConfig, UserError
 from clip4vla.exhibits import encoded
 from clip4vla.features import Features
+from clip4vla.files import write_bytes, write_text
 from clip4vla.loader import open_folders
 from clip4vla.model import Model
-from clip4vla.shards import write_bytes, write_text
 
 STRENGTHS = (0.1, 1.0, 10.0, 100.0, 1e3)
 TOKENS = ("vb", "nb")

@@ -23,9 +23,9 @@ from torch import Tensor
 from clip4vla import decoding, distributed, exhibits, nearest
 from clip4vla.captions_page import Written
 from clip4vla.config import RunConfig, UserError
+from clip4vla.files import write_text
 from clip4vla.loader import Loader, number
 from clip4vla.model import Model
-from clip4vla.shards import write_text
 from clip4vla.watchdog import watch
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")

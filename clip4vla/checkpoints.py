@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clip4vla import distributed, mirror, selection, universal
 from clip4vla.config import RunConfig, TrainConfig, UserError
-from clip4vla.shards import write_text
+from clip4vla.files import write_text
 from clip4vla.universal import fsync
 from clip4vla.watchdog import watch
 from clip4vla.weights import save_tensors

@@ -23,10 +23,10 @@ from clip4vla.checkpoints import Passed, by_rank_0
 from clip4vla.classifier import class_vectors, label_of
 from clip4vla.config import RunConfig, UserError
 from clip4vla.features import Features
+from clip4vla.files import write_text
 from clip4vla.loader import Loader, number, open_folders
 from clip4vla.model import Model
 from clip4vla.predictions_page import Predicted
-from clip4vla.shards import write_text
 from clip4vla.watchdog import watch
 
 THREADS = 4  # that make exhibits

@@ -4,6 +4,7 @@ import datetime
 import math
 import os
 import resource
+import threading
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from torch import Tensor
 from clip4vla.config import UserError
 from clip4vla.watchdog import watch
 
+LATE = 30  # s that torch may take longer than it was told
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),  # srun; the batch script itself has no step
@@ -77,11 +79,17 @@ def _join(backend: str, minutes: float) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
     patience = datetime.timedelta(minutes=minutes + 1)  # a little more than the watchdog's, which has more to say
+    failed = f"the ranks did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    why = f"error: {failed}: rank 0 is there, and does not answer (stopped?)"
+    late = threading.Timer(patience.total_seconds() + LATE, watch.leave, (why, 2))  # torch's store waits for ever then
+    late.daemon = True
+    late.start()
     try:
         dist.init_process_group(backend, timeout=patience)
     except dist.DistError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise UserError(f"the ranks did not meet at {where}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{failed}: {str(error).splitlines()[0]}") from None
+    finally:
+        late.cancel()
 
 
 def rank() -> int:

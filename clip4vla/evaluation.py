@@ -25,10 +25,10 @@ from clip4vla import (
 )
 from clip4vla.audio_encoder import type_mix
 from clip4vla.config import RunConfig, UserError
+from clip4vla.files import write_text
 from clip4vla.loader import Loader, check_fingerprint, open_folders
 from clip4vla.model import Model, must_have_room
 from clip4vla.order import EvalOrder
-from clip4vla.shards import write_text
 from clip4vla.towers import tokenizer
 from clip4vla.tracking import read_rows
 

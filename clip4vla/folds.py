@@ -8,8 +8,8 @@ from typing import Any
 
 from clip4vla import classification, distributed, stages
 from clip4vla.config import RunConfig, UserError
+from clip4vla.files import write_text
 from clip4vla.settings import read_tree, to_dict
-from clip4vla.shards import write_text
 
 
 def runs(cfg: RunConfig) -> list[RunConfig]:

@@ -4,7 +4,6 @@ At any moment a build may be killed: what was embedded stays, and the same comma
 """
 
 import contextlib
-import fcntl
 import functools
 import itertools
 import json
@@ -16,14 +15,14 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from clip4vla import inputs, vector_index
+from clip4vla import files, inputs, vector_index
 from clip4vla.api import CLIP4VLA
 from clip4vla.config import UserError
+from clip4vla.files import write_text
 from clip4vla.index import ITEMS, Index, Row, Store, identity, must_be_of
 from clip4vla.inputs import Input
 from clip4vla.pool import Apart
 from clip4vla.settings import to_dict
-from clip4vla.shards import write_text
 from clip4vla.sources import Clip, Source, find, media
 from clip4vla.vector_index import Kind
 
@@ -60,12 +59,10 @@ def _locked(lock: TextIO) -> bool:
     """Whether the lock could be had; the workers of a build that was killed hold it for a moment longer."""
     end = time.monotonic() + DYING
     while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if files.lock(lock):
             return True
-        except BlockingIOError:
-            if time.monotonic() > end:
-                return False
+        if time.monotonic() > end:
+            return False
         time.sleep(0.1)
 
 

@@ -293,9 +293,18 @@ def open_folders(sources: dict[str, float], key: str, cfg: DataSources = DEFAULT
     if not sources:
         raise UserError(f"{key} names no shard folder")
     folders = [ShardFolder.open(url, cfg) for url in sources]
-    for folder in folders[1:]:
+    for folder in folders:
+        must_hold_clips(folder)
         check_fingerprint(folders[0].fingerprint, folder.fingerprint, folders[0].url, folder.url)
     return folders
+
+
+def must_hold_clips(folder: ShardFolder) -> None:
+    """UserError for a folder of vectors."""
+    if not {"spectrogram", "frames"} <= folder.fingerprint.keys():
+        raise UserError(
+            f"{folder.url}: a folder of vectors (data_prep/embed.py), not of shards: name the folder above it"
+        )
 
 
 def check_fingerprint(ours: dict, theirs: dict, our_name: str, their_name: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 
 from clip4vla.config import DataSources, UserError
-from clip4vla.shards import write_text
+from clip4vla.files import write_text
 from clip4vla.storage import DEFAULT, PIECE, call, exists, line, open_folder, read_file, read_ranges
 
 MANIFEST = "complete.json"

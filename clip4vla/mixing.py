@@ -18,8 +18,8 @@ from clip4vla import distributed, evaluation, zero_shot
 from clip4vla.build import weights_to_evaluate
 from clip4vla.config import RunConfig, UserError
 from clip4vla.exhibits import encoded
+from clip4vla.files import write_bytes, write_text
 from clip4vla.model import Model
-from clip4vla.shards import write_bytes, write_text
 
 RATIOS = [f"{i / 10:g}" for i in range(11)]
 BOTH = "both"  # the two tokens beside each other, as the paper fine-tunes, for comparison

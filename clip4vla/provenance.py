@@ -7,9 +7,9 @@ from typing import Any
 
 from clip4vla import tracking
 from clip4vla.config import RunConfig
+from clip4vla.files import write_text
 from clip4vla.loader import Loader
 from clip4vla.settings import to_dict
-from clip4vla.shards import write_text
 
 
 def write(
@@ -57,4 +57,4 @@ def _key(loader: Loader, i: int) -> str:
     """The name under which a clip that was not used lies in its shards."""
     place = loader.order.places[i]
     folder = loader.folders[place.source]
-    return f"{folder.source}/{folder.entries(place.shard)[place.entry][0]}"
+    return f"{folder.source}/{folder.key(place.shard, place.entry)}"

@@ -16,9 +16,9 @@ from matplotlib.ticker import MaxNLocator
 from clip4vla import captions_page, class_plots, predictions_page, queries_page
 from clip4vla.captions_page import Written
 from clip4vla.exhibits import Exhibit, data_uri, encoded
+from clip4vla.files import write_bytes, write_text
 from clip4vla.predictions_page import Predicted
 from clip4vla.queries_page import Query, arrow
-from clip4vla.shards import write_bytes, write_text
 
 TERMS = {
     "loss": "total",

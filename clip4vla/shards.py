@@ -11,25 +11,26 @@ duration (s of audio), n_frames, n_segments, n_rows (valid ones), has_audio, has
 """
 
 import collections
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import posixpath
 import tarfile
+import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 
 from clip4vla import storage
-from clip4vla.config import DataConfig, DataSources, UserError
+from clip4vla.config import DataConfig, DataSources, FramesConfig, SpectrogramConfig, UserError
+from clip4vla.files import complete, line, own, write_json
+from clip4vla.settings import from_tree, to_dict
 
 INDEX = "index.json"
 ENTRIES = "entries.jsonl"
@@ -123,7 +124,7 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
     import webdataset
 
     partial = f"{path}.partial"
-    with _own(partial) as stream:
+    with own(partial) as stream:
         with webdataset.TarWriter(stream, user="root", group="root", mode=0o644, mtime=0, encoder=False) as tar:
             for key, members in samples:
                 assert "." not in key, key
@@ -134,20 +135,6 @@ def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]
         entry = _describe(partial, Path(path).name)
         os.replace(partial, path)  # while the lock holds
     return entry
-
-
-def _own(path: str) -> BinaryIO:
-    """The file, emptied, locked until it is closed."""
-    stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.stat(path).st_ino != os.fstat(stream.fileno()).st_ino:  # another process finished it meanwhile
-            raise BlockingIOError
-    except (BlockingIOError, FileNotFoundError):
-        stream.close()
-        raise UserError(f"{path}: another run is writing it; wait for it, or choose another folder") from None
-    stream.truncate()
-    return stream
 
 
 def _describe(path: str, name: str) -> dict[str, Any]:
@@ -166,36 +153,6 @@ def _describe(path: str, name: str) -> dict[str, Any]:
     return {"name": name, "samples": len(entries), "bytes": size, "sha256": sha256, "entries": list(entries.items())}
 
 
-def write_json(path: str | Path, tree: Any) -> None:
-    """JSON that is complete or absent: written aside, synced, renamed."""
-    write_text(path, _line(tree))
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """A text file that is complete or absent: written aside, synced, renamed."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """The same of any file."""
-    with _complete(path) as stream:
-        stream.write(data)
-
-
-@contextlib.contextmanager
-def _complete(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that gets its name when all of it is on the disk."""
-    try:
-        with _own(f"{path}.partial") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-            os.replace(f"{path}.partial", path)  # while the lock holds
-    except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk does not say which file
-        raise
-
-
 def write_index(
     folder: str | Path,
     *,
@@ -211,17 +168,13 @@ def write_index(
     counts: samples, with_audio, with_frames, seconds, quarantined. shards: what write_shard returned; taken one by one.
     """
     rows = []
-    with _complete(Path(folder, ENTRIES)) as stream:
+    with complete(Path(folder, ENTRIES)) as stream:
         for shard in shards:
-            lines = "".join(_line(entry) for entry in shard["entries"]).encode()
+            lines = "".join(line(entry) for entry in shard["entries"]).encode()
             rows.append(shard | {"entries": Member(stream.tell(), len(lines), zlib.crc32(lines))})
             stream.write(lines)
     head = {"format": FORMAT, "fingerprint": fingerprint, "media_root": media_root, "source": source, "split": split}
     write_json(Path(folder) / INDEX, head | {"counts": counts, "shards": rows})
-
-
-def _line(tree: Any) -> str:
-    return json.dumps(tree, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
 class ShardFolder:
@@ -235,14 +188,13 @@ class ShardFolder:
         self.shards = [Shard.of_json(shard) for shard in index["shards"]]
         self.total = sum(shard.samples for shard in self.shards)
         self.in_use: collections.OrderedDict[int, Entries] = collections.OrderedDict()  # the last one used last
-        self.fingerprint: dict[str, Any] = index["fingerprint"]
+        self.looking = threading.Lock()  # one thread reads samples, another asks for the names of damaged ones
+        self.fingerprint: dict[str, Any] = _made_with(index["fingerprint"])
         self.counts: dict[str, Any] = index["counts"]
-        self.source: str = index["source"]
-        self.split: str = index["split"]
+        self.source, self.split = _name(index["source"]), _name(index["split"])
         self.media_root = posixpath.normpath(posixpath.join(path, index["media_root"]))
         for shard in self.shards:
-            if shard.name in ("", ".", "..") or set(shard.name) & set("/\\"):
-                raise UserError(f"{url}/{INDEX}: shard name {shard.name!r} leaves the folder; make the index anew")
+            _name(shard.name)
         lines = sum(shard.entries.size for shard in self.shards)
         there = storage.size(fs, f"{path}/{ENTRIES}", cfg) if self.shards else 0
         if lines != there or lines < self.total:
@@ -267,11 +219,9 @@ class ShardFolder:
             if index["format"] != FORMAT:
                 raise ValueError(f"format {index['format']}, this version reads {FORMAT}")
             folder = cls(url, fs, path, index, cfg)
-        except UserError:
-            raise
         except OSError as error:
             raise UserError(f"cannot read {url}/{ENTRIES}: {error}; run data_prep/shard.py to make it") from None
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (UserError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{url}/{INDEX} is not a readable index ({reason}); run data_prep/shard.py again") from None
         if len(folder) == 0:
@@ -306,10 +256,18 @@ class ShardFolder:
 
     def damaged(self, shard: int, number: int, reason: str) -> Damaged:
         """What to say of a sample that was read, and is not right all the same."""
-        return Damaged(self.shards[shard].name, self.entries(shard)[number][0], reason)
+        return Damaged(self.shards[shard].name, self.key(shard, number), reason)
+
+    def key(self, shard: int, number: int) -> str:
+        """The name of a sample, or its number if that cannot be read."""
+        return self._plan(shard, number, self._entries({shard})[shard], ()).key
 
     def _entries(self, shards: set[int]) -> dict[int, Entries | str]:
         """The samples of each shard, or why they cannot be had; those of two windows of shards stay in memory."""
+        with self.looking:
+            return self._looked_up(shards)
+
+    def _looked_up(self, shards: set[int]) -> dict[int, Entries | str]:
         missing = sorted(shards - self.in_use.keys())
         places = [self.shards[shard].entries for shard in missing]
         ranges = [
@@ -350,6 +308,22 @@ class ShardFolder:
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             return _Plan(f"entry {number}", [], f"{ENTRIES}: {type(error).__name__}: {error}")
         return _Plan(key, _joined(chosen), "")
+
+
+def _name(text: Any) -> str:
+    """A part of a path; ValueError for what would leave the folder."""
+    if not isinstance(text, str) or text in ("", ".", "..") or set(text) & set("/\\\0"):
+        raise ValueError(f"the name {text!r} leaves the folder")
+    return text
+
+
+def _made_with(tree: dict[str, Any]) -> dict[str, Any]:
+    """A fingerprint; raises TypeError, AttributeError or UserError for settings that are none."""
+    kinds = {"spectrogram": SpectrogramConfig, "frames": FramesConfig}
+    sections = {
+        name: from_tree(cls, tree[name], "fingerprint", f"{name}.") for name, cls in kinds.items() if name in tree
+    }
+    return {**tree, **{name: to_dict(settings) for name, settings in sections.items()}}
 
 
 class _Plan(NamedTuple):

@@ -121,22 +121,21 @@ def file_state(path: Path) -> str:
 
 def _shards(url: str, model: Model) -> list[Source]:
     """The shards of a folder; UserError if they were made with other settings than the model's shards."""
-    from clip4vla.loader import check_fingerprint  # training's
+    from clip4vla.loader import check_fingerprint, must_hold_clips  # training's
 
     folder = ShardFolder.open(url)
-    if "spectrogram" not in folder.fingerprint:
-        raise UserError(f"{url}: a folder of vectors (data_prep/embed.py), not of shards: name the folder above it")
+    must_hold_clips(folder)
     ours = {"spectrogram": to_dict(model.spectrogram)}
     check_fingerprint(ours, folder.fingerprint, "the model's shards", url)
     return [Source(f"{url}/{s.name}", s.sha256, s.name, (folder, i)) for i, s in enumerate(folder.shards)]
 
 
 def _samples(folder: ShardFolder, shard: int, first: int, model: Model) -> Iterator[Clip]:
-    entries = folder.entries(shard)
-    for begin in range(first, len(entries), TOGETHER):
-        numbers = range(begin, min(begin + TOGETHER, len(entries)))
+    samples = folder.shards[shard].samples
+    for begin in range(first, samples, TOGETHER):
+        numbers = range(begin, min(begin + TOGETHER, samples))
         for number, sample in zip(numbers, folder.read([(shard, n) for n in numbers]), strict=True):
-            yield _sample(number, entries[number][0], sample, model)
+            yield _sample(number, folder.key(shard, number), sample, model)
 
 
 def _sample(number: int, key: str, sample: dict[str, bytes] | Damaged, model: Model) -> Clip:

@@ -18,8 +18,8 @@ from clip4vla.build import weights_to_evaluate
 from clip4vla.checkpoints import newest_checkpoint
 from clip4vla.config import RunConfig, UserError
 from clip4vla.evaluation import check_evaluation, evaluate, write_report
+from clip4vla.files import write_text
 from clip4vla.settings import to_dict
-from clip4vla.shards import write_text
 
 
 def fit(cfg: RunConfig, ds_config: str | None) -> bool:

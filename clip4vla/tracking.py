@@ -1,10 +1,8 @@
 """What is written about a run while it goes on: metrics.jsonl, log.txt, samples/, a progress bar on a terminal, wandb."""
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -17,11 +15,11 @@ from typing import Any, TextIO
 import yaml
 from tqdm import tqdm
 
-from clip4vla import distributed
+from clip4vla import distributed, files
 from clip4vla.batch import Batch
 from clip4vla.config import RunConfig, UserError
+from clip4vla.files import write_text
 from clip4vla.settings import parse_json, to_dict
-from clip4vla.shards import write_text
 
 WAIT = 60.0  # s for another run in the folder: a requeued job may start while the old one is dying
 PACKAGES = ("torch", "deepspeed", "open_clip_torch", "nvidia-dali-cuda130", "webdataset")
@@ -99,14 +97,9 @@ def _locked(cfg: RunConfig) -> TextIO:
     except OSError as error:
         raise UserError(f"run_dir {cfg.run_dir}: cannot be written ({error.strerror})") from None
     while time.monotonic() < end:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if files.lock(lock):
             return lock
-        except BlockingIOError:
-            time.sleep(0.5)
-        except OSError as error:  # Lustre without flock, NFS without lockd
-            logging.warning(f"run_dir {cfg.run_dir}: no locks there ({error.strerror}): start no second run in it")
-            return lock
+        time.sleep(0.5)
     raise UserError(f"run_dir {cfg.run_dir}: another run is writing there; wait for it, or choose another run_dir")
 
 

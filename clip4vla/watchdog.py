@@ -101,7 +101,7 @@ class Watch:
                 self._told(link)
             above = launchers()
             if 0 in above or above != self.launchers:  # left behind, where the same command may start again
-                self._leave(f"error: {socket.gethostname()} at {self.place}: the launcher is gone (killed?)")
+                self.leave(f"error: {socket.gethostname()} at {self.place}: the launcher is gone (killed?)")
 
     def _told(self, link: socket.socket) -> None:
         """The judge's exit code ends this process; so does a judge that is gone, since then nothing ends a hang."""
@@ -112,12 +112,12 @@ class Watch:
         if self.link is not link:  # stopped meanwhile
             return
         if not code:
-            self._leave(f"error: {socket.gethostname()} at {self.place}: the connection to rank 0's machine is lost")
+            self.leave(f"error: {socket.gethostname()} at {self.place}: the connection to rank 0's machine is lost")
         os._exit(int(code))
 
-    def _leave(self, why: str) -> None:
-        """End this process; nobody is left to say why once: once a node."""
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+    def leave(self, why: str, speakers: int = 1) -> None:
+        """End this process; nobody is left to say why once: so many of each node do."""
+        if int(os.environ.get("LOCAL_RANK", "0")) < speakers:
             with contextlib.suppress(OSError):
                 print(why, file=sys.stderr, flush=True)
         os._exit(1)
@@ -145,7 +145,7 @@ def launchers() -> list[int]:
 
 
 def _command(pid: int) -> list[str]:
-    return [os.path.basename(word) for word in Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:4]]
+    return [os.path.basename(word) for word in os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:4]]
 
 
 def stacks() -> str:

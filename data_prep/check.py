@@ -32,7 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip4vla.cli import cli  # noqa: E402
 from clip4vla.config import SpectrogramConfig, UserError  # noqa: E402
-from clip4vla.shards import ENTRIES, INDEX, Shard, ShardFolder, write_index, write_json, write_shard, write_text  # noqa: E402
+from clip4vla.files import write_json, write_text  # noqa: E402
+from clip4vla.shards import ENTRIES, INDEX, Shard, ShardFolder, write_index, write_shard  # noqa: E402
 from data_prep.check_page import REPEATS, FolderReport, drawn, summary, write_page  # noqa: E402
 from data_prep.check_shard import HASHES, Finding, Rules, Tally, Task, check_shard, contents, indexed, judge  # noqa: E402
 

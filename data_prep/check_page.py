@@ -20,8 +20,9 @@ from torch import Tensor
 
 from clip4vla.config import SpectrogramConfig
 from clip4vla.exhibits import data_uri, encoded, grey, ogg, original_sound, spectrogram_jpeg
+from clip4vla.files import write_text
 from clip4vla.report import HEAD
-from clip4vla.shards import ShardFolder, write_text
+from clip4vla.shards import ShardFolder
 from clip4vla.spectrogram import decode, mel_filters
 from data_prep.check_shard import Finding, Tally
 

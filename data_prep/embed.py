@@ -31,10 +31,11 @@ from clip4vla.batch import Batch  # noqa: E402
 from clip4vla.build import build_model  # noqa: E402
 from clip4vla.checkpoints import newest_checkpoint  # noqa: E402
 from clip4vla.config import RunConfig, UserError  # noqa: E402
+from clip4vla.files import write_json  # noqa: E402
 from clip4vla.loader import Loader, open_folders  # noqa: E402
 from clip4vla.model import Model  # noqa: E402
 from clip4vla.order import EvalOrder  # noqa: E402
-from clip4vla.shards import INDEX, Shard, ShardFolder, write_index, write_json, write_shard  # noqa: E402
+from clip4vla.shards import INDEX, Shard, ShardFolder, write_index, write_shard  # noqa: E402
 from clip4vla.towers import tokenizer  # noqa: E402
 from clip4vla.vectors import FOLDER, MEMBER, describe  # noqa: E402
 

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clip4vla.config import UserError
+from clip4vla.files import write_text
 from clip4vla.settings import parse_json
-from clip4vla.shards import write_text
 from data_prep.manifest import Row, Skipped
 
 MANIFEST = "manifest.jsonl"

@@ -14,7 +14,6 @@ that are added later go into new shards. On SLURM: launch/slurm/shard.sbatch.
 """
 
 import argparse
-import fcntl
 import functools
 import hashlib
 import json
@@ -30,13 +29,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from clip4vla import files  # noqa: E402
 from clip4vla.cli import cli, help_text  # noqa: E402
 from clip4vla.config import DataConfig, UserError  # noqa: E402
+from clip4vla.files import write_json, write_text  # noqa: E402
 from clip4vla.media import Clip, read_clip  # noqa: E402
 from clip4vla.pictures import jpeg, png, read_picture  # noqa: E402
 from clip4vla.pool import NO_ITEM, At, work  # noqa: E402
 from clip4vla.settings import load  # noqa: E402
-from clip4vla.shards import INDEX, fingerprint, write_index, write_json, write_shard, write_text  # noqa: E402
+from clip4vla.shards import INDEX, fingerprint, write_index, write_shard  # noqa: E402
 from clip4vla.spectrogram import crop, encode, log_mel  # noqa: E402
 from data_prep.annotations import read  # noqa: E402
 from data_prep.manifest import Row, inside  # noqa: E402
@@ -113,11 +114,9 @@ def shard(cfg: DataConfig, part: tuple[int, int] | None = None, plan: bool = Fal
 def lock(out: Path, name: str = ".lock", shared: bool = False, wait: bool = False) -> TextIO:
     """The open lock file of `out`; workers inherit it, so it is free once the last of them is gone."""
     file = (out / name).open("w")
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
+    if not files.lock(file, shared, wait):
         file.close()
-        raise UserError(f"out={out}: another run is writing there; wait for it, or choose another out=FOLDER") from None
+        raise UserError(f"out={out}: another run is writing there; wait for it, or choose another out=FOLDER")
     return file
 
 

@@ -268,3 +268,16 @@ def test_what_the_launcher_left_out_is_one_line():
     )
     assert len(errors(done.stderr)) == done.stderr.count("\n") == 1
     assert "error: RANK, LOCAL_RANK, " in run("launch/pretrain.py", env={"WORLD_SIZE": "2"}).stderr
+
+
+def test_a_rank_0_that_is_stopped_before_the_ranks_meet_keeps_nobody_waiting():
+    """Its machine goes on taking connections, on which torch's store has no time limit."""
+    code = "from clip4vla import distributed; distributed.LATE = 1; distributed._join('gloo', -0.97)"
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1])}
+        env = os.environ | where | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+        )
+    (line,) = errors(done.stderr)
+    assert done.returncode == 1 and "did not meet" in line and line.endswith("does not answer (stopped?)")

@@ -11,7 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from clip4vla.shards import write_index, write_json, write_shard
+from clip4vla.files import write_json
+from clip4vla.shards import write_index, write_shard
 
 SHARDS, SAMPLES = 10_000, 1_000
 BATCH = 256
