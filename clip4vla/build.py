@@ -1,6 +1,5 @@
 """What a run is made of: its data, its model and where the weights come from, DeepSpeed's settings."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +8,7 @@ import torch
 from clip4vla import distributed, engine, provenance
 from clip4vla.checkpoints import Passed, by_rank_0, checkpoint_to_resume, chosen_checkpoint, newest_checkpoint
 from clip4vla.classifier import label_of
+from clip4vla.clips import parsed
 from clip4vla.config import FramesConfig, ModelConfig, RunConfig, SpectrogramConfig, UserError
 from clip4vla.evaluation import check_evaluation
 from clip4vla.flops import towers_run
@@ -107,9 +107,7 @@ def labels_of(folders: list[ShardFolder]) -> list[str]:
             for shard, held in enumerate(folder.shards):
                 passed(f"start-up: labels in {held.name}")
                 samples = folder.read([(shard, entry) for entry in range(held.samples)], ("json",))
-                found |= {
-                    label_of(json.loads(s["json"])) for s in samples if not isinstance(s, Damaged) and "json" in s
-                }
+                found |= set(map(_label, samples))
         return sorted(found - {""})
 
     labels, failed = by_rank_0(read)
@@ -117,6 +115,15 @@ def labels_of(folders: list[ShardFolder]) -> list[str]:
         where = ", ".join(folder.url for folder in folders)
         raise UserError(failed or f"{where}: no clip has a label; name what their classes are in model.labels")
     return labels
+
+
+def _label(sample: dict[str, bytes] | Damaged) -> str:
+    """Nothing of a damaged one, which the loader will count."""
+    try:
+        clip = parsed(b"" if isinstance(sample, Damaged) else sample.get("json", b""))
+    except ValueError:
+        return ""
+    return label_of(clip)
 
 
 def train_loader(cfg: RunConfig, folders: list, vectors: list | None, device: torch.device) -> Loader:

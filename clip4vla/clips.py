@@ -27,9 +27,14 @@ def parsed(data: bytes) -> dict[str, Any]:
         json.dumps(clip, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise ValueError(f"json is not JSON: {error}") from None
+    must_be_one(clip)
+    return clip
+
+
+def must_be_one(clip: Any) -> None:
+    """Raises ValueError with the reason for what is no sample's json."""
     if reason := _fields(clip) or _values(clip):
         raise ValueError(reason)
-    return clip
 
 
 def _fields(clip: Any) -> str:

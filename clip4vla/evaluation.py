@@ -114,15 +114,15 @@ def ranked(job: Job, cfg: RunConfig, say: Say) -> dict[str, dict]:
     main = next(iter(results))
     if cfg.eval.select:
         selection.value(results[main], cfg.eval.select)  # is there
-    for audio_type, metrics in results.items():
-        suffix = "" if audio_type == main else f"-{audio_type}"
-        write_text(folder / f"metrics{suffix}.json", json.dumps(metrics, indent=1))
     provenance.write(
         folder / "manifest.json", job.loader, job.found.clips, cfg, job.weights, _task(cfg).account(job.found, cfg)
     )
     told = _task(cfg) if cfg.eval.task in ("captioning", "classification") else retrieval
     if told is not retrieval:
         told.write_results(folder, job.found)
+    for audio_type, metrics in reversed(results.items()):  # metrics.json last: then all is there
+        suffix = "" if audio_type == main else f"-{audio_type}"
+        write_text(folder / f"metrics{suffix}.json", json.dumps(metrics, indent=1))
     say(f"{job.name}, type token {main}:\n{told.table(results[main])}")
     return results[main]
 

@@ -6,6 +6,7 @@ n clips, D width.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from clip4vla import distributed
+from clip4vla.clips import must_be_one
 from clip4vla.config import RunConfig
 from clip4vla.loader import Loader, check_fingerprint
 from clip4vla.model import Model
@@ -79,7 +81,8 @@ def _of_folder(model: Model, loader: Loader, folder: ShardFolder, cfg: RunConfig
     shards = json.dumps([(shard.name, shard.sha256) for shard in folder.shards])
     name = hashlib.sha256(f"{made_by} {shards}".encode()).hexdigest()[:16]
     path = Path(cfg.run_dir, "features", f"{folder.source}-{folder.split}-{name}.safetensors")
-    kept = distributed.gather_objects(_read(path) if distributed.rank() == 0 else None)[0]
+    width = model.clip_config["embed_dim"]
+    kept = distributed.gather_objects(_read(path, cfg.model.modalities, width) if distributed.rank() == 0 else None)[0]
     if kept:
         return kept
     found = _computed(model, loader, folder, cfg)
@@ -118,15 +121,18 @@ def _identity(model: Model, cfg: RunConfig) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> Features | None:
-    """None if they are not there, or damaged."""
+def _read(path: Path, kinds: str, width: int) -> Features | None:
+    """Of these media; None if they are not there, or damaged."""
     try:
         tensors = load_file(path)
-        clips, number = parse_json(tensors.pop("clips").numpy().tobytes()), tensors.pop("number").tolist()
-        shapes = {tuple(vectors.shape) for vectors in tensors.values()}
-        if len(shapes) != 1 or not (len(clips) == len(number) == shapes.pop()[0] > 0 == len(set(number)) - len(number)):
+        clips, number = parse_json(tensors.pop("clips").numpy().tobytes(), math.inf), tensors.pop("number").tolist()
+        wanted = dict.fromkeys(kinds, ((len(clips), width), torch.float32))
+        right = {kind: (tuple(v.shape), v.dtype) for kind, v in tensors.items()} == wanted
+        if not right or not len(clips) == len(number) == len(set(number)) > 0:
             return None
-        return Features(number, clips, tensors) if all(isinstance(clip["id"], str) for clip in clips) else None
+        for clip in clips:
+            must_be_one(clip)
+        return Features(number, clips, tensors)
     except (OSError, SafetensorError, ValueError, TypeError, LookupError):
         return None
 

@@ -105,14 +105,14 @@ def parse_yaml(text: str) -> Any:
     return tree
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, most: float = MOST) -> Any:
     """What a JSON text says; ValueError if it is none, nested too deeply, or has half characters, which cannot be written."""
     text = text if isinstance(text, str) else text.decode("utf-8-sig")
     try:
         tree = json.loads(text)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEEPEST} levels") from None
-    _measure([tree], 0, {})
+    _measure([tree], 0, {}, most)
     try:
         if "\\u" in text:
             json.dumps(tree, ensure_ascii=False).encode()
@@ -121,18 +121,20 @@ def parse_json(text: str | bytes) -> Any:
     return tree
 
 
-def _measure(tree: Any, level: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+def _measure(tree: Any, level: int, known: dict[int, tuple[int, int]], most: float = MOST) -> tuple[int, int]:
     """(values, levels) below here, where what YAML's aliases share counts each time; ValueError for too many."""
     if level > DEEPEST:
         raise ValueError(f"nested deeper than {DEEPEST} levels")
     size, height = 1, 1
     for item in tree.values() if isinstance(tree, dict) else tree:
         more, levels = (
-            (1, 0) if not isinstance(item, dict | list) else known.get(id(item)) or _measure(item, level + 1, known)
+            (1, 0)
+            if not isinstance(item, dict | list)
+            else known.get(id(item)) or _measure(item, level + 1, known, most)
         )
         size, height = size + more, max(height, levels + 1)
-    if level + height > DEEPEST + 1 or size > MOST:
-        raise ValueError(f"{size} values in {level + height} levels: {MOST} in {DEEPEST} at most")
+    if level + height > DEEPEST + 1 or size > most:
+        raise ValueError(f"{size} values in {level + height} levels: {most} in {DEEPEST} at most")
     known[id(tree)] = size, height
     return size, height
 

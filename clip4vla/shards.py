@@ -221,7 +221,7 @@ class ShardFolder:
             folder = cls(url, fs, path, index, cfg)
         except OSError as error:
             raise UserError(f"cannot read {url}/{ENTRIES}: {error}; run data_prep/shard.py to make it") from None
-        except (UserError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise UserError(f"{url}/{INDEX} is not a readable index ({reason}); run data_prep/shard.py again") from None
         if len(folder) == 0:

@@ -15,6 +15,7 @@ STORAGES = {
     "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32, "ShortStorage": torch.int16,
     "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
+MODULES = 100_000  # of an archive
 ROOM = 64 << 20  # bytes that an archive may hold packed beside its tensors, such as the code of TorchScript
 
 
@@ -54,9 +55,7 @@ def _scripted(path: str | Path) -> dict[str, Tensor]:
         root = next(name for name in archive.namelist() if name.endswith("/data.pkl")).removesuffix("data.pkl")
         with archive.open(f"{root}data.pkl") as stream:
             module = _Tensors(stream, archive, f"{root}data/").load()
-    state: dict[str, Tensor] = {}
-    _collect(module, "", state)
-    return state
+    return _collected(module)
 
 
 class _Module:
@@ -72,6 +71,7 @@ class _Tensors(pickle.Unpickler):
     def __init__(self, stream: Any, archive: zipfile.ZipFile, folder: str):
         super().__init__(stream)
         self.archive, self.folder = archive, folder
+        self.storages: dict[tuple[str, torch.dtype], Tensor] = {}  # tensors may share one
 
     def find_class(self, module: str, name: str) -> Any:
         if module.split(".")[0] == "__torch__":
@@ -90,7 +90,10 @@ class _Tensors(pickle.Unpickler):
 
     def persistent_load(self, place: Any) -> Tensor:
         _, dtype, key, *_ = place
-        return torch.frombuffer(bytearray(self.archive.read(f"{self.folder}{key}")), dtype=dtype)
+        if (key, dtype) not in self.storages:
+            data = bytearray(self.archive.read(f"{self.folder}{key}"))
+            self.storages[key, dtype] = torch.frombuffer(data, dtype=dtype)
+        return self.storages[key, dtype]
 
 
 def _tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
@@ -101,9 +104,17 @@ def _first(value: Any, *_: Any) -> Any:
     return value
 
 
-def _collect(module: _Module, prefix: str, state: dict[str, Tensor]) -> None:
-    for name, value in module.held.items():
-        if isinstance(value, Tensor):
-            state[prefix + name] = value
-        elif isinstance(value, _Module):
-            _collect(value, f"{prefix}{name}.", state)
+def _collected(root: _Module) -> dict[str, Tensor]:
+    """The tensors of all modules; ValueError for too many, as modules may hold each other over and over."""
+    state: dict[str, Tensor] = {}
+    todo, seen = [("", root)], 0
+    while todo:
+        (prefix, module), seen = todo.pop(), seen + 1
+        if seen > MODULES:
+            raise ValueError(f"more than {MODULES} modules")
+        for name, value in module.held.items():
+            if isinstance(value, Tensor):
+                state[prefix + name] = value
+            elif isinstance(value, _Module):
+                todo.append((f"{prefix}{name}.", value))
+    return state

@@ -1,6 +1,7 @@
 """The CLIP that gets ears: open_clip's text and vision towers, by name, from a weights file, or from a config file."""
 
 import difflib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -67,18 +68,16 @@ def must_be_backed(config: dict[str, Any], state: dict[str, Tensor], blocks: int
 
     blocks, positions: of a head, of the text tower's width.
     """
-    vision, text = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
-    image, patch = (max(side) if isinstance(side, list) else side for side in (vision.image_size, vision.patch_size))
-    wanted = sum(
-        cfg.width * (cfg.width * (4 + 2 * cfg.mlp_ratio) * layers + rows + config["embed_dim"])
-        for cfg, layers, rows in (
-            (vision, vision.layers, 3 * patch**2 + (image // patch) ** 2),
-            (text, text.layers + blocks, text.vocab_size + text.context_length + positions),
-        )
-    )
-    numbers = sum(value.numel() for value in state.values())
-    layers = vision.layers + text.layers + blocks
-    if wanted > numbers or layers > len(state) or min(vision.width, text.width, vision.layers, text.layers) < 1:
+    sizes = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
+    if sum(size.layers for size in sizes) + blocks > len(state) or min(size.layers for size in sizes) < 1:
+        raise ValueError(f"towers of more blocks than the file's {len(state)} tensors")
+    with torch.device("meta"):  # counts without memory
+        clip = build_clip(config)
+    width = sizes[1].width
+    head = width * (width * (4 + 2 * sizes[1].mlp_ratio) * blocks + positions)
+    wanted = head + sum(value.numel() for value in itertools.chain(clip.parameters(), clip.buffers()))
+    numbers = sum(value.numel() for value in state.values()) + sum(value.numel() for value in clip.buffers())
+    if wanted > numbers:
         raise ValueError(f"towers of {wanted:.0f} weights, the file has {numbers}")
 
 
@@ -128,7 +127,7 @@ def infer_config(state: dict[str, Tensor], where: str = "weights") -> dict[str, 
         return config
     except KeyError as error:
         raise UserError(f"{where}: not the weights of a CLIP with a vision transformer: no {error}") from None
-    except (ValueError, IndexError, ArithmeticError) as error:  # tensors of other shapes than a CLIP's
+    except (ValueError, TypeError, IndexError, ArithmeticError) as error:  # tensors of other shapes than a CLIP's
         raise UserError(f"{where}: not the weights of a CLIP with a vision transformer: {error}") from None
 
 
@@ -214,9 +213,9 @@ def read_weights(path: str, key: str = "model.clip: ") -> tuple[dict[str, Tensor
     state = {k.removeprefix("module."): v for k, v in state.items() if k not in extra}
     try:
         tensor_files.must_be_plain(state, Path(path).stat().st_size)
-    except ValueError as error:
+        return {name: value.float() for name, value in state.items()}, jit
+    except (ValueError, RuntimeError) as error:  # torch has no way from some types to fp32
         raise _unreadable(key, path, error) from None
-    return {name: value.float() for name, value in state.items()}, jit
 
 
 def _unreadable(key: str, path: str, error: Exception) -> UserError:

@@ -58,6 +58,7 @@ def _train(cfg: RunConfig, ds_config: str | None, stop: "_Signals") -> None:
             tracker.rows_of(meter.rows(step, run))  # stops if a loss is not finite, so such a state is never saved
         if saving or stopped:
             watch.at(f"step {step}: checkpoint")
+            held_out.finish()  # who resumes here would not evaluate the step before again
             checkpoints.save(step)
         if evaluating:
             watch.at(f"step {step}: evaluation")

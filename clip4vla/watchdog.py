@@ -29,7 +29,7 @@ class Watch:
         self.judge: subprocess.Popen | None = None
         self.sending = threading.Lock()
         self.world, self.limit, self.passed = 1, 0.0, 0
-        self.launchers = launchers()
+        self.launchers = launchers() or []
         self.at("start-up")
 
     def at(self, place: str) -> None:
@@ -100,7 +100,9 @@ class Watch:
             if words.poll(BEAT * 1000):
                 self._told(link)
             above = launchers()
-            if 0 in above or above != self.launchers:  # left behind, where the same command may start again
+            if above is not None and (
+                0 in above or above != self.launchers
+            ):  # left behind, where the same command may start again
                 self.leave(f"error: {socket.gethostname()} at {self.place}: the launcher is gone (killed?)")
 
     def _told(self, link: socket.socket) -> None:
@@ -132,15 +134,23 @@ def keep_alive(link: socket.socket) -> None:
             link.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def launchers() -> list[int]:
-    """The processes of deepspeed or torchrun right above this one, nearest first, and 0 if the first of them is gone."""
-    found, pid, below = [], os.getppid(), ""
-    with contextlib.suppress(OSError):  # no /proc, or a process that leaves meanwhile
+def launchers() -> list[int] | None:
+    """The processes of deepspeed or torchrun right above this one, nearest first, and 0 if the first of them is gone.
+
+    None if that cannot be told now, as without a free file descriptor.
+    """
+    found: list[int] = []
+    pid, below = os.getppid(), ""
+    try:
         while name := next((word for word in _command(pid) if word in LAUNCHERS), ""):
             found.append(pid)
             pid, below = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]), name
         if below == LAUNCHERS[0] and pid == 1:
             found.append(0)
+    except (FileNotFoundError, ProcessLookupError):  # no /proc, or a process that leaves meanwhile
+        pass
+    except OSError:
+        return None
     return found
 
 

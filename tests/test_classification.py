@@ -46,7 +46,7 @@ def probed(probing_words, tmp_path_factory):
 
 def kept(folder):
     """{fold: Features} of a run."""
-    return {f.name.rpartition("-")[0]: features._read(f) for f in sorted((folder / "features").iterdir())}
+    return {f.name.rpartition("-")[0]: features._read(f, "va", 64) for f in sorted((folder / "features").iterdir())}
 
 
 def test_probes_are_scikit_learns_on_the_same_features(probed):
@@ -110,11 +110,11 @@ def test_features_are_computed_once_by_any_number_of_ranks(probed, probing_words
     assert again["label"]["confusion"] == metrics["label"]["confusion"]
     (probed / "eval/test/metrics.json").write_text(json.dumps(metrics))
     damaged = next(iter(before))
-    old = copy.deepcopy(features._read(damaged))  # which reads the file on demand
+    old = copy.deepcopy(features._read(damaged, "va", 64))  # which reads the file on demand
     damaged.write_bytes(damaged.read_bytes()[:100])
     done = ranks(2, SCRIPT, *probing_words, f"run_dir={probed}", "eval.report_queries=0", "classify.strengths=[1]")
     assert done.returncode == 0, done.stderr
-    new = features._read(damaged)
+    new = features._read(damaged, "va", 64)
     assert new.number == old.number and all((new.vectors[k] - v).abs().max() < 1e-5 for k, v in old.vectors.items())
 
 

@@ -157,7 +157,7 @@ def feature(state: tuple[Path, dict[str, torch.Tensor], bytes], damage: Damage) 
         told = torch.frombuffer(bytearray(damage.json(bytes(tensors["clips"])) or b" "), dtype=torch.uint8)
         changed = tensors | {"clips": told, damage.rng.choice(list(tensors)): _other(damage.rng)}
         save_tensors(changed if damage.rng.random() < 0.5 else tensors | {"clips": told}, path)
-    found = features._read(path)
+    found = features._read(path, "va", 4)
     if found is None:
         return "made anew"
     assert len(found.clips) == len(found.number) == len(found.having("va")) and isinstance(found.clips[0]["id"], str)
