@@ -1,10 +1,13 @@
 """A slice of the campaign on binary files (tests/faults/fuzz_binary.py): mutated ones, and hostile ones by name."""
 
+import collections
+import io
 import json
 import os
 import pickle
 import signal
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +62,63 @@ def test_torchscript_archives_give_what_torch_reads_and_run_nothing(tmp_path):
     assert not (tmp_path / "canary").exists()
     torch.jit.load(tmp_path / "evil.pt")  # which is why
     assert (tmp_path / "canary").exists()
+
+
+class _Holds:
+    """Pickled as a TorchScript module that holds these."""
+
+    def __init__(self, **held):
+        self.held = held
+
+    def __reduce__(self):
+        return _Holds, (), self.held
+
+
+class _Storage:
+    pass
+
+
+class _Tensor:
+    """Pickled as a tensor."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, self.parts
+
+
+def _archive(path, root, data=b""):
+    """A TorchScript archive of these modules, whose storages are all the same bytes."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, thing):
+            return ("storage", torch.FloatStorage, "0", "cpu", len(data) // 4) if isinstance(thing, _Storage) else None
+
+    text = io.BytesIO()
+    Pickler(text, protocol=2).dump(root)
+    named = text.getvalue().replace(f"c{_Holds.__module__}\n_Holds\n".encode(), b"c__torch__\n_Holds\n")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in {"data.pkl": named, "constants.pkl": b"", "data/0": data}.items():
+            archive.writestr(f"x/{name}", content)
+
+
+def test_modules_that_hold_each_other_over_and_over_are_refused(tmp_path):
+    module = _Holds()
+    for _ in range(40):
+        module = _Holds(a=module, b=module)
+    _archive(tmp_path / "x.pt", module)
+    with pytest.raises(ValueError, match="modules"):
+        tensor_files.read(tmp_path / "x.pt")
+
+
+def test_a_storage_that_tensors_share_is_unpacked_once(tmp_path):
+    data = np.arange(4, dtype="<f4").tobytes()
+    tensor = (_Storage(), 0, (4,), (1,), False, collections.OrderedDict())
+    _archive(tmp_path / "x.pt", _Holds(**{f"t{i}": _Tensor(tensor) for i in range(9)}), data)
+    state, _ = tensor_files.read(tmp_path / "x.pt")
+    assert len(state) == 9 and len({value.data_ptr() for value in state.values()}) == 1
+    assert state["t3"].tolist() == [0, 1, 2, 3]
 
 
 def test_canaries_sing_where_pickles_are_read(tmp_path):
@@ -131,5 +191,6 @@ def test_windows_of_an_absurd_length_are_not_listed():
 
 def test_a_config_of_more_weights_than_the_file_has_is_refused(tmp_path):
     files = _weights.Files(tmp_path)
-    with pytest.raises(UserError, match=r"towers of \d+ weights, the file has"):
-        _weights.configured(files, tmp_path, _weights.CONFIGS["10^12 words"])
+    for what in ("10^12 words", "10^9 queries of a pool"):
+        with pytest.raises(UserError, match=r"towers of \d+ weights, the file has"):
+            _weights.configured(files, tmp_path, _weights.CONFIGS[what])

@@ -281,3 +281,10 @@ def test_a_rank_0_that_is_stopped_before_the_ranks_meet_keeps_nobody_waiting():
         )
     (line,) = errors(done.stderr)
     assert done.returncode == 1 and "did not meet" in line and line.endswith("does not answer (stopped?)")
+
+
+def test_a_command_line_above_that_is_no_text_hurts_nobody():
+    """A folder's name in Latin-1."""
+    script = b"%s -c 'import clip4vla.watchdog'; : \xe9t\xe9" % os.fsencode(sys.executable)
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,8 +1,12 @@
 """Shards: what is written, what plain tools read, and what a damaged byte does."""
 
+import errno
+import fcntl
 import io
 import json
 import tarfile
+import threading
+import time
 
 import indexes
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from clip4vla import files
 from clip4vla.config import DataConfig, DataSources, UserError
 from clip4vla.shards import ENTRIES, INDEX, Damaged, ShardFolder, fingerprint, write_index, write_shard
 
@@ -205,3 +210,56 @@ def test_two_writers_of_one_shard_refuse_each_other_until_it_has_its_name(tmp_pa
     entry = write_shard(tmp_path / "a.tar", samples())
     assert [key for key, _ in entry["entries"]] == ["a"] and (tmp_path / "a.tar").stat().st_size == entry["bytes"]
     assert write_shard(tmp_path / "a.tar", [("b", {"json": b"{}"})])["entries"][0][0] == "b"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"source": "../x"}, {"split": "a/b"}, {"source": ""}, {"source": 1}, {"fingerprint": [1]},
+     {"fingerprint": {"frames": []}}, {"fingerprint": {"spectrogram": {"evil": 1}}}, {"media_root": 1}],
+)  # fmt: skip
+def test_what_an_index_names_can_neither_leave_its_folder_nor_be_anything(tmp_path, changes):
+    make(tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps(json.loads((tmp_path / INDEX).read_text()) | changes))
+    with pytest.raises(UserError, match="not a readable index"):
+        ShardFolder.open(str(tmp_path))
+
+
+def test_where_there_are_no_locks_files_are_written_all_the_same(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    files._no_locks.cache_clear()
+    assert len(make(tmp_path)) == 5
+    files.write_text(tmp_path / "a.txt", "a")
+    assert (tmp_path / "a.txt").read_text() == "a" and caplog.text.count("No locks available") == 1
+
+
+def test_one_thread_reads_while_another_asks_for_names(tmp_path):
+    """With more shards than are kept in memory."""
+    rows = [write_shard(tmp_path / f"s-train-{i:06d}.tar", SAMPLES[:2]) for i in range(12)]
+    write_index(tmp_path, fingerprint={}, media_root=".", source="s", split="train", counts={}, shards=rows)
+    folder, wrong, end = ShardFolder.open(str(tmp_path), DataSources(window=1)), [], time.monotonic() + 2
+
+    def names(first):
+        for i in range(first, 10**9):
+            if time.monotonic() > end:
+                return
+            try:
+                assert folder.damaged(i % 12, 1, "").key == SAMPLES[1][0]
+                assert isinstance(folder.read([(i * 5 % 12, 0)])[0], dict)
+            except BaseException as error:
+                wrong.append(error)
+
+    threads = [threading.Thread(target=names, args=(first,)) for first in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[0]
+
+
+def test_a_name_that_cannot_be_read_is_a_number(tmp_path):
+    folder = make(tmp_path)
+    (tmp_path / ENTRIES).write_bytes(b"x" * (tmp_path / ENTRIES).stat().st_size)
+    assert folder.key(0, 3) == "entry 3"

@@ -263,6 +263,8 @@ CONFIGS: dict[str, Callable[[dict], Any]] = {  # changes to a config.json
     "10^9 blocks": lambda c: c["model"].update(fusion="local_local", fusion_layers=10**9),
     "10^9 tokens": lambda c: c["model"].update(fusion="local_local", max_tokens=10**9),
     "10^9 segments": lambda c: c["spectrogram"].update(max_segments=10**9) or c["model"].update(fusion="captioner"),
+    "10^9 queries of a pool": lambda c: c["clip"]["vision_cfg"].update(attentional_pool=True, attn_pooler_queries=10**9),
+    "patches of two sides": lambda c: c["clip"]["vision_cfg"].update(patch_size=[1, 32]),
     "no such head": lambda c: c["model"].update(fusion="x"),
     "unknown key": lambda c: c["model"].update(evil=1),
     "temperature 0": lambda c: c["model"].update(temperature=0),
