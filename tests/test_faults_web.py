@@ -12,7 +12,7 @@ import pytest
 from conftest import run
 from faults import web
 from faults._pages import chromium
-from faults._web import RAN, Server, build, listening
+from faults._web import APPLE, RAN, Server, build, listening
 from forks import ROOT
 
 from clip4vla import web_guard
@@ -45,6 +45,13 @@ def test_hostile_texts_stay_text_in_every_page(place, server):
 
 def test_it_listens_on_this_machine_alone(server):
     assert listening(server.process.pid) == ["0100007F"]
+
+
+def test_an_upload_goes_when_it_has_asked(place, server):
+    """Else those of one visitor would take the room of all for minutes."""
+    status, found = server.drop("apple.png", APPLE.read_bytes(), "once")
+    assert status == 200 and "class='card'" in found
+    assert not [file for file in place.glob("clip4vla-web-*/**/*") if file.name == "apple.png"]
 
 
 def test_uploads_have_room_for_so_many(tmp_path):
