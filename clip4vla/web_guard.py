@@ -144,15 +144,19 @@ class Guard:
             return False
 
     def _room(self, more: int) -> bool:
-        """Is there room for one more upload? What has been there for long goes, also what was never finished."""
+        """Is there room for one more upload? What has been there for long goes, also what was never finished.
+
+        Empty files do not count: gradio leaves one for each upload that asked.
+        """
         sizes = []
-        for folder, _, names in os.walk(self.uploads):
-            for file in (os.path.join(folder, name) for name in names):
-                with suppress(OSError):  # gone meanwhile
-                    state = os.stat(file)
+        for folder, folders, names in os.walk(self.uploads):
+            for name in folders + names:
+                with suppress(OSError):  # gone meanwhile, or a folder with something in it
+                    path = os.path.join(folder, name)
+                    state = os.stat(path)
                     if state.st_mtime < time.time() - KEPT:
-                        os.unlink(file)
-                    else:
+                        (os.rmdir if name in folders else os.unlink)(path)
+                    elif name in names and state.st_size:
                         sizes.append(state.st_size)
         return len(sizes) < FILES and sum(sizes) + self.under_way + more <= ROOM * self.limit
 

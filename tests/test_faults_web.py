@@ -62,9 +62,13 @@ def test_uploads_have_room_for_so_many(tmp_path):
     assert guard._room(100)
     guard.under_way = 1
     assert not guard._room(100)
+    (tmp_path / "empty").mkdir()
     for file in tmp_path.iterdir():
         os.utime(file, (0, 0))
     assert guard._room(100) and not list(tmp_path.iterdir())
+    for number in range(web_guard.FILES + 1):
+        (tmp_path / str(number)).touch()
+    assert guard._room(100)
 
 
 @pytest.mark.parametrize(
