@@ -80,14 +80,12 @@ class Searcher:
         return asked, self.again(asked, sound_weight, ratio, started)
 
     def upload(self, path: str, sound_weight: float, ratio: float) -> tuple[Asked | None, str, None, str]:
-        """(the query, HTML, an empty drop zone, no words) of an uploaded file, which goes: others need the room."""
+        """(the query, HTML, an empty drop zone, no words) of an uploaded file."""
         started, file = time.perf_counter(), Path(path)
         try:
             clip, shown = web_uploads.read(file, self.index.spectrogram, self.index.frames)
         except ValueError as error:
             return None, web_results.notice(f"{file.name}: {error}"), None, ""
-        finally:
-            file.unlink(missing_ok=True)
         found = self.model.encode([clip], self.index.parts[1:])
         asked = Asked(file.name, np.stack([found[part][0].numpy() for part in self.index.parts]), shown)
         return asked, self.again(asked, sound_weight, ratio, started), None, ""

@@ -144,21 +144,25 @@ class Guard:
             return False
 
     def _room(self, more: int) -> bool:
-        """Is there room for one more upload? What has been there for long goes, also what was never finished.
+        """Is there room for one more upload? What has been there for long goes, and if need be what has had its turn."""
+        return any(self._fits(self._sizes(age), more) for age in (KEPT, SHORT))
 
-        Empty files do not count: gradio leaves one for each upload that asked.
-        """
+    def _fits(self, sizes: list[int], more: int) -> bool:
+        return len(sizes) < FILES and sum(sizes) + self.under_way + more <= ROOM * self.limit
+
+    def _sizes(self, age: float) -> list[int]:
+        """Bytes of the uploads, once all that is older is gone; gradio leaves an empty file for each that has asked."""
         sizes = []
         for folder, folders, names in os.walk(self.uploads):
             for name in folders + names:
                 with suppress(OSError):  # gone meanwhile, or a folder with something in it
                     path = os.path.join(folder, name)
                     state = os.stat(path)
-                    if state.st_mtime < time.time() - KEPT:
+                    if state.st_mtime < time.time() - age:
                         (os.rmdir if name in folders else os.unlink)(path)
                     elif name in names and state.st_size:
                         sizes.append(state.st_size)
-        return len(sizes) < FILES and sum(sizes) + self.under_way + more <= ROOM * self.limit
+        return sizes
 
     async def _read(self, receive: Any) -> Any:
         """The query as the page itself sends it, to be read again; None if it is none."""

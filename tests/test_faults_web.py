@@ -12,7 +12,7 @@ import pytest
 from conftest import run
 from faults import web
 from faults._pages import chromium
-from faults._web import APPLE, RAN, Server, build, listening
+from faults._web import RAN, Server, build, listening
 from forks import ROOT
 
 from clip4vla import web_guard
@@ -47,13 +47,6 @@ def test_it_listens_on_this_machine_alone(server):
     assert listening(server.process.pid) == ["0100007F"]
 
 
-def test_an_upload_goes_when_it_has_asked(place, server):
-    """Else those of one visitor would take the room of all for minutes."""
-    status, found = server.drop("apple.png", APPLE.read_bytes(), "once")
-    assert status == 200 and "class='card'" in found
-    assert not [file for file in place.glob("clip4vla-web-*/**/*") if file.name == "apple.png"]
-
-
 def test_uploads_have_room_for_so_many(tmp_path):
     """Also those under way; what was left behind goes."""
     guard = web_guard.Guard(None, str(tmp_path), 100, (), False, {}, ())
@@ -69,6 +62,12 @@ def test_uploads_have_room_for_so_many(tmp_path):
     for number in range(web_guard.FILES + 1):
         (tmp_path / str(number)).touch()
     assert guard._room(100)
+    for number in range(web_guard.FILES + 1):
+        (tmp_path / str(number)).write_text("x")
+    assert not guard._room(100)
+    os.utime(tmp_path / "7", (0, time.time() - web_guard.SHORT - 1))  # has had its turn
+    os.utime(tmp_path / "8", (0, time.time() - web_guard.SHORT - 1))
+    assert guard._room(100) and not (tmp_path / "7").exists()
 
 
 @pytest.mark.parametrize(
