@@ -1,6 +1,7 @@
 """The CLIP that gets ears: open_clip's text and vision towers, by name, from a weights file, or from a config file."""
 
 import difflib
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from clip4vla import tensor_files
 from clip4vla.config import UserError
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+WORDS = 1 << 18  # that are remembered with their tokens, 50 MB at most in words of usual length
 TOWER_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
 
 
@@ -178,10 +180,27 @@ def image_statistics(clip: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return known.get("mean", open_clip.OPENAI_DATASET_MEAN), known.get("std", open_clip.OPENAI_DATASET_STD)
 
 
+@functools.cache  # 21 MB in small pieces: made anew by each evaluation, they kept others' memory from being given back
 def vocabulary(clip: str, max_tokens: int = 77) -> Callable[[list[str]], Tensor]:
-    """open_clip's tokenizer of a CLIP; a file's is that of OpenAI's."""
+    """open_clip's tokenizer of a CLIP; a file's is that of OpenAI's. The same one for all who ask.
+
+    OpenAI's takes time that grows with the square of a word, so of a text it gets no more than max_tokens can hold.
+    """
     named = not clip.endswith((*WEIGHTS, ".json"))
-    return open_clip.get_tokenizer(clip.partition("/")[0] if named else "ViT-B-32", context_length=max_tokens)
+    found = open_clip.get_tokenizer(clip.partition("/")[0] if named else "ViT-B-32", context_length=max_tokens)
+    if isinstance(found, open_clip.SimpleTokenizer):
+        clean, most = found.clean_fn, max_tokens * (max(map(len, found.encoder)) + 1)  # with a space behind each
+        found.clean_fn = lambda text: clean(text)[:most]
+        found.cache = _FirstWords(found.cache)
+    return found
+
+
+class _FirstWords(dict):
+    """Of the words that open_clip has cut into tokens it keeps all, for ever: these keep the first WORDS."""
+
+    def __setitem__(self, word: str, tokens: str) -> None:
+        if len(self) < WORDS:
+            super().__setitem__(word, tokens)
 
 
 def tokenizer(clip: str, max_tokens: int) -> Callable[[list[str]], Tensor]:

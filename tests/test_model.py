@@ -1,6 +1,8 @@
 """Towers, audio encoder and model: what must hold by construction (the authors' values: tests/test_official.py)."""
 
 import json
+import random
+import time
 from pathlib import Path
 
 import open_clip
@@ -164,6 +166,30 @@ def test_marks_of_exclamation_are_no_padding():
     for texts in (["what!?) a cat"], ["!", "a crow!!!"], ["x " * 100, "!"]):
         tokens = tokenize(texts)
         assert (tokens.max(1).values == 49407).all() and tokens.shape[1] == 1 + tokens.argmax(1).max()
+
+
+LETTERS = ["abcdefghijklmnopqrstuvwxyz", "".join(map(chr, range(0x4E00, 0x6E00))), "\U0001f602\u2764"]
+
+
+@pytest.mark.parametrize("letters", LETTERS)
+@pytest.mark.parametrize("spaces", [0, 0.2])
+def test_texts_without_end_or_spaces_cost_little_and_keep_their_tokens(letters, spaces):
+    """open_clip's own takes minutes for 100,000 letters in a row: what max_tokens cannot hold is left out."""
+    draw = random.Random(3)
+    text = "".join(" " if draw.random() < spaces else draw.choice(letters) for _ in range(100_000))
+    start = time.process_time()
+    tokens = towers.vocabulary("x.json", 32)([text])
+    assert time.process_time() - start < 5
+    assert torch.equal(tokens, open_clip.get_tokenizer("ViT-B-32", context_length=32)([text[:2000]]))
+
+
+def test_one_vocabulary_is_shared_and_remembers_so_many_words(monkeypatch):
+    found = towers.vocabulary("x.json", 33)
+    assert found is towers.vocabulary("x.json", 33) is not towers.vocabulary("x.json", 34)
+    monkeypatch.setattr(towers, "WORDS", 10)
+    texts = [f"{word} {word[::-1]}" for word in "rain snow storm thunder brook cricket organ whistle".split()]
+    assert torch.equal(found(texts), open_clip.get_tokenizer("ViT-B-32", context_length=33)(texts))
+    assert len(found.cache) == 10 and "rain" in found.cache and "whistle" not in found.cache
 
 
 def test_a_fixed_temperature_is_exact_in_bf16():

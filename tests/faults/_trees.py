@@ -7,6 +7,7 @@ import io
 import json
 import math
 import random
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -69,6 +70,7 @@ WORDS = (
     "é" * 1000,
     "$\\frac",
     "&amp;" * 100,
+    "".join(random.Random(0).choices(string.ascii_lowercase, k=90_000)),  # what no tokenizer has seen, without a space
     DEEP,
     LONG,
 )
