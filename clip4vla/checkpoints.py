@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from clip4vla import distributed, mirror, selection, universal
 from clip4vla.config import RunConfig, TrainConfig, UserError
 from clip4vla.files import write_text
+from clip4vla.settings import parse_json
 from clip4vla.universal import fsync
 from clip4vla.watchdog import watch
 from clip4vla.weights import save_tensors
@@ -36,6 +37,22 @@ def newest_checkpoint(run_dir: str | Path) -> Path | None:
 
 def _complete(folder: Path) -> list[Path]:
     return [path for path in folder.glob("step-*") if mirror.STEP.fullmatch(path.name)]
+
+
+def saved_as(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's config.json: model, step, ranks, zero_stage, sample order. UserError if it is not this checkpoint's."""
+    try:
+        meta = parse_json((checkpoint / "config.json").read_bytes())
+        step, *layout = (meta[key] for key in ("step", "ranks", "zero_stage"))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _spoilt(checkpoint, f"config.json: {_line(error)}") from None
+    if step != int(checkpoint.name[5:]) or not all(type(number) is int for number in (step, *layout)):
+        raise _spoilt(checkpoint, f"config.json says step {step}, ranks and ZeRO stage {layout}")
+    return meta
+
+
+def _spoilt(checkpoint: Path, why: str) -> UserError:
+    return UserError(f"{checkpoint}: cannot be continued from ({why}); remove it to go on from the one before")
 
 
 def chosen_checkpoint(cfg: RunConfig) -> Path | None:
@@ -183,7 +200,7 @@ class Checkpoints:
         On the same ranks and ZeRO stage to the last bit, on others to rounding, by way of DeepSpeed's universal checkpoint.
         Raises UserError if the samples would come in another order, for what cannot be read, and from or to ZeRO-0.
         """
-        meta = json.loads((checkpoint / "config.json").read_text())
+        meta = saved_as(checkpoint)
         self.must_fit(meta, checkpoint)
         rates = [{k: v for k, v in group.items() if k != "params"} for group in self.engine.optimizer.param_groups]
         elastic = self.layout["zero_stage"] and any(meta[key] != self.layout[key] for key in ("ranks", "zero_stage"))
@@ -198,9 +215,7 @@ class Checkpoints:
             else:
                 self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
         except Exception as error:  # torch, pickle and DeepSpeed raise many kinds for damaged files
-            raise UserError(
-                f"{checkpoint}: cannot be continued from ({_line(error)}); remove it to go on from the one before"
-            ) from None
+            raise _spoilt(checkpoint, _line(error)) from None
         for group, mine in zip(self.engine.optimizer.param_groups, rates, strict=True):
             group.update(mine)  # the YAML's; and DeepSpeed gives all groups the first one's weight decay
         self.saved = meta["step"]

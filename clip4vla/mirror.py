@@ -14,6 +14,7 @@ import fsspec
 
 from clip4vla.config import DataSources, UserError
 from clip4vla.files import write_text
+from clip4vla.settings import parse_json
 from clip4vla.storage import DEFAULT, PIECE, call, exists, line, open_folder, read_file, read_ranges
 
 MANIFEST = "complete.json"
@@ -98,7 +99,7 @@ def download_evaluations(url: str, run_dir: str, cfg: DataSources = DEFAULT) -> 
     if not exists(fs, f"{root}/{EVALUATIONS}", cfg):
         return
     try:
-        found = dict(json.loads(read_file(fs, f"{root}/{EVALUATIONS}", cfg)))
+        found = dict(parse_json(read_file(fs, f"{root}/{EVALUATIONS}", cfg)))
     except (ValueError, TypeError):
         raise UserError(f"{url}/{EVALUATIONS} is not readable; remove it") from None
     for name in filter(VALIDATION.fullmatch, found):
@@ -128,8 +129,8 @@ def _make_parent(fs: fsspec.AbstractFileSystem, path: str) -> None:
 def _manifest(text: bytes, url: str) -> dict[str, tuple[int, str]]:
     """(size, sha256) by name; UserError if it cannot be trusted."""
     try:
-        manifest = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in json.loads(text).items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        manifest = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in parse_json(text).items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise UserError(f"{url}/{MANIFEST} is not a readable manifest; remove that checkpoint") from None
     for name in manifest:
         if "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):

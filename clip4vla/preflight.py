@@ -1,7 +1,6 @@
 """What a run is about to do, in one page, and `--dry-run`: whether it can, by a real step that leaves nothing behind."""
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from clip4vla import accumulation, distributed, engine, flops
 from clip4vla.batch import Batch
 from clip4vla.build import Setup, prepare, train_loader
-from clip4vla.checkpoints import Checkpoints
+from clip4vla.checkpoints import Checkpoints, saved_as
 from clip4vla.classifier import Classifier
 from clip4vla.config import RunConfig, UserError
 from clip4vla.engine import GIB
@@ -39,7 +38,7 @@ def check(cfg: RunConfig, ds_config: str | None) -> None:
     after one before it, on the batch with the most segments and frames of the first ones.
     """
     setup = prepare(cfg, ds_config)
-    meta = json.loads((setup.resume / "config.json").read_text()) if setup.resume else {"step": 0}
+    meta = saved_as(setup.resume) if setup.resume else {"step": 0}
     step = meta["step"]
     loader = train_loader(cfg, setup.folders, setup.vectors, setup.device)
     loader.damage_log = Path(os.devnull)

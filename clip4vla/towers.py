@@ -18,7 +18,7 @@ from clip4vla import tensor_files
 from clip4vla.config import UserError
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
-WORDS = 1 << 18  # that are remembered with their tokens, 50 MB at most in words of usual length
+WORDS, LETTERS = 1 << 18, 64  # how many, of how many letters, are remembered with their tokens: 0.2 GB at most
 TOWER_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
 
 
@@ -189,17 +189,25 @@ def vocabulary(clip: str, max_tokens: int = 77) -> Callable[[list[str]], Tensor]
     named = not clip.endswith((*WEIGHTS, ".json"))
     found = open_clip.get_tokenizer(clip.partition("/")[0] if named else "ViT-B-32", context_length=max_tokens)
     if isinstance(found, open_clip.SimpleTokenizer):
-        clean, most = found.clean_fn, max_tokens * (max(map(len, found.encoder)) + 1)  # with a space behind each
-        found.clean_fn = lambda text: clean(text)[:most]
+        most = max_tokens * (max(map(len, found.encoder)) + 1)  # with a space behind each
+        found.clean_fn = functools.partial(_cleaned, found.clean_fn, most)
         found.cache = _FirstWords(found.cache)
     return found
 
 
+def _cleaned(clean: Callable[[str], str], most: int, text: str) -> str:
+    """Of any text the first `most` characters, as open_clip cleans it."""
+    try:
+        return clean(text[: 16 * most])[:most]  # names of characters, such as &amp;, become shorter
+    except ValueError:  # html.unescape meets the number of a character that has thousands of digits
+        return text[:most].lower()
+
+
 class _FirstWords(dict):
-    """Of the words that open_clip has cut into tokens it keeps all, for ever: these keep the first WORDS."""
+    """Of the words that open_clip has cut into tokens it keeps all, for ever: these keep the first WORDS that are short."""
 
     def __setitem__(self, word: str, tokens: str) -> None:
-        if len(self) < WORDS:
+        if len(self) < WORDS and len(word) <= LETTERS:
             super().__setitem__(word, tokens)
 
 

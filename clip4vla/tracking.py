@@ -18,7 +18,7 @@ from tqdm import tqdm
 from clip4vla import distributed, files
 from clip4vla.batch import Batch
 from clip4vla.config import RunConfig, UserError
-from clip4vla.files import write_text
+from clip4vla.files import complete, write_text
 from clip4vla.settings import parse_json, to_dict
 
 WAIT = 60.0  # s for another run in the folder: a requeued job may start while the old one is dying
@@ -33,9 +33,7 @@ class Tracker:
         self.samples = _open_samples(self.folder / "samples", step) if cfg.track.samples else None
         if not self.active:
             return
-        write_text(
-            self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in read_rows(self.folder, until=step))
-        )
+        _cut(self.folder / "metrics.jsonl", step)
         self.metrics = (self.folder / "metrics.jsonl").open("a")
         self.bar = tqdm(total=cfg.train.max_steps, initial=step, disable=None, dynamic_ncols=True, unit="step")
         self.wandb = _start_wandb(cfg, self.folder)
@@ -118,18 +116,28 @@ def start_run(cfg: RunConfig, ds: dict[str, Any]) -> None:
 
 def read_rows(run_dir: str | Path, until: float = float("inf")) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl with step <= until; a line cut short by a crash is left out."""
-    return _rows(Path(run_dir, "metrics.jsonl"), until)
+    return [row for _, row in _rows(Path(run_dir, "metrics.jsonl"), until)]
 
 
-def _rows(file: Path, until: float) -> list[dict[str, Any]]:
+def _rows(file: Path, until: float) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """(line, row) of whole lines with step <= until, one after another: of a million steps with their samples there are GBs."""
     try:
-        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
-        rows = [parse_json(line) for line in lines if line.endswith(b"}\n")]
-        if not all(isinstance(row, dict) and type(row["step"]) is int and abs(row["step"]) < 2**53 for row in rows):
-            raise KeyError("step")
+        for line in file.open("rb") if file.exists() else ():
+            if not line.endswith(b"}\n"):
+                continue
+            row = parse_json(line)
+            if not (isinstance(row, dict) and type(row["step"]) is int and abs(row["step"]) < 2**53):
+                raise KeyError("step")
+            if row["step"] <= until:
+                yield line, row
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file}: not readable ({error}); mend it or remove it") from None
-    return [row for row in rows if row["step"] <= until]
+
+
+def _cut(file: Path, step: int) -> None:
+    """Leave the rows until a step."""
+    with complete(file) as stream:
+        stream.writelines(line for line, _ in _rows(file, step))
 
 
 def _open_samples(folder: Path, step: int) -> TextIO:
@@ -138,7 +146,7 @@ def _open_samples(folder: Path, step: int) -> TextIO:
     folder.mkdir(parents=True, exist_ok=True)
     for file in {mine, *folder.glob("rank-?????.jsonl")}:
         if int(file.stem[5:]) % distributed.world() == distributed.rank():
-            write_text(file, "".join(json.dumps(row) + "\n" for row in _rows(file, step)))
+            _cut(file, step)
     return mine.open("a", buffering=1)  # a line is there as soon as its step is done
 
 

@@ -17,7 +17,7 @@ from conftest import job, ranks, run, trace, wait_for
 from safetensors.torch import load_file
 
 from clip4vla import storage
-from clip4vla.checkpoints import Checkpoints, Mirror, checkpoint_to_resume, chosen_checkpoint
+from clip4vla.checkpoints import Checkpoints, Mirror, checkpoint_to_resume, chosen_checkpoint, saved_as
 from clip4vla.config import RunConfig, TrainConfig, UserError
 from clip4vla.mirror import remove, upload
 from clip4vla.model import Model
@@ -155,6 +155,22 @@ def test_bf16_with_all_towers_goes_on_with_one_rank_instead_of_two(words, zero, 
     assert apart < 0.01 * moved
     for step, values in trace(tmp_path / "r").items():
         assert values == pytest.approx(losses[step], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": 580}, {"step": "500"}, {"step": 500.0}, {"ranks": None}, {"zero_stage": [1]}, "no key", "no json"],
+)
+def test_what_a_damaged_config_json_says_is_not_gone_on_with(tmp_path, change):
+    """One flipped bit makes step 500 another: the steps between would never be trained."""
+    told = {"step": 500, "ranks": 2, "zero_stage": 1, "sample order": "0" * 12}
+    (checkpoint := tmp_path / "step-00000500").mkdir()
+    text = "{" if change == "no json" else json.dumps({} if change == "no key" else told | change)
+    (checkpoint / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"step-00000500: cannot be continued from \(.*\); remove it"):
+        saved_as(checkpoint)
+    (checkpoint / "config.json").write_text(json.dumps(told))
+    assert saved_as(checkpoint) == told
 
 
 def test_a_state_without_zero_goes_on_without_zero_alone():

@@ -1,10 +1,15 @@
 """A slice of the long run: files, threads and children of some hundred steps, and what the bounds see."""
 
+import json
+import tracemalloc
+
 import numpy as np
 import pytest
 from faults import long_run
 
+from clip4vla.config import RunConfig, TrackConfig
 from clip4vla.report import _smooth
+from clip4vla.tracking import Tracker
 
 
 def test_many_evaluations_and_checkpoints_leave_no_file_thread_or_child(tmp_path):
@@ -14,6 +19,26 @@ def test_many_evaluations_and_checkpoints_leave_no_file_thread_or_child(tmp_path
     for name in long_run.CONSTANT:
         late = found[name][3:]  # the pools' threads start with the first evaluation and checkpoint
         assert max(late) == min(late), (name, found[name])
+
+
+def test_a_run_of_weeks_is_gone_on_with_in_the_memory_of_one_row(tmp_path):
+    cfg = RunConfig(run_dir=str(tmp_path), track=TrackConfig(wandb="off", samples=True))
+    (tmp_path / "samples").mkdir()
+    ids = [f"howto100m/{n:060d}" for n in range(100)]
+    lists = {
+        name: [json.dumps({"step": step, "ids": ids}) + "\n" for step in range(1, 3001)]
+        for name in ("metrics.jsonl", "samples/rank-00000.jsonl")
+    }
+    for name, lines in lists.items():
+        (tmp_path / name).write_text("".join(lines) + '{"step": 3001, "i')
+    tracemalloc.start()
+    tracker = Tracker(cfg, 2999)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    tracker.close()
+    assert peak < 2**20 < 10 * 2**20 < (tmp_path / "metrics.jsonl").stat().st_size
+    for name, lines in lists.items():
+        assert (tmp_path / name).read_text() == "".join(lines[:2999])
 
 
 @pytest.mark.parametrize("name", ["mib", "files", "threads", "cpu"])

@@ -183,6 +183,13 @@ def test_texts_without_end_or_spaces_cost_little_and_keep_their_tokens(letters, 
     assert torch.equal(tokens, open_clip.get_tokenizer("ViT-B-32", context_length=32)([text[:2000]]))
 
 
+@pytest.mark.parametrize("text", ["&amp;#" + "9" * 5000 + ";", "a dog &amp;#" + "&#57;" * 900 + ";", "\ud800\0"])
+def test_a_text_that_opens_clip_cannot_clean_has_tokens(text):
+    """html.unescape raises for the number of a character that has more than 4,300 digits."""
+    tokens = towers.tokenizer("x.json", 32)([text])
+    assert tokens[0, 0] == 49406 and tokens[0, -1] == 49407
+
+
 def test_one_vocabulary_is_shared_and_remembers_so_many_words(monkeypatch):
     found = towers.vocabulary("x.json", 33)
     assert found is towers.vocabulary("x.json", 33) is not towers.vocabulary("x.json", 34)
@@ -190,6 +197,9 @@ def test_one_vocabulary_is_shared_and_remembers_so_many_words(monkeypatch):
     texts = [f"{word} {word[::-1]}" for word in "rain snow storm thunder brook cricket organ whistle".split()]
     assert torch.equal(found(texts), open_clip.get_tokenizer("ViT-B-32", context_length=33)(texts))
     assert len(found.cache) == 10 and "rain" in found.cache and "whistle" not in found.cache
+    monkeypatch.undo()
+    found(["x" * 65, "snowstorm " + "y" * 64])
+    assert {"snowstorm", "y" * 64} < found.cache.keys() and "x" * 65 not in found.cache
 
 
 def test_a_fixed_temperature_is_exact_in_bf16():

@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 
 from clip4vla import cost, selection
+from clip4vla.checkpoints import saved_as
 from clip4vla.comparison import compare, read, results, settings, training, validation
 from clip4vla.config import FramesConfig, RunConfig, SpectrogramConfig, UserError
 from clip4vla.index import ITEMS, Index, Row, Store
@@ -127,6 +128,20 @@ def _page(runs: list[Any], damage: Damage) -> str:
     return settings(runs) + results(runs) + " ".join(title for plots in drawn for title, _ in plots(runs))
 
 
+def checkpoint(root: Path) -> Path:
+    """Its folder, with the config.json alone."""
+    (place := root / "step-00000500").mkdir(parents=True)
+    return place
+
+
+def place_of_a_run(place: Path, damage: Damage) -> str:
+    """Where a run goes on from a checkpoint by its damaged config.json: where it was, or not at all."""
+    told = {"clip": {"embed_dim": 64}, "step": 500, "ranks": 2, "zero_stage": 1, "sample order": "0123456789ab"}
+    (place / "config.json").write_bytes(damage.json(json.dumps(told).encode()))
+    assert saved_as(place)["step"] == 500
+    return "the step"
+
+
 class Built(NamedTuple):
     """A search index as it should be."""
 
@@ -193,5 +208,6 @@ def _storable(value: Any) -> Any:
 
 TARGETS = [
     Target("run folders", runs, run_folder),
+    Target("checkpoint's config.json", checkpoint, place_of_a_run),
     Target("search index", built, search),
 ]
