@@ -22,7 +22,7 @@ from clip4vla.audio_encoder import type_mix
 from clip4vla.classifier import Classifier, class_vectors
 from clip4vla.config import ClassifyConfig, FramesConfig, RunConfig, SpectrogramConfig, UserError
 from clip4vla.inputs import Input
-from clip4vla.model import TEXTS, Model
+from clip4vla.model import Model
 from clip4vla.settings import load
 
 File = str | os.PathLike
@@ -139,11 +139,7 @@ class CLIP4VLA(Model, ModelHubMixin):
     def _pairs(self, head: fusion.LocalToLocal, texts: list[str], parts: list[fusion.Sequence]) -> Tensor:
         """Scores (N, B) of the head for each text with each clip."""
         rows = [torch.zeros(0, len(parts[0].there), device=self.device)]
-        for i in range(0, len(texts), TEXTS):
-            tokens = self._tokenize(texts[i : i + TEXTS]).to(self.device)
-            sentence, words = self.encode_tokens(tokens)
-            read = fusion.Sequence(fusion.TEXT, words, towers.words_there(self.text, tokens))
-            rows.append(head(head.words(sentence, read), parts))
+        rows += [head(head.words(*read), parts) for read in self.read_texts(texts, self._tokenize)]
         nothing = ~torch.cat([part.there for part in parts], 1).any(1)
         return torch.cat(rows).masked_fill(nothing, -torch.inf)
 

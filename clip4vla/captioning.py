@@ -3,6 +3,7 @@
 Captions and references go through Stanford's PTB tokeniser, which drops punctuation and case; then BLEU-1..4 (Papineni et
 al. 2002), METEOR 1.5 (Denkowski & Lavie 2014), ROUGE-L (Lin 2004), CIDEr-D (Vedantam et al. 2015); all times 100, as papers
 print them (CIDEr goes to 1000). METEOR and the tokeniser need Java: without it words alone are compared, and METEOR is left out.
+Of each text the first WORDS words count: ROUGE-L takes time and memory that grow with the product of two lengths.
 """
 
 import functools
@@ -30,6 +31,7 @@ from clip4vla.watchdog import watch
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 NO_JAVA = "no Java here: METEOR and the PTB tokeniser are left out (Debian: apt-get install default-jre-headless)"
+WORDS = 250  # of a caption or reference that are compared
 THREADS = 4  # that make exhibits
 
 
@@ -118,7 +120,9 @@ def score(captions: dict[Any, str], references: dict[Any, list[str]]) -> tuple[d
     java = bool(shutil.which("java"))
     said = tokenise({i: [text] for i, text in captions.items()}, java)
     wanted = tokenise({i: references[i] for i in captions}, java)
-    scorers = [(METRICS[:4], Bleu(4)), (METRICS[5:6], Rouge()), (METRICS[6:], Cider())]
+    scorers = [(METRICS[:4], Bleu(4)), (METRICS[5:6], Rouge())]
+    if any(text for some in wanted.values() for text in some):
+        scorers.append((METRICS[6:], Cider()))
     if java:
         scorers.insert(1, (METRICS[4:5], Meteor()))
     totals: dict[str, Any] = {}
@@ -130,6 +134,8 @@ def score(captions: dict[Any, str], references: dict[Any, list[str]]) -> tuple[d
             total, by_clip = [total], [by_clip]
         totals |= {name: 100 * float(value) for name, value in zip(names, total, strict=True)}
         each |= {name: [100 * float(x) for x in values] for name, values in zip(names, by_clip, strict=True)}
+    if "CIDEr" not in totals:  # references without a word share no n-gram; pycocoevalcap fails on them
+        totals["CIDEr"], each["CIDEr"] = 0.0, [0.0] * len(said)
     return totals | ({} if java else {"left_out": NO_JAVA}), each
 
 
@@ -151,15 +157,17 @@ def must_have_scorers() -> None:
 
 
 def tokenise(texts: dict[Any, list[str]], java: bool) -> dict[Any, list[str]]:
-    """The same texts as words with spaces between them, by Stanford's PTB tokeniser, or without Java by their letters."""
+    """The first WORDS words of each text, with spaces between them, by Stanford's PTB tokeniser, or without Java by letters."""
     clean = {
         i: [" ".join(text.replace("|||", " ").split()) for text in some] for i, some in texts.items()
     }  # a line each; ||| is METEOR's
-    if not java:
-        return {i: [" ".join(re.findall(r"\w+", text.lower())) for text in some] for i, some in clean.items()}
-    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    if java:
+        from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    return PTBTokenizer().tokenize({i: [{"caption": text} for text in some] for i, some in clean.items()})
+        words = PTBTokenizer().tokenize({i: [{"caption": text} for text in some] for i, some in clean.items()})
+    else:
+        words = {i: [" ".join(re.findall(r"\w+", text.lower())) for text in some] for i, some in clean.items()}
+    return {i: [" ".join(text.split(" ")[:WORDS]) for text in some] for i, some in words.items()}
 
 
 def interval(values: np.ndarray, groups: np.ndarray, resamples: int, seed: int) -> list[float]:
@@ -175,6 +183,7 @@ def account(found: Found, cfg: RunConfig) -> dict[str, Any]:
     which = "the first caption" if cfg.eval.captions == "first" else "every caption"
     words = f"{which} of a clip is a reference; pycocoevalcap's metrics, times 100, "
     words += "on words of its PTB tokeniser" if shutil.which("java") else "without Java on plain words"
+    words += f", the first {WORDS} of each text"
     return {"protocol": words, "no_media": found.unheard, "left_out": found.left_out}
 
 

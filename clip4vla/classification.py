@@ -31,6 +31,7 @@ from clip4vla.watchdog import watch
 
 THREADS = 4  # that make exhibits
 GUESSES = 5  # of a clip that are shown
+CONFUSED = 1000  # classes at most in a confusion matrix: at 20,000 it would take 3 GB
 
 
 @dataclass
@@ -177,7 +178,10 @@ def ranked(found: Found, cfg: RunConfig) -> dict[str, dict[str, dict]]:
 
 
 def _row(found: Found, scores: Tensor, rows: Tensor, cfg: RunConfig) -> dict[str, Any]:
-    """Metrics of these clips; over folds accuracy and top5 are means, and deviation is the sample's of accuracy."""
+    """Metrics of these clips; over folds accuracy and top5 are means, and deviation is the sample's of accuracy.
+
+    `confusion`, clips by right class and by guess, is there for CONFUSED classes at most.
+    """
     folds, right = found.folds(cfg), found.right[rows]
     mine = np.array([folds[i] for i in rows.tolist()])
     names = list(dict.fromkeys(mine.tolist()))
@@ -186,22 +190,23 @@ def _row(found: Found, scores: Tensor, rows: Tensor, cfg: RunConfig) -> dict[str
     by_fold = {name: {"accuracy": float(hits[0][mine == name].mean()), "top5": float(hits[1][mine == name].mean()),
                       "n_clips": int((mine == name).sum())} for name in names}  # fmt: skip
     size = len(found.classes)
-    confusion = torch.bincount(right * size + order[:, 0], minlength=size * size).view(size, size)
-    there = confusion.sum(1) > 0
+    guess = order[:, 0]
+    clips, hit = (torch.bincount(some, minlength=size) for some in (right, right[guess == right]))  # of each class
+    there = clips > 0
     row: dict[str, Any] = {name: statistics.mean(f[name] for f in by_fold.values()) for name in ("accuracy", "top5")}
     row |= {"deviation": statistics.stdev(f["accuracy"] for f in by_fold.values())} if len(names) > 1 else {}
-    row["class_mean"] = 100 * float((confusion.diagonal()[there] / confusion.sum(1)[there]).double().mean())
-    row["commonest"] = 100 * int(confusion.sum(1).max()) / len(rows)  # of always naming the commonest class
+    row["class_mean"] = 100 * float((hit[there] / clips[there]).double().mean())
+    row["commonest"] = 100 * int(clips.max()) / len(rows)  # of always naming the commonest class
     if cfg.eval.bootstrap and len(names) == 1:
         groups = np.array([number(clip["group"]) for clip in found.clips.values()])[rows]
         row["ci"] = {"accuracy": captioning.interval(hits[0], groups, cfg.eval.bootstrap, cfg.seed)}
-    sizes = {"n_clips": len(rows), "n_classes": size, "n_folds": len(names)}
-    return (
-        row
-        | sizes
-        | ({"folds": by_fold} if len(names) > 1 else {})
-        | {"classes": found.classes, "confusion": confusion.tolist()}
-    )
+    row |= {"n_clips": len(rows), "n_classes": size, "n_folds": len(names)}
+    row |= {"folds": by_fold} if len(names) > 1 else {}
+    row["classes"] = found.classes
+    if size <= CONFUSED:
+        pairs = torch.bincount(right * size + guess, minlength=size * size)
+        row["confusion"] = pairs.view(size, size).tolist()
+    return row
 
 
 def account(found: Found, cfg: RunConfig) -> dict[str, Any]:

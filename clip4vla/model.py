@@ -1,7 +1,7 @@
 """Text, vision and audio towers into one space, and the pooling of frames and segments into clips."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -96,11 +96,28 @@ class Model(nn.Module):
         """(x^g (B, D) at [EOS], all token outputs (B, L, D)), not normalised."""
         return towers.encode_text(self.text, tokens)
 
-    def sentence_vectors(self, texts: list[str], tokenize: Callable[[list[str]], Tensor]) -> Tensor:
-        """x^g (N, D), unit length, fp32, of any number of texts; tokenize: see towers.tokenizer."""
-        some = [tokenize(texts[i : i + TEXTS]).to(self.log_scale.device) for i in range(0, len(texts), TEXTS)]
+    def read_texts(
+        self, texts: list[str], tokenize: Callable[[list[str]], Tensor], together: bool = False
+    ) -> Iterator[tuple[Tensor, fusion.Sequence]]:
+        """(x^g (n, D), not normalised, word outputs (n, L, D)) of n <= TEXTS texts at a time, so that memory is bounded.
+
+        tokenize: see towers.tokenizer. together: all ranks call this, each with its own texts, and run as many passes (ZeRO-3).
+        """
+        passes = -(-len(texts) // TEXTS)
+        for k in range(max(distributed.gather_objects(passes)) if together else passes):
+            some = texts[k * TEXTS : (k + 1) * TEXTS]
+            tokens = tokenize(some or [""]).to(self.log_scale.device)
+            sentence, words = self.encode_tokens(tokens)
+            if some:
+                yield sentence, fusion.Sequence(fusion.TEXT, words, towers.words_there(self.text, tokens))
+
+    def sentence_vectors(
+        self, texts: list[str], tokenize: Callable[[list[str]], Tensor], together: bool = False
+    ) -> Tensor:
+        """x^g (N, D), unit length, fp32, of any number of texts; tokenize, together: see read_texts."""
         none = self.log_scale.new_zeros(0, self.clip_config["embed_dim"])
-        return F.normalize(torch.cat([none, *(self.encode_tokens(tokens)[0] for tokens in some)]).float(), dim=-1)
+        found = [sentence for sentence, _ in self.read_texts(texts, tokenize, together)]
+        return F.normalize(torch.cat([none, *found]).float(), dim=-1)
 
     def encode_frames(self, frames: Tensor) -> Tensor:
         """Vectors (F, D), not normalised, of RGB frames (F, 3, 224, 224) in 0..255."""

@@ -208,11 +208,11 @@ def classification(metrics: dict[str, dict[str, Any]], exhibits: list[Exhibit], 
 def _class_plots(metrics: dict[str, dict[str, Any]]) -> dict[str, bytes]:
     """PNGs by what they show: of the main modalities each class, and of all of them few-shot curves."""
     row = metrics["label"]
+    if row["n_classes"] > PLOTTED:
+        return {}
     counts = np.array(row["confusion"])
     clips = counts.sum(1)
     recall = np.where(clips, 100 * counts.diagonal() / np.maximum(clips, 1), np.nan)
-    if len(clips) > PLOTTED:
-        return {}
     plots = {
         "confusion matrix": class_plots.confusion(row["classes"], counts),
         "recall of each class": class_plots.per_class(row["classes"], recall, clips, 100 / len(clips)),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip4vla import distributed, exhibits, fusion, nearest, retrieval, towers
+from clip4vla import distributed, exhibits, fusion, nearest, retrieval
 from clip4vla.config import RunConfig, UserError
 from clip4vla.fusion import AUDIO, TEXT, VISION, LocalToLocal, Sequence
 from clip4vla.loader import Loader, number
@@ -107,12 +107,13 @@ def _embed(model: Model, loader: Loader, cfg: RunConfig) -> dict[str, dict]:
 def _captions(model: Model, loader: Loader, clips: dict[int, dict], most: int | None) -> dict[tuple[int, int], tuple]:
     """(sentence (D,), words (L, D), none for heads that read the sentence alone) of captions, by (clip, caption)."""
     texts = {(i, j): text for i, clip in clips.items() for j, text in enumerate(clip["captions"][:most])}
-    tokens = loader.tokenize([*texts.values()] or [""]).to(loader.device)
-    sentence, words = model.encode_tokens(tokens)
-    read = _rows(Sequence(TEXT, words, towers.words_there(model.text, tokens)))
     keep = None if isinstance(model.head, LocalToLocal) else 0
-    sentence = sentence.float().cpu()
-    return {name: (sentence[i].clone(), read[i][:keep].clone()) for i, name in enumerate(texts)}
+    read = [
+        (one.clone(), own[:keep].clone())
+        for sentence, words in model.read_texts([*texts.values()], loader.tokenize, together=True)
+        for one, own in zip(sentence.float().cpu(), _rows(words), strict=True)
+    ]
+    return dict(zip(texts, read, strict=True))
 
 
 def _rows(part: Sequence) -> list[Tensor]:

@@ -2,12 +2,12 @@
 subset."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clip4vla import distributed, retrieval
@@ -18,6 +18,7 @@ from clip4vla.model import Model
 from clip4vla.queries_page import Hit, Query
 from clip4vla.watchdog import watch
 
+TAGS = 20  # subsets of a direction: each is tested and resampled anew, and tags are whatever the data says
 SHOWN = ("text_to_audio/nb", "text_to_audio/vb", "text_to_video", "audio_to_video", "audio_to_text", "video_to_audio")
 
 
@@ -63,10 +64,9 @@ def embed(model: Model, loader: Loader, cfg: RunConfig) -> Found:
         batch, index = batch.to(loader.device), loader.numbers(k)
         captions = [c["captions"][:1] if cfg.eval.captions == "first" else c["captions"] for c in batch.meta]
         flat = [(i, j) for i, texts in zip(index, captions, strict=True) for j in range(len(texts))]
-        tokens = loader.tokenize([text for texts in captions for text in texts] or [""]).to(loader.device)
-        texts = F.normalize(model.encode_tokens(tokens)[0].float(), dim=-1)
+        read = model.sentence_vectors([text for texts in captions for text in texts], loader.tokenize, together=True)
         mine["clips"] |= {i: meta for i, meta in zip(index, batch.meta, strict=True) if meta["id"]}
-        mine["text"] |= {name: vector.clone() for name, vector in zip(flat, texts.cpu(), strict=False)}
+        mine["text"] |= {name: vector.clone() for name, vector in zip(flat, read.cpu(), strict=True)}
         mine["video"] |= _where(batch.has_frames, index, model.pooled_frames(batch))
         for audio_type in types(cfg):
             mine[f"audio/{audio_type}"] |= _where(batch.has_audio, index, model.pooled_segments(batch, audio_type))
@@ -77,13 +77,15 @@ def embed(model: Model, loader: Loader, cfg: RunConfig) -> Found:
 def directions(clips: dict[int, dict], vectors: dict[str, dict], audio_type: str) -> Iterator[tuple[str, Side, Side]]:
     """(name, queries, gallery): six directions, and their subsets by audio type and language, e.g. text_to_audio/vb-fr.
 
-    A picture or caption of one item counts once, however many clips carry it. Directions without an answer are left out.
+    A picture or caption of one item counts once, however many clips carry it. Directions without an answer are left out, and
+    subsets beyond the TAGS commonest tags (of equal ones the first by name): those count in the whole direction alone.
     """
     video, (spoken, audio) = _media("video", clips, vectors["video"]), heard(clips, vectors, audio_type)
     text = _texts(clips, vectors["text"], video, lambda clip, j: tuple(clip.get("caption_langs", [])[j : j + 1]))
     for a, b in ((text, video), (spoken, audio), (video, audio)):
         seen = []
-        for tag in ("", *sorted({tag for tags in a.tags + b.tags for tag in tags})):
+        counts = Counter(tag for tags in a.tags + b.tags for tag in tags)
+        for tag in ("", *sorted(sorted(counts, key=lambda tag: (-counts[tag], tag))[:TAGS])):
             some, others = (once(side.tagged(tag), clips) for side in (a, b))
             rows = [some.clip, others.clip]
             if rows in seen or not set(some.group.tolist()) & set(others.group.tolist()):

@@ -175,8 +175,7 @@ def vectors(model: Model, loader: Loader, batch: Batch) -> list[tuple[torch.Tens
     """(captions' vectors (n, D), frames' vectors (m, D)), unit length, float16, of each clip; none of a damaged one."""
     captions = [meta["captions"] for meta in batch.meta]
     flat = [text for texts in captions for text in texts]
-    tokens = loader.tokenize(flat or [""]).to(loader.device)
-    texts = F.normalize(model.encode_tokens(tokens)[0].float(), dim=-1)[: len(flat)].half().cpu()
+    texts = model.sentence_vectors(flat, loader.tokenize).half().cpu()
     frames = F.normalize(model.encode_frames(batch.frames).float(), dim=-1).half().cpu()
     counts = torch.bincount(batch.frame_clip, minlength=len(batch)).tolist()
     return list(zip(texts.split([len(t) for t in captions]), frames.split(counts), strict=True))

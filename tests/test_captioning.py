@@ -78,6 +78,29 @@ def test_captions_like_their_references_are_perfect():
     assert each["CIDEr"] == pytest.approx([1000] * 3)
 
 
+@pytest.mark.parametrize("java", [True, False])
+def test_the_first_words_of_a_text_count(java):
+    texts = {0: ["a,"] * 2 + ["A black cat sits."], 1: ["a " * 50_000, "a," * 50_000]}  # one word, as spaces split it
+    words = [[len(text.split(" ")) for text in some] for some in captioning.tokenise(texts, java).values()]
+    assert words == [[1, 1, 4], [captioning.WORDS, captioning.WORDS]]
+
+
+def test_long_captions_score_as_their_first_words(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    first = " ".join(f"w{i % 7}" for i in range(captioning.WORDS))
+    said, meant = {0: first, 1: "a cat"}, {0: ["w3 w4 " + first], 1: ["the cat"]}
+    long = {0: f"{first} {first}"}, {0: [f"w3 w4 {first} {first}"]}
+    assert captioning.score(said | long[0], meant | long[1]) == captioning.score(said, meant)
+    assert "the first 250 of each text" in captioning.account(found(SAID, MEANT), captioning.RunConfig())["protocol"]
+
+
+def test_references_of_punctuation_give_a_cider_of_0(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    totals, each = captioning.score(SAID, {"a": ["!"], "b": ["...", "?"], "c": ["-"]})
+    assert totals["CIDEr"] == 0 and each["CIDEr"] == [0, 0, 0] and totals["ROUGE-L"] == 0
+    assert captioning.score({"a": "", "b": "!"}, {"a": ["!"], "b": ["?"]})[0]["CIDEr"] == 0
+
+
 def test_intervals_draw_whole_groups():
     values, groups = np.array([1.0, 3.0, 10.0]), np.array([5, 5, 9])
     low, high = captioning.interval(values, groups, 4000, 0)

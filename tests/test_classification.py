@@ -206,6 +206,21 @@ def test_metrics_by_hand():
     assert row["accuracy"] == 75 and row["ci"]["accuracy"][0] < 75 < row["ci"]["accuracy"][1] and "deviation" not in row
 
 
+def test_with_very_many_classes_each_is_counted_and_no_square_of_them_is():
+    """A confusion matrix takes memory, and metrics.json, with the square; all else is what a smaller task has."""
+    clips = {i: {"id": str(i), "label": f"c{i % 3}", "group": str(i), "source": "s", "split": "x"} for i in range(8)}
+    guesses, rows = torch.tensor([0, 1, 0, 0, 1, 1, 2, 1]), []  # right are 0 1 2 0 1 2 0 1
+    for size in (3, classification.CONFUSED + 1):
+        scores = torch.full((8, size), -torch.inf)
+        scores[range(8), guesses] = 0
+        found = classification.Found([f"c{i}" for i in range(size)], clips, {}, {"av": scores})
+        rows.append(classification.ranked(found, cfg_of("eval.bootstrap=0"))["both"]["label"])
+    few, many = rows
+    assert few["confusion"] == [[2, 0, 1], [0, 3, 0], [1, 1, 0]] and "confusion" not in many
+    assert many["class_mean"] == pytest.approx(100 * (2 / 3 + 1) / 3) and many["commonest"] == 37.5
+    assert all(few[name] == many[name] for name in ("accuracy", "class_mean", "commonest", "n_clips"))
+
+
 def test_clips_that_were_damaged_are_read_again(probing_words, sample_shards, tmp_path):
     shutil.copytree(sample_shards / "speech_fr/train", tmp_path / "shards")
     tar = min((tmp_path / "shards").glob("*.tar"))

@@ -20,13 +20,17 @@ import webdataset
 from conftest import ROOT, TINY, run
 from PIL import Image
 from safetensors.torch import save_file
+from test_evaluation import OneBatch, Towers
 
-from clip4vla import towers
-from clip4vla.config import DataSources, LossConfig, MaskConfig, ModelConfig
-from clip4vla.loader import Loader, open_folders
-from clip4vla.model import Model
-from clip4vla.order import EvalOrder, TrainOrder
-from clip4vla.shards import Damaged, ShardFolder, write_index, write_shard
+sys.path.insert(0, str(ROOT))
+
+from clip4vla import towers  # noqa: E402
+from clip4vla.config import DataSources, LossConfig, MaskConfig, ModelConfig  # noqa: E402
+from clip4vla.loader import Loader, open_folders  # noqa: E402
+from clip4vla.model import TEXTS, Model  # noqa: E402
+from clip4vla.order import EvalOrder, TrainOrder  # noqa: E402
+from clip4vla.shards import Damaged, ShardFolder, write_index, write_shard  # noqa: E402
+from data_prep.embed import vectors  # noqa: E402
 
 SOURCES = ("speech_fr", "sounds", "odd")
 STEPS = 4
@@ -199,6 +203,16 @@ def test_vectors_are_open_clips_own(made, plain, clip):
             for ours, theirs in zip(got, want, strict=True):
                 torch.testing.assert_close(ours, theirs[0], atol=2e-3, rtol=0)  # JPEG decoders differ by rounding
     assert {(0, 0), (0, 1), (1, 0), (2, 1), (3, 3)} <= seen
+
+
+@torch.no_grad()
+def test_captions_are_read_a_few_at_a_time():
+    model, loader = Towers(), OneBatch(2, 2 * TEXTS, 0)
+    made = vectors(model, loader, next(loader.batches(0, 1)))
+    assert model.passes == [TEXTS, TEXTS, 2] and [len(texts) for texts, _ in made] == [2, 2 * TEXTS, 0]
+    tokens = loader.tokenize([text for meta in loader.meta for text in meta["captions"]])
+    want = torch.nn.functional.normalize(model.encode_tokens(tokens)[0], dim=-1).half()
+    torch.testing.assert_close(torch.cat([texts for texts, _ in made]), want, atol=1e-3, rtol=0)
 
 
 def test_plain_webdataset_reads_them(made, plain):

@@ -1,9 +1,14 @@
 """evaluation.py: which things are ranked against which, in subsets, and the answers that count."""
 
+import pytest
 import torch
+from conftest import TINY
 
-from clip4vla.config import RunConfig
-from clip4vla.zero_shot import directions, rank
+from clip4vla import distributed, towers
+from clip4vla.batch import Batch
+from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig
+from clip4vla.model import TEXTS, Model
+from clip4vla.zero_shot import TAGS, directions, embed, rank
 
 CFG = RunConfig()
 
@@ -75,6 +80,81 @@ def test_any_item_of_the_querys_group_is_right():
     result = rank(query, gallery, CFG)
     assert (result["n_queries"], result["n_gallery"]) == (1, 4)
     assert result["MeanR"] == 1  # the search for "Un búho." may find either owl
+
+
+def test_subsets_are_those_of_the_commonest_tags():
+    """Each costs a permutation test; the others' captions stay in the whole direction."""
+    langs = [f"l{i:03d}" for i in range(100) for _ in range(1 + (i >= 70))]  # the last 30 twice
+    clips = {i: clip(f"x{i}", f"g{i}", "nb", "", [f"text {i}"], [lang]) for i, lang in enumerate(langs)}
+    vectors = {
+        "video": {i: unit(1, i, 0) for i in clips},
+        "audio/data": {},
+        "text": {(i, 0): unit(1, i, 1) for i in clips},
+    }
+    found = {name: query for name, query, _ in directions(clips, vectors, "data")}
+    subsets = [name.partition("/")[2] for name in found if name.startswith("text_to_video/")]
+    assert subsets == [f"l{i:03d}" for i in range(70, 70 + TAGS)]
+    assert len(found["text_to_video"].text) == len(langs)
+
+
+class Towers(Model):
+    """A tiny model that keeps how many texts each pass read."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(TINY, ModelConfig(), SpectrogramConfig())
+        self.passes = []
+
+    def encode_tokens(self, tokens):
+        self.passes.append(len(tokens))
+        return super().encode_tokens(tokens)
+
+
+class OneBatch:
+    """A loader of a single batch without media: clips with so many captions each."""
+
+    device, order = torch.device("cpu"), [0]
+
+    def __init__(self, *counts):
+        self.meta = [{"id": str(i), "captions": [f"text {i} {j}" for j in range(n)]} for i, n in enumerate(counts)]
+        self.tokenize = towers.tokenizer("x.json", 12)
+
+    def batches(self, start, stop):
+        clips, nothing = len(self.meta), torch.zeros(0, dtype=torch.int64)
+        none, pixels = torch.zeros(clips, dtype=torch.bool), torch.zeros(0, 3, 224, 224, dtype=torch.uint8)
+        rows = torch.zeros(0, 224, dtype=torch.bool)
+        yield Batch(
+            ids=[meta["id"] for meta in self.meta], captions=[""] * clips, tokens=torch.zeros(clips, 0, dtype=torch.int64),
+            frames=pixels, frame_clip=nothing, segments=pixels[:, :1], segment_clip=nothing, segment_rows=nothing,
+            hidden_rows=rows, hidden_channels=rows, audio_type=torch.zeros(clips, dtype=torch.int64), has_text=none,
+            group=torch.arange(clips), has_frames=none, has_audio=none, meta=self.meta,
+        )  # fmt: skip
+
+    def numbers(self, k):
+        return list(range(len(self.meta)))
+
+
+@torch.no_grad()
+def test_captions_of_a_batch_are_read_a_few_at_a_time():
+    model, loader = Towers(), OneBatch(3, 0, 2 * TEXTS, 1)
+    vectors = embed(model, loader, CFG).vectors["text"]
+    assert model.passes == [TEXTS, TEXTS, 4]
+    texts = {(i, j): text for i, meta in enumerate(loader.meta) for j, text in enumerate(meta["captions"])}
+    want = torch.nn.functional.normalize(model.encode_tokens(loader.tokenize(list(texts.values())))[0], dim=-1)
+    assert list(vectors) == list(texts)
+    torch.testing.assert_close(torch.stack(list(vectors.values())), want, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("captions", [0, 3])
+def test_a_rank_with_fewer_captions_runs_the_text_tower_as_often_as_the_others(monkeypatch, captions):
+    """Under ZeRO-3 they would wait for each other for ever."""
+    monkeypatch.setattr(
+        distributed, "gather_objects", lambda passes: [passes, 3] if isinstance(passes, int) else [passes]
+    )
+    model = Towers()
+    assert len(embed(model, OneBatch(captions), CFG).vectors["text"]) == captions
+    assert model.passes == [captions or 1, 1, 1]
 
 
 def test_no_direction_without_an_answer():

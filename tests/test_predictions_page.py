@@ -14,7 +14,7 @@ from test_report import EVIL, browse, exhibit
 from clip4vla import class_plots
 from clip4vla.exhibits import Exhibit
 from clip4vla.predictions_page import Predicted, section
-from clip4vla.report import HEAD
+from clip4vla.report import HEAD, classification
 
 PROBE = """<script>addEventListener("load", () => {
   const some = name => [...document.querySelectorAll(name)], item = id => document.getElementById(id);
@@ -158,3 +158,12 @@ def test_curves_of_few_shots_have_means_deviations_and_the_accuracy_with_all_cli
     assert dotted == {"a, all clips: 77.0": 77.0, "av, all clips: 91.5": 91.5}
     with Image.open(io.BytesIO(class_plots.few_shot(curves, {"a": 77.0, "av": 91.5}))) as image:
         assert image.format == "PNG"
+
+
+@pytest.mark.parametrize("classes", [2, 1001])
+def test_a_page_of_very_many_classes_has_no_plots_of_them(classes):
+    """Their confusion matrix is not among the metrics either."""
+    row = {"accuracy": 50.0, "top5": 90.0, "class_mean": 50.0, "commonest": 50.0, "n_clips": 4, "n_classes": classes, "n_folds": 1}
+    row |= {"classes": [str(i) for i in range(classes)]} | ({"confusion": [[2, 0], [1, 1]]} if classes == 2 else {})
+    page = classification({"label": row}, [], [])
+    assert ("confusion matrix" in page) == (classes == 2) and "50.0" in page

@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ranks, run
+from test_evaluation import OneBatch, Towers
 from test_finetune import SCRIPT
 
-from clip4vla import evaluation, selection, text_video
+from clip4vla import evaluation, selection, text_video, towers
 from clip4vla.checkpoints import chosen_checkpoint, superseded
 from clip4vla.config import RunConfig, UserError
-from clip4vla.model import Model
+from clip4vla.model import TEXTS, Model
 from clip4vla.settings import load
 
 HEADS = ("global_global", "global_local", "local_local")
@@ -154,6 +155,25 @@ def test_the_manifest_names_what_was_used(tuned, sample_shards, tmp_path):
         manifest["checkpoint"]["sha256"] == hashlib.sha256(weights).hexdigest() and manifest["checkpoint"]["step"] == 2
     )
     assert load(RunConfig, None, []).eval.silent == manifest["settings"]["eval"]["silent"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["global_local", "local_local"])
+def test_captions_are_read_a_few_at_a_time(head):
+    """Their sentences, and for the head that reads them their words, are those of one pass."""
+    model = Towers()
+    model.cfg.fusion, model.cfg.fusion_layers = head, 1
+    model.start_head()
+    loader = OneBatch(TEXTS, 0, 2)
+    texts = [text for meta in loader.meta for text in meta["captions"]]
+    found = text_video._captions(model, loader, dict(enumerate(loader.meta)), None)
+    assert model.passes == [TEXTS, 2] and list(found) == [(0, j) for j in range(TEXTS)] + [(2, 0), (2, 1)]
+    tokens = loader.tokenize(texts)
+    sentence, words = model.encode_tokens(tokens)
+    for row, (one, read) in enumerate(found.values()):
+        torch.testing.assert_close(one, sentence[row], atol=1e-5, rtol=0)
+        there = towers.words_there(model.text, tokens)[row] if head == "local_local" else slice(0)
+        torch.testing.assert_close(read, words[row][there], atol=1e-5, rtol=0)
 
 
 def test_the_best_checkpoint_on_val_is_kept_and_evaluated(tuning, sample_shards, tmp_path):
