@@ -7,6 +7,8 @@ from typing import Any
 from PIL import Image
 
 TYPES = {"vb": 0, "nb": 1, "both": 2}
+CAPTIONS = 1000  # of a clip
+LONGEST = 100_000  # characters of a caption, of which CLIP reads 77 tokens
 COUNTS = {"frames": "n_frames", "fbank": "n_segments"}  # in a clip's json, of the tiles in its strip
 FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "item", "group", "source", "split", "lang", "audio_type"), (str,)),
@@ -51,6 +53,10 @@ def _values(clip: dict[str, Any]) -> str:
     texts = [*clip["captions"], *clip["caption_langs"]]
     if not all(isinstance(text, str) for text in texts) or len(texts) != 2 * len(clip["captions"]):
         return "json: captions and caption_langs are not two equally long lists of text"
+    if len(clip["captions"]) > CAPTIONS:
+        return f"json: {len(clip['captions'])} captions, {CAPTIONS} at most"
+    if (longest := max(map(len, texts), default=0)) > LONGEST:
+        return f"json: a caption of {longest} characters, {LONGEST} at most"
     if any(not isinstance(clip["media"].get(name, 0), str | None) for name in ("audio", "frames")):
         return "json: media is not two paths"
     if clip["audio_type"] not in TYPES:

@@ -6,6 +6,7 @@ not say or there is none. Whatever is wrong with a file is a ValueError that say
 
 import bisect
 import math
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,7 @@ SLACK = 0.5  # s that streams may end before the length that the header states
 GUESSED = ("mp3", "aac")  # their headers state no length: libavformat divides the file's size by a bit rate
 GAP = 0.1  # s that timestamps of sound may wander before it counts as a gap
 RATES = range(1000, 768001)  # Hz of sound; what claims others costs hours or gigabytes to resample
+WAITING, PACKET = 1 << 26, 1 << 10  # bytes of packets that are held undecoded; of one, beside its data
 LONGEST_SIDE = 200  # of a picture, in shortest sides: it is scaled whole before its centre is cut out
 LONGEST = 14 * 86400  # s of a medium; what claims more would be cut into windows for years
 
@@ -225,15 +227,16 @@ def _stated(file: av.container.InputContainer, stream: av.stream.Stream) -> floa
 class _Pictures:
     """Takes the packets of a video stream and keeps the frames shown at the wanted times.
 
-    Packets wait until one comes that is decoded later than the wanted time. So what lies before the last keyframe is
-    dropped undecoded, and frames that no other refers to are decoded only where they are wanted.
+    Packets wait until one comes that is decoded later than the wanted time, or until they are too many. So what lies before
+    the last keyframe is dropped undecoded, and frames that no other refers to are decoded only where they are wanted.
     """
 
     def __init__(self, stream: av.VideoStream, times: list[float], size: int, origin: float, skip: bool):
         self.stream, self.size, self.origin, self.skip = stream, size, origin, skip
         self.times = [(time + origin) / float(stream.time_base) for time in times]  # in the stream's units
         self.frames: list[np.ndarray] = []
-        self.waiting: list[av.Packet] = []
+        self.waiting: deque[av.Packet] = deque()
+        self.held = 0  # bytes of those
         self.stamps: list[int] = []  # of all packets since the last keyframe that was jumped to, sorted
         self.last: av.VideoFrame | None = None
         self.until, self.end = times[-1], math.inf  # s that are wanted, and where the stream ended if that was earlier
@@ -254,17 +257,21 @@ class _Pictures:
                 raise _Skipped
             if self.skip and packet.is_keyframe and stamp <= target and self.waiting:
                 self.waiting.clear()
+                self.held = 0
                 self.stamps.clear()
                 self.stream.codec_context.flush_buffers()
             bisect.insort(self.stamps, stamp)
         self.waiting.append(packet)
-        if not packet.size or (packet.dts is not None and packet.dts > target):
+        self.held += packet.size + PACKET
+        # one keyframe may lie hours before the wanted time, and gigabytes
+        if not packet.size or (packet.dts is not None and packet.dts > target) or self.held > WAITING:
             self._decode()
+            self.held = 0
 
     def _decode(self) -> None:
         context = self.stream.codec_context
         while self.waiting and not self.done:
-            packet = self.waiting.pop(0)
+            packet = self.waiting.popleft()
             context.skip_frame = "DEFAULT" if self._wanted(packet) else "NONREF"
             try:
                 for frame in context.decode(packet if packet.size else None):

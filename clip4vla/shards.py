@@ -303,6 +303,8 @@ class ShardFolder:
             key, members = entries[number]
             chosen = [(ext.partition(".")[0], member) for ext, member in members.items()]
             chosen = sorted((c for c in chosen if c[0] in exts and c[1].size), key=lambda c: c[1].offset)
+            if len({kind for kind, _ in chosen}) < len(chosen):
+                raise ValueError("two members of one kind")
             if any(m.offset < 0 or not 0 <= m.size <= self.shards[shard].bytes - m.offset for _, m in chosen):
                 raise ValueError("a member lies outside of the tar")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

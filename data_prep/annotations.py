@@ -111,11 +111,11 @@ def _narrated(where: str, video: str, talk: Any, path: str, category: str, count
     try:
         lines = list(zip(talk["start"], talk["end"], talk["text"], strict=True))
         lines = sorted((float(start), float(end), tables.clean(text)) for start, end, text in lines)
+        good = [line for line in lines if 0 <= line[0] <= line[1] < math.inf]
+        clips = list(enumerate(merge([line for line in good if line[2]])))
     except tables.MISTAKES as error:
         yield Skipped("malformed", where, f"not start, end and text of equal length: {tables.reason(error)}")
         return
-    good = [line for line in lines if 0 <= line[0] <= line[1] < math.inf]
-    clips = list(enumerate(merge([line for line in good if line[2]])))
     if len(good) < len(lines):
         yield Skipped("malformed", where, f"{len(lines) - len(good)} of {len(lines)} lines end before they start")
     if not clips:
@@ -132,7 +132,8 @@ def _narrated(where: str, video: str, talk: Any, path: str, category: str, count
 def merge(lines: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
     """Neighbouring (start, end, text) joined until a clip has >= 10 s and >= 5 words.
 
-    A last remainder that is too short is joined to the clip before it, or dropped if there is none.
+    A last remainder that is too short is joined to the clip before it, or dropped if there is none. ValueError if the
+    text of a clip grows too long for a caption.
     """
     clips: list[list[tuple[float, float, str]]] = []
     rest: list[tuple[float, float, str]] = []
@@ -147,7 +148,8 @@ def merge(lines: list[tuple[float, float, str]]) -> list[tuple[float, float, str
             rest = []
     if clips:
         clips[-1] += rest
-    return [(clip[0][0], max(end for _, end, _ in clip), " ".join(text for _, _, text in clip)) for clip in clips]
+    texts = [tables.bounded(" ".join(text for _, _, text in clip)) for clip in clips]
+    return [(clip[0][0], max(end for _, end, _ in clip), text) for clip, text in zip(clips, texts, strict=True)]
 
 
 # Sounds

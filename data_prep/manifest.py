@@ -37,8 +37,8 @@ class Row:
 class Skipped:
     """What cannot become a sample.
 
-    malformed: a line that breaks its format (where = FILE:LINE); unusable: one that keeps it, and says too little (the same);
-    missing: there are no media (where = the row's id).
+    malformed: a line that breaks its format (where = FILE:LINE); unusable: one that keeps it, and says too little or too
+    much (the same); missing: there are no media (where = the row's id).
     """
 
     why: Literal["malformed", "unusable", "missing"]

@@ -14,7 +14,8 @@ from typing import Any
 import soundfile
 
 from clip4vla.pool import NO_ITEM, At, work
-from data_prep.manifest import Row
+from data_prep.manifest import Row, Skipped
+from data_prep.tables import bounded
 
 PICTURE_LANGS = ("fr", "ro", "ru", "ca", "bg", "es", "be", "el", "da")
 KINDS = Path(__file__).parent / "stamps_sound_kinds.csv"
@@ -36,7 +37,7 @@ class Stamp:
         return [path for path in (self.sound, *(path for _, path in self.speech)) if path]
 
 
-def stamps(root: Path) -> list[Row]:
+def stamps(root: Path) -> list[Row | Skipped]:
     """Rows of Tux Paint's stamps in the sources pictures, sounds (nonverbal), and speech_LANG (the name spoken).
 
     Splits are by group: stamps that share a normalised English caption, a picture, a recording or a _mirror/_flip base.
@@ -48,8 +49,14 @@ def stamps(root: Path) -> list[Row]:
     return [row for item, stamp in found.items() for row in _stamp_rows(item, stamp, groups[item], nonverbal)]
 
 
-def _stamp_rows(item: str, stamp: Stamp, group: str, nonverbal: set[str]) -> Iterator[Row]:
+def _stamp_rows(item: str, stamp: Stamp, group: str, nonverbal: set[str]) -> Iterator[Row | Skipped]:
     """The picture, the sound if it is a nonverbal one, and every spoken clip; their label is the stamp's folder."""
+    try:
+        for text in stamp.texts.values():
+            bounded(text)
+    except ValueError as error:
+        yield Skipped("malformed", f"{item}.txt", str(error))
+        return
     label = item.partition("/")[0]
 
     def row(source: str, langs: list[str], **more: Any) -> Row:

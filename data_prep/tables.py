@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from clip4vla.clips import CAPTIONS, LONGEST
 from clip4vla.config import UserError
 from clip4vla.settings import parse_json
 from data_prep.manifest import MediaFolder, Row, Skipped
@@ -16,7 +17,6 @@ from data_prep.manifest import MediaFolder, Row, Skipped
 BLOCK, PAIR = 1 << 20, 1 << 26  # characters: of a large JSON file read at once; of a key with its value
 SAID = 20  # characters of what is no JSON that a message repeats
 MARK = re.compile(r"\s*([{}:,])\s*").match
-LONGEST = 100_000  # characters of a caption, of which CLIP reads 77 tokens
 MISTAKES = (
     ValueError,
     TypeError,
@@ -150,7 +150,8 @@ def _mark(text: str, at: int) -> tuple[str, int]:
 def rows(lines: Iterable[Line], parse: Callable[[str, Any], Row], join: bool = False) -> Found:
     """A Row for each line by parse(split, line), whose ValueError makes it malformed; then those whose media are there.
 
-    join: lines of one clip (equal id and split) add their captions to it; else a second one is malformed.
+    join: lines of one clip (equal id and split) add their captions to it; else a second one is malformed. A line with
+    captions that a clip has no more room for is unusable, and its clip keeps the first ones.
     """
     held: dict[tuple[str, str], tuple[str, Row]] = {}
     for where, split, line in lines:
@@ -164,11 +165,14 @@ def rows(lines: Iterable[Line], parse: Callable[[str, Any], Row], join: bool = F
         first, kept = held.setdefault((row.split, row.id), (where, row))
         if kept is not row and join:
             for text, lang in zip(row.captions, row.caption_langs, strict=True):
-                if text not in kept.captions:
+                if text not in kept.captions:  # of CAPTIONS at most, so that all lines take linear time
                     kept.captions.append(text)
                     kept.caption_langs.append(lang)
         elif kept is not row:
             yield Skipped("malformed", where, f"duplicate of {first}")
+        if len(kept.captions) > CAPTIONS:
+            yield Skipped("unusable", where, f"more than {CAPTIONS} captions of one clip")
+            del kept.captions[CAPTIONS:], kept.caption_langs[CAPTIONS:]
     yield from (row if row.media or row.picture else missing(row.id, row.item) for _, row in held.values())
 
 
@@ -228,9 +232,14 @@ def clean(text: Any) -> str:
     """Without HTML entities and doubled white space; ValueError for what is no text."""
     if not isinstance(text, str | int | float | None) or isinstance(text, bool):
         raise ValueError(f"a caption is a text, not {type(text).__name__}")
-    if len(told := "" if text is None else str(text)) > LONGEST:
-        raise ValueError(f"a text of {len(told)} characters")
-    return " ".join(html.unescape(told).split())
+    return " ".join(html.unescape(bounded("" if text is None else str(text))).split())
+
+
+def bounded(text: str) -> str:
+    """The text; ValueError if it is too long for a caption."""
+    if len(text) > LONGEST:
+        raise ValueError(f"a text of {len(text)} characters")
+    return text
 
 
 def missing(name: str, file: str) -> Skipped:

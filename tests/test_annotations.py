@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -60,6 +61,16 @@ def test_neighbouring_lines_merge_until_ten_seconds_and_five_words():
     assert merge([(0, 10, "a b c d e"), (30, 31, "f")]) == [(0, 31, "a b c d e f")]  # the remainder joins
     assert merge([(0, 9, "a b c d e")]) == [] and merge([(0, 20, "a b")]) == [] and merge([]) == []
     assert merge([(0, 12, "a b c"), (1, 5, "d e")]) == [(0, 12, "a b c d e")]  # the last line need not end last
+
+
+def test_a_narration_that_grows_longer_than_a_caption_may_be_is_malformed(prepare):
+    talks = {"longvvvvvvv": talk(*((0, i, "a b c d e" * 2000) for i in range(9)), (0, 99, "f"))}
+    csv = HOWTO + "longvvvvvvv,,,,\nfinewwwwwww,,,,\n"
+    talks["finewwwwwww"] = talk((0, 10, "a b c d e"))
+    files = {"HowTo100M_v1.csv": csv, "caption.json": talks}
+    rows, skipped = prepare("howto100m", files, ["longvvvvvvv.mp4", "finewwwwwww.mp4"])
+    assert [row.item for row in rows] == ["finewwwwwww"]
+    assert [item.why for item in skipped] == ["malformed"] and "a text of 162010 characters" in skipped[0].reason
 
 
 def test_howto100m(prepare):
@@ -496,6 +507,24 @@ def test_folder_with_a_table(prepare):
     }
 
 
+def test_a_clip_keeps_its_first_thousand_captions_and_the_lines_of_others_are_counted(prepare):
+    csv = "path,caption\n" + "".join(f"a.mp4,caption {i % 3000}\n" for i in range(30_000)) + "b.mp4,x\n"
+    begin = time.process_time()
+    rows, skipped = prepare("folder", {"captions.csv": csv}, ["a.mp4", "b.mp4"])
+    assert time.process_time() - begin < 10
+    assert rows[0].captions == [f"caption {i}" for i in range(1000)] and len(rows[0].caption_langs) == 1000
+    assert rows[1].captions == ["x"] and len(skipped) == 20_000
+    assert reasons(skipped[:1]) == {"captions.csv:1002": "unusable: more than 1000 captions of one clip"}
+
+
+def test_the_captions_of_one_line_are_a_thousand_at_most(prepare):
+    told = {f"{lang}Cap": [f"{lang} {i}" for i in range(600)] for lang in ("en", "ch")}
+    clip = {"videoID": "v_000001_000011"} | told
+    rows, skipped = prepare("vatex", {"vatex_training_v1.0.json": [clip]}, ["v_000001_000011.mp4"])
+    assert Counter(rows[0].caption_langs) == {"en": 600, "zh": 400} and rows[0].captions[-1] == "ch 399"
+    assert [item.why for item in skipped] == ["unusable"]
+
+
 def test_folder_with_json_lines_beside_the_media(prepare):
     text = (
         '{"path": "a.png", "caption": "x"}\nnot json\n\n[1]\n{"path": "a.png", "caption": 1, "start": 2}\n{"path": 3}\n'
@@ -559,3 +588,10 @@ def test_one_annotation_file_can_be_named(prepare, tmp_path):
 def test_stamps_pass_through():
     rows, skipped = read(DataConfig(dataset="stamps", media_root=str(ROOT / "tests" / "sample")))
     assert {"pictures", "sounds", "speech_en"} <= {row.source for row in rows} and not skipped
+
+
+def test_a_stamp_whose_text_is_too_long_for_a_caption_is_malformed(prepare):
+    texts = {"../media/a.txt": "A cat.\n", "../media/b.txt": "A dog.\nfr.utf8=" + "x" * 100_001}
+    rows, skipped = prepare("stamps", texts, ["a.png", "b.png"])
+    assert [row.id for row in rows] == ["pictures/a"]
+    assert reasons(skipped) == {"b.txt": "malformed: a text of 100001 characters"}

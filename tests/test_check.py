@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -14,13 +15,14 @@ import indexes
 import numpy as np
 import pytest
 import torch
+from faults._tars import member
 from PIL import Image
 from test_report import EVIL, browse
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip4vla.config import SpectrogramConfig  # noqa: E402
-from clip4vla.shards import INDEX, ShardFolder, write_index, write_shard  # noqa: E402
+from clip4vla.shards import HEADER, INDEX, ShardFolder, write_index, write_shard  # noqa: E402
 from clip4vla.spectrogram import log_mel  # noqa: E402
 from data_prep.check import inspect, main  # noqa: E402
 from data_prep.check_page import griffin_lim, remarks, summary  # noqa: E402
@@ -154,6 +156,22 @@ def empty(folder):
     tar(folder).write_bytes(b"")
 
 
+def endless(folder):
+    path = tar(folder)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def a_terabyte(folder):
+    os.truncate(tar(folder), 2**40)
+
+
+def pax_of_digits(folder):
+    """In front of the tenth sample, which moves the others; tarfile would read it for half a minute."""
+    data, at = tar(folder).read_bytes(), place(folder, 9, "json")[0] - HEADER
+    tar(folder).write_bytes(data[:at] + member("x", b"1" * 10**5, tarfile.XHDTYPE) + data[at:])
+
+
 def wrong_sha256(folder):
     tree = index(folder)
     tree["shards"][0]["sha256"] = "0" * 64
@@ -232,6 +250,9 @@ DAMAGE = [  # what is done, what is found, and how many samples go in a repair
     (no_tar, r"000000.tar: unreadable: No such file", 16),
     (rubbish, r"000000.tar: .*unreadable tar", 16),
     (empty, r"000000.tar: .*unreadable tar", 16),
+    (endless, r"000000.tar: unreadable: no regular file", 16),
+    (a_terabyte, r"000000.tar: 1,099,511,627,776 bytes, \d+ in index.json", 0),
+    (pax_of_digits, r"000000.tar: .*sha256 differs", 0),
     (wrong_sha256, r"000000.tar: sha256 differs", 0),
     (wrong_crc32, r"0000005-\S+: json: CRC-32 differs", 0),
     (wrong_offset, r"0000005-\S+: frames.jpg is at \d+\+\d+, by index.json at", 0),
@@ -292,6 +313,16 @@ def test_metadata_that_contradict_the_sample_are_named(folder):
     assert len(found) == len(CONTRADICTIONS)
     for entry, ((_, message), finding) in enumerate(zip(CONTRADICTIONS, found, strict=True)):
         assert re.search(rf"{entry:07d}-\S+: .*{message}", finding), finding
+
+
+def test_captions_that_are_too_many_or_too_long_are_named(folder):
+    edit(folder, 0, captions=["a"] * 1000, caption_langs=["en"] * 1000)
+    edit(folder, 1, captions=["a"] * 1001, caption_langs=["en"] * 1001)
+    edit(folder, 2, captions=["a" * 100_000], caption_langs=["en"])
+    edit(folder, 3, captions=["a" * 100_001], caption_langs=["en"])
+    many, long = findings(folder, 0)
+    assert re.search(r"0000001-\S+: json: 1001 captions, 1000 at most", many)
+    assert re.search(r"0000003-\S+: json: a caption of 100001 characters, 100000 at most", long)
 
 
 def test_a_repair_killed_between_tar_and_index_is_finished_by_the_next(folder):

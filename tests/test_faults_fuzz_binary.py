@@ -22,10 +22,10 @@ from clip4vla.config import ModelConfig, SpectrogramConfig, UserError
 from clip4vla.index import Index
 from clip4vla.model import Model
 
-HOSTILE = {
-    "tars": "size_negative", "pictures": "claims_60000", "pictures_in_shards": "claims_60000", "media": "rate_",
-    "weights": "code",
-}  # fmt: skip
+HOSTILE = [
+    ("tars", "size_negative"), ("tars", "_of_digits"), ("tars", "400_"), ("pictures", "claims_60000"),
+    ("pictures_in_shards", "claims_60000"), ("media", "rate_"), ("weights", "code"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", fuzz_binary.MIB)
@@ -34,7 +34,7 @@ def test_mutated_files_are_read_counted_or_refused(name, tmp_path):
     assert fuzz_binary.mutated(name, tmp_path, seed=0, cases=30)["cases"] == 30
 
 
-@pytest.mark.parametrize("name, which", HOSTILE.items())
+@pytest.mark.parametrize("name, which", HOSTILE)
 def test_hostile_files_are_read_counted_or_refused(name, which, tmp_path):
     fuzz_binary._quiet()
     assert fuzz_binary.hostile(name, tmp_path, seed=0, only=which)["cases"] >= 2

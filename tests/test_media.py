@@ -14,8 +14,9 @@ from scipy.signal import correlate
 
 sys.path.insert(0, str(ROOT))
 
+from clip4vla import media  # noqa: E402
 from clip4vla.config import FramesConfig  # noqa: E402
-from clip4vla.media import frame_times, listen, read_clip  # noqa: E402
+from clip4vla.media import PACKET, frame_times, listen, read_clip  # noqa: E402
 
 # name: what ffmpeg makes of the 720p original (h264, P frames only, 5.1 sound)
 FILES = {
@@ -104,11 +105,31 @@ def test_frames_are_those_that_ffmpeg_shows_at_these_times(videos, name, interva
 def test_skipping_gives_the_frames_of_decoding_everything(videos):
     cfg = FramesConfig(fps=0, size=64)
     for name in ("b_frames.mp4", "vp9.webm", "hevc.mov"):
-        import clip4vla.media as media
-
         ours = read_clip(videos / name, 2.2, 4.9, cfg)
         plain = media._read(videos / name, 2.2, 4.9, cfg, np.inf, skip=False)
         assert all((a == b).all() for a, b in zip(ours.frames, plain.frames, strict=True)), name
+
+
+def test_frames_are_the_same_where_few_packets_can_wait(videos, original, tmp_path, monkeypatch):
+    """As in a file of hours with one keyframe, of which all that lies before the wanted time would wait."""
+    cfg, held, take = FramesConfig(fps=2, size=64), [], media._Pictures.take
+    ffmpeg("-i", original, "-vf", "scale=320:180", "-c:v", "libx264", "-g", 9999, "-bf", 3, "-an", tmp_path / "one.mkv")
+    paths = [tmp_path / "one.mkv", *(videos / name for name in FILES)]
+    cases = [(path, *interval) for path in paths for interval in ((None, None), (3.9, 99))]
+    plain = [read_clip(*case, cfg).frames for case in cases]
+
+    def watched(self, packet):
+        take(self, packet)
+        held.append(sum(PACKET + each.size for each in self.waiting))
+
+    monkeypatch.setattr(media._Pictures, "take", watched)
+    read_clip(*cases[1], cfg)
+    assert max(held) > 100_000
+    held.clear()
+    monkeypatch.setattr(media, "WAITING", 20_000)
+    for case, frames in zip(cases, plain, strict=True):
+        np.testing.assert_array_equal(read_clip(*case, cfg).frames, frames, str(case))
+    assert max(held) <= 20_000
 
 
 @pytest.mark.parametrize("interval", [(None, None), (1.3, 4.1)], ids=str)

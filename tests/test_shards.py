@@ -169,6 +169,18 @@ def test_a_line_that_is_no_entry_spares_the_others(tmp_path):
         assert good["json"] == b'{"n": 0}' and isinstance(bad, Damaged), entry
 
 
+def test_a_kind_that_a_sample_has_twice_is_damage(tmp_path):
+    make(tmp_path)
+    tree = indexes.read(tmp_path)
+    tree["shards"][0]["entries"][1][1] |= {f"json.{i}": [512, 1, 0] for i in range(100_000)}
+    indexes.write(tmp_path, tree)
+    folder, begin = ShardFolder.open(str(tmp_path)), time.process_time()
+    good, bad = folder.read([(0, 0), (0, 1)])
+    assert time.process_time() - begin < 3 and isinstance(good, dict)
+    assert bad == Damaged("s-train-000000.tar", "entry 1", "entries.jsonl: ValueError: two members of one kind")
+    assert folder.read([(0, 1)], ("frames",)) == [{"frames": b"v" * 700}]
+
+
 def test_unknown_protocol_is_a_user_error():
     with pytest.raises(UserError, match="cannot read nosuch://x"):
         ShardFolder.open("nosuch://x")
