@@ -256,7 +256,18 @@ class Index:
 
     def __len__(self) -> int:
         """Items that a query can find."""
-        return self._known()["items"]
+        return self.known()["items"]
+
+    def known(self) -> dict[str, Any]:
+        """What is noted of the faiss index: a file in the folder; UserError if there is none yet."""
+        known = self.store.get("faiss")
+        if not known:
+            raise UserError(f"{self.folder}: its first build was interrupted: run the same build again")
+        with readable(self.store.path):
+            kind = Kind(**known["kind"])
+            if Path(known["file"]).name != known["file"] or type(known["items"]) is not int or memory(kind, 1) < 0:
+                raise ValueError(known)
+        return known
 
     def must_fit(self, model: "Model", name: str) -> None:
         """UserError unless the index was built with this model; name: what it is called."""
@@ -310,7 +321,7 @@ class Index:
             ).fetchone()  # nothing is opened but what the index itself names
             if not found:
                 return Exhibit(hit.name, hit.captions)
-            place, state, shown = str(found[0]), str(found[1]), _shown(found[2])
+            place, state, shown = str(found[0]), str(found[1]), told(found[2])
         if shown["key"]:
             return of_shard(place, state, shown)
         return of_file(Path(place), state, shown, self.spectrogram, self.frames)
@@ -336,13 +347,13 @@ class Index:
     def _hit(self, number: int, score: float, cosines: np.ndarray, media: str, place: str, shown: str) -> Hit:
         there = (("v" if part == "v" else "a") in media for part in self.parts)
         scores = {p: float(c) for p, c, has in zip(self.parts, cosines, there, strict=True) if has}
-        return Hit(number, float(score), scores, place=str(place), **_shown(shown))
+        return Hit(number, float(score), scores, place=str(place), **told(shown))
 
     def _faiss(self) -> tuple[str, Any, Kind]:
         """(file, faiss index, its kind), the newest."""
         with self._lock:
             for last in (False, False, True):  # a build may replace it between the two lines
-                known = self._known()
+                known = self.known()
                 if self._loaded[0] == known["file"]:
                     break
                 try:
@@ -356,17 +367,6 @@ class Index:
                     raise ValueError((self._loaded[0], width))
                 return *self._loaded, Kind(**known["kind"])
 
-    def _known(self) -> dict[str, Any]:
-        """What is noted of the faiss index: a file in the folder."""
-        known = self.store.get("faiss")
-        if not known:
-            raise UserError(f"{self.folder}: its first build was interrupted: run the same build again")
-        with readable(self.store.path):
-            kind = Kind(**known["kind"])
-            if Path(known["file"]).name != known["file"] or type(known["items"]) is not int or memory(kind, 1) < 0:
-                raise ValueError(known)
-        return known
-
     def _selector(self, asked: str, file: str) -> Any:
         """For faiss, the items of this file that have one of the media asked for; None: all."""
         with self._lock:
@@ -376,8 +376,8 @@ class Index:
             return self._selectors[asked, file]
 
 
-def _shown(text: str) -> dict[str, Any]:
-    """What is told of an item; ValueError if it is not what an index holds."""
+def told(text: str) -> dict[str, Any]:
+    """What an item's row says of it; ValueError, TypeError or KeyError if it is not what an index holds."""
     shown = parse_json(text)
     texts = [shown["name"], shown["key"], *shown["captions"]]
     ends = all(type(shown[end]) in (int, float, type(None)) for end in ("start", "end"))

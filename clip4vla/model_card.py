@@ -6,7 +6,8 @@ Names of folders, labels and languages are other people's: Markdown takes them a
 import json
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from clip4vla.config import ImportConfig, RunConfig, UserError
 from clip4vla.model import Model
 from clip4vla.selection import HIGHER, LOWER
-from clip4vla.settings import load, to_dict
+from clip4vla.settings import load, parse_json, parse_yaml, to_dict
 
 TASKS = {
     "captioner": "video-text-to-text",
@@ -44,6 +45,7 @@ UNSAID = (
     "data.cache",
     "train.mirror",
 )
+EVALUATED = ("data", "model", "eval", "decode", "classify")  # sections that an evaluation may be given on top
 LONGEST = 300  # characters of a name or value
 
 
@@ -53,7 +55,7 @@ def card(model: Model, run: str | Path | None = None, step: int | None = None, o
     Raises UserError for a file of the run that cannot be read.
     """
     head, run = model.cfg.fusion, Path(run) if run else None
-    tree = _read(run / "config.yaml", yaml.safe_load) if run else {}
+    tree = _read(run / "config.yaml", parse_yaml) if run else {}
     data = ModelCardData(
         library_name="clip4vla",
         pipeline_tag=TASKS.get(head, "feature-extraction"),
@@ -61,16 +63,14 @@ def card(model: Model, run: str | Path | None = None, step: int | None = None, o
     )
     parts = [f"# {escaped(run.resolve().name if run else 'CLIP4VLA')}", _model(model), escaped(origin)]
     parts += ["## How to load it", f"```python\n{LOADING}{CALLS.get(head, OTHER)}\n```"]
+    with _readable(f"{run}/config.yaml"):
+        settings = _settings(model, tree)
+        trained = {section: {**tree.get(section, {})} for section in EVALUATED}
+        shards = _data(trained["data"])
     if run:
-        parts += [
-            "## Data",
-            _data(tree),
-            "## Training",
-            _training(run, step),
-            "## Evaluation",
-            *_evaluations(run, tree, step),
-        ]
-    parts += ["## Settings that differ from the defaults", _settings(model, tree), "## Limits", _limits(model)]
+        parts += ["## Data", shards, "## Training", _training(run, step)]
+        parts += ["## Evaluation", *_evaluations(run, trained, step)]
+    parts += ["## Settings that differ from the defaults", settings, "## Limits", _limits(model)]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -132,8 +132,8 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _data(tree: dict[str, Any]) -> str:
-    shares = tree.get("data", {}).get("train", {})
+def _data(data: dict[str, Any]) -> str:
+    shares = data.get("train", {})
     whole = sum(shares.values()) or 1
     return table(
         ("shards", "share of a batch", "clips"),
@@ -144,8 +144,10 @@ def _data(tree: dict[str, Any]) -> str:
 def _clips(folder: str) -> str:
     """How many, if the shards are still there, on this machine."""
     index = Path(folder, "index.json")
-    count = _read(index, json.loads).get("counts", {}).get("samples") if index.is_file() else None
-    return "-" if count is None else f"{count:,}"
+    if not index.is_file():
+        return "-"
+    with _readable(index):
+        return f"{_read(index, parse_json)['counts']['samples']:,}"
 
 
 def _training(run: Path, step: int | None) -> str:
@@ -156,11 +158,12 @@ def _training(run: Path, step: int | None) -> str:
     if not rows:
         return "No log of it was kept."
     last = rows[-1]
-    found = [
-        ("steps", f"{last['step']:,}"),
-        ("clips seen", f"{last['samples']:,}"),
-        ("loss at the end", f"{last['loss']:.4g}"),
-    ]
+    with _readable(run / "metrics.jsonl"):
+        found = [
+            ("steps", f"{last['step']:,}"),
+            ("clips seen", f"{last['samples']:,}"),
+            ("loss at the end", f"{last['loss']:.4g}"),
+        ]
     try:
         hours = cost.of_log(str(run), rows)["hours"]
         devices = [f"{last[kind]} {cost.DEVICES[kind]}s" for kind in hours if kind in last]
@@ -173,20 +176,27 @@ def _training(run: Path, step: int | None) -> str:
     return table(("training", ""), [*found, *([("versions", ", ".join(versions))] if versions else [])])
 
 
-def _evaluations(run: Path, tree: dict[str, Any], step: int | None) -> Iterator[str]:
-    """Those of these weights; validation during the training has its step in the folder's name, others a manifest."""
+def _evaluations(run: Path, trained: dict[str, dict[str, Any]], step: int | None) -> Iterator[str]:
+    """Those of these weights; validation during the training has its step in the folder's name, others a manifest.
+
+    trained: the sections EVALUATED of the run's settings.
+    """
     none = "Not evaluated."
     for file in sorted(run.glob("eval/*/metrics.json")):
         name, manifest = file.parent.name, file.with_name("manifest.json")
-        made = _read(manifest, json.loads) if manifest.is_file() else {}
-        at = int(name[4:]) if re.fullmatch(r"val-\d+", name) else made.get("checkpoint", {}).get("step")
+        made = _read(manifest, parse_json) if manifest.is_file() else {}
+        with _readable(manifest):
+            at = int(name[4:]) if re.fullmatch(r"val-\d+", name) else made.get("checkpoint", {}).get("step")
+            command = _command(run, trained, made.get("settings", {}))
         if step is not None and at is not None and at != step:
             continue
         none = ""
         yield f"{escaped(name)}" + ("" if at is not None else " (of which step was not noted)") + ":"
-        yield _metrics(_read(file, json.loads))
+        with _readable(file):
+            numbers = _metrics(_read(file, parse_json))
+        yield numbers
         if not name.startswith("val-"):
-            yield f"```bash\n{_command(run, tree, made.get('settings', {}))}\n```"
+            yield f"```bash\n{command}\n```"
     yield none
 
 
@@ -203,14 +213,13 @@ def _metrics(found: dict[str, dict[str, Any]]) -> str:
     return table(["", *names], ([direction, *(cell(row, name) for name in names)] for direction, row in found.items()))
 
 
-def _command(run: Path, tree: dict[str, Any], used: dict[str, Any]) -> str:
+def _command(run: Path, trained: dict[str, dict[str, Any]], used: dict[str, Any]) -> str:
     """What evaluates it again: the run's settings, and those that were given on top."""
-    trained = {**tree, "data": {**tree.get("data", {})}}
     words = [
         f"{section}.{key}={json.dumps(value, ensure_ascii=False)}"
-        for section in ("data", "model", "eval", "decode", "classify")
+        for section in EVALUATED
         for key, value in used.get(section, {}).items()
-        if key != "labels" and trained.get(section, {}).get(key, value) != value
+        if key != "labels" and trained[section].get(key, value) != value
     ]
     return _one_line(shlex.join(["python", "launch/evaluate.py", str(run / "config.yaml"), *words]))
 
@@ -227,9 +236,20 @@ def _limits(model: Model) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _read(file: Path, parse: Any) -> dict[str, Any]:
+@contextmanager
+def _readable(file: str | Path) -> Iterator[None]:
+    """UserError for what only a damaged file raises inside."""
     try:
-        tree = parse(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"{file}: not readable ({' '.join(str(error).split())[:200]}); mend it or remove it") from None
-    return tree if isinstance(tree, dict) else {}
+
+
+def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    with _readable(file):
+        tree = parse(file.read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise TypeError(f"expected names with values, found {type(tree).__name__}")
+    return tree

@@ -134,10 +134,13 @@ def line(rank: int, hit: Hit) -> str:
 
 
 def run_info(args: argparse.Namespace) -> None:
-    """What an index holds."""
+    """What an index holds, also one whose first build is not done."""
     index = Index(args.index)
-    known = index.store.get("faiss") or {"kind": None, "file": None}
-    sizes = {name: (args.index / name).stat().st_size for name in (ITEMS, known["file"]) if name}
+    known = index.known() if index.store.get("faiss") else {"kind": None, "file": None}
+    try:
+        sizes = {name: (args.index / name).stat().st_size for name in (ITEMS, known["file"]) if name}
+    except OSError as error:
+        raise UserError(f"{args.index}/{known['file']}: {error.strerror}: run the build again") from None
     facts = {"model": index.model, "identity": index.store.get("identity"), "parts": index.parts, "dim": index.dim}
     print(json.dumps(facts | index.store.counts() | {"kind": known["kind"], "bytes": sizes}, indent=1))
 

@@ -5,7 +5,6 @@ goes on where it was: each run resumes as it would alone.
 """
 
 import gc
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from clip4vla.checkpoints import newest_checkpoint
 from clip4vla.config import RunConfig, UserError
 from clip4vla.evaluation import check_evaluation, evaluate, write_report
 from clip4vla.files import write_text
-from clip4vla.settings import to_dict
+from clip4vla.settings import parse_yaml, read_tree, to_dict
 
 
 def fit(cfg: RunConfig, ds_config: str | None) -> bool:
@@ -49,14 +48,14 @@ def fit_and_test(cfg: RunConfig, ds_config: str | None) -> dict[str, dict[str, A
     trained, file = fit(cfg, ds_config), Path(cfg.run_dir, "eval/test/metrics.json")
     if trained or not _agreed(file.is_file() and Path(cfg.run_dir, "report.html").is_file()):  # which is written last
         test(cfg)
-    return distributed.gather_objects(json.loads(file.read_text()) if distributed.rank() == 0 else None)[0]
+    return distributed.gather_objects(read_tree(file) if distributed.rank() == 0 else None)[0]
 
 
 def must_be_the_same(folder: str | Path, configs: dict[str, RunConfig]) -> None:
-    """UserError if the runs below a folder were begun with other settings; the first time these are written there."""
+    """UserError if the runs below a folder were begun with other settings, which are written there the first time."""
     ours = _flat({name: to_dict(cfg) for name, cfg in configs.items()})
     file = Path(folder, "settings.yaml")
-    theirs = distributed.gather_objects(yaml.safe_load(file.read_text()) if file.is_file() else None)[0]
+    theirs = distributed.gather_objects(read_tree(file, parse_yaml) if file.is_file() else None)[0]
     if theirs is None and distributed.rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, yaml.safe_dump(ours, sort_keys=False))

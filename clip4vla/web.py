@@ -5,7 +5,6 @@ A text, a sound, a picture or a video asks. Nothing leaves the machine: the page
 
 import argparse
 import importlib
-import json
 import logging
 import os
 import socket
@@ -24,8 +23,8 @@ from clip4vla.api import CLIP4VLA
 from clip4vla.cli import cli
 from clip4vla.config import UserError
 from clip4vla.exhibits import Exhibit
-from clip4vla.index import Index
-from clip4vla.web_guard import BODY, KEPT, LOCAL, Guard, Impatient
+from clip4vla.index import Index, readable, told
+from clip4vla.web_guard import BODY, LOCAL, Guard, Impatient
 
 if TYPE_CHECKING:
     import gradio
@@ -62,11 +61,12 @@ class Searcher:
         self.facts = [f"{counts['items']:,} clips", *media, f"model {_short(index.model)}"]
 
     def examples(self) -> list[str]:
-        """First captions of some clips."""
-        last = self.index.store.db.execute("SELECT max(id) FROM items").fetchone()[0] or 0
+        """First captions of some clips; UserError if the index is damaged."""
         some = "SELECT shown FROM items WHERE id >= ? ORDER BY id LIMIT 1"
-        rows = (self.index.store.db.execute(some, (i * last // TRIED,)).fetchone() for i in range(TRIED))
-        captions = (json.loads(row[0])["captions"] for row in rows if row)
+        with readable(self.index.store.path):
+            last = self.index.store.newest()
+            rows = [self.index.store.db.execute(some, (i * last // TRIED,)).fetchone() for i in range(TRIED)]
+            captions = [told(row[0])["captions"] for row in rows if row]
         return list(dict.fromkeys(few[0] for few in captions if few and len(few[0]) <= LONGEST))
 
     def text(self, words: str, sound_weight: float, ratio: float) -> tuple[Asked | None, str]:
@@ -120,7 +120,7 @@ def page(searcher: Searcher, limit: int) -> "gradio.Blocks":
     import gradio as gr
 
     one: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60, KEPT)) as blocks:
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
         asked, examples = gr.State(), searcher.examples()
         gr.HTML(web_results.heading(TITLE, searcher.facts), apply_default_css=False, js_on_load=None)
         with gr.Row(elem_id="ask"):
@@ -172,10 +172,11 @@ def application(blocks: "gradio.Blocks", uploads: str, limit: int, names: Collec
         outer, blocks, "/", footer_links=[], run_history=False, show_error=False, max_file_size=f"{limit}mb", ssr_mode=False,
         enable_monitoring=False, pwa=False, mcp_server=False, theme=theme, css=web_results.STYLE,
     )  # fmt: skip
+    blocks.config["connect_heartbeat"] = False  # a stream for as long as a page is open; the limits do without
     kinds: dict[str, type] = {"file": dict, "state": type(None)}
     events = {number: kinds.get(event.inputs[0].get_block_name(), str) for number, event in blocks.fns.items()}
     sessions = blocks._queue.pending_messages_per_session
-    return Guard(outer, uploads, (limit << 20) + BODY, names, numbers, events, sessions)
+    return Guard(outer, uploads, (limit << 20) + BODY, names, numbers, events, sessions, blocks.temp_file_sets)
 
 
 def serve(index: Index, model: CLIP4VLA, listener: socket.socket, limit: int, names: Collection[str] = ()) -> None:

@@ -21,14 +21,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 LOCAL = ("127.0.0.1", "localhost", "::1")
 PAGE = ("/", "/config", "/theme.css", "/manifest.json", "/favicon.ico")
 API = "/gradio_api/"
-CALLS = tuple(
-    API + call for call in ("upload", "upload_progress", "queue/join", "queue/data", "startup-events", "info")
-)
-UNDER = ("/assets/", "/static/", API + "heartbeat/")
-STREAMS = (API + "queue/data", API + "upload_progress")
+STREAM = API + "queue/data"
+CALLS = (STREAM, *(API + call for call in ("upload", "queue/join", "startup-events", "info")))
+UNDER = ("/assets/", "/static/")
 BODY = 1 << 16  # bytes of a request without a file
 KEPT = 300  # s that an upload stays at most, and may take
 SHORT = 60  # s that another request may take, unless it is a stream
+STREAMS = 320  # at once: these may take as long as the queries before theirs
 FILES, ROOM = 256, 25  # uploads that lie there at once, and their bytes in uploads of the largest size
 CONNECTIONS = 512  # at once
 TURN = 10  # s that a connection may take to begin a request
@@ -41,20 +40,25 @@ HEADERS = {  # the browser itself refuses to ask another host; gradio's template
 
 
 class Impatient(H11Protocol):
-    """A connection that is one too many, or begins no request within a turn or two, is closed."""
+    """A connection that is one too many, or in a turn or two begins no request, or takes nothing of an answer, is closed."""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
             transport.abort()
         else:
-            self.loop.call_later(TURN, self._look, self.cycle)
+            self.loop.call_later(TURN, self._look, self.cycle, 0)
 
-    def _look(self, last: Any) -> None:
-        if self.cycle is last and (last is None or last.response_complete):
+    def _look(self, last: Any, left: int) -> None:
+        """last: the request at the last look; left: bytes of answers that the client had not taken then."""
+        if self not in self.connections:
+            return
+        rest = self.transport.get_write_buffer_size()
+        if rest and rest == left:
+            self.transport.abort()  # close() would wait for the client
+        elif self.cycle is last and (last is None or last.response_complete):
             self.transport.close()
-        if not self.transport.is_closing():
-            self.loop.call_later(TURN, self._look, self.cycle)
+        self.loop.call_later(TURN, self._look, self.cycle, rest)
 
 
 def _plain(path: str) -> bool:
@@ -66,20 +70,26 @@ class Guard:
     """An ASGI application before another. uploads: the folder that they lie in; limit: bytes of one.
 
     names: of hosts, that are answered to; numbers: so are IP addresses, which no other site can make its own;
-    events: by number what the page sends with one: str, dict (an upload) or NoneType; sessions: those that have asked.
+    events: by number what the page sends with one: str, dict (an upload) or NoneType; sessions: those that have asked;
+    noted: gradio's sets of paths of uploads.
     """
 
     def __init__(
         self, inner: Any, uploads: str, limit: int, names: Collection[str], numbers: bool, events: dict[int, type],
-        sessions: Collection[str],
+        sessions: Collection[str], noted: Collection[set[str]],
     ) -> None:  # fmt: skip
         self.inner, self.uploads, self.limit, self.names, self.numbers = inner, uploads, limit, names, numbers
-        self.events, self.sessions = events, sessions
+        self.events, self.sessions, self.noted = events, sessions, noted
         self.under_way = 0  # bytes of uploads
+        self.streams: set[str] = set()  # sessions that are answered
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            return await self.inner(scope, receive, send)
+            tidying = asyncio.create_task(self._tidy())
+            try:
+                return await self.inner(scope, receive, send)
+            finally:
+                tidying.cancel()
         done = {"begun": False, "over": False}
 
         async def sent(message: Any) -> None:
@@ -108,18 +118,53 @@ class Guard:
         path, headers = scope["path"], {name.decode("latin-1"): v.decode("latin-1") for name, v in scope["headers"]}
         if status := self._status(scope, headers):
             return status
-        upload = int(headers.get("content-length", 0)) if path == API + "upload" else 0
-        if upload and not self._room(upload):
-            return 503
-        self.under_way += upload
-        try:
-            async with asyncio.timeout(None if path.startswith((*STREAMS, UNDER[-1])) else KEPT if upload else SHORT):
-                if path == API + "queue/join" and not (receive := await self._read(receive)):
-                    return 400
-                await self.inner(scope, receive, send)
-        finally:
-            self.under_way -= upload
+        if path == STREAM:
+            return await self._streamed(scope, receive, send)
+        if path == API + "upload":
+            return await self._uploaded(int(headers.get("content-length", 0)), scope, receive, send)
+        async with asyncio.timeout(SHORT):
+            if path == API + "queue/join" and not (receive := await self._read(receive)):
+                return 400
+            await self.inner(scope, receive, send)
         return 0
+
+    async def _streamed(self, scope: Any, receive: Any, send: Any) -> int:
+        """A session's answers, one stream at a time; it ends by itself once the session is forgotten."""
+        session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+        if session not in self.sessions:
+            return 404
+        if session in self.streams or len(self.streams) >= STREAMS:
+            return 503
+        self.streams.add(session)
+        try:
+            await self.inner({**scope, "query_string": f"session_hash={session}".encode()}, receive, send)
+        except Exception:
+            if session in self.sessions:
+                raise
+            return 404
+        finally:
+            self.streams.discard(session)
+        return 0
+
+    async def _uploaded(self, size: int, scope: Any, receive: Any, send: Any) -> int:
+        """A file of so many bytes; gradio would keep an upload_id for ever."""
+        if not self._room(size):
+            return 503
+        self.under_way += size
+        try:
+            async with asyncio.timeout(KEPT):
+                await self.inner({**scope, "query_string": b""}, receive, send)
+        finally:
+            self.under_way -= size
+        return 0
+
+    async def _tidy(self) -> None:
+        """Old uploads go, also if no other comes; gradio would keep their paths for ever."""
+        while True:
+            await asyncio.sleep(SHORT)
+            self._sizes(KEPT)
+            for paths in self.noted:
+                paths.clear()
 
     def _status(self, scope: Any, headers: dict[str, str]) -> int:
         """Why not to answer, 0 to do so."""
@@ -129,8 +174,7 @@ class Guard:
         if headers.get("origin", f"//{host}").partition("//")[2] != host or not self._known(host):
             return 403
         if scope["method"] in ("GET", "HEAD"):
-            asked = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])
-            return 404 if path == STREAMS[0] and asked[0] not in self.sessions else 0
+            return 0
         size = headers.get("content-length", "")
         if not size.isdigit() or "transfer-encoding" in headers:  # which would count for more than the length
             return 411

@@ -6,6 +6,8 @@ from clip4vla.exhibits import Exhibit, data_uri
 from clip4vla.index import Hit
 
 CAPTIONS = 2  # of a card; the others open at a click
+MOST = 20  # of a clip
+LONGEST = 2000  # characters of one, and of a clip's name
 ICON = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16" fill="none" stroke="#1d4ed8" stroke-width="2">
 <circle cx="7" cy="7" r="5"/><path d="m11 11 4 4M5 6v2m2-4v6m2-4v2"/></svg>"""
 
@@ -29,6 +31,11 @@ def found(
     return f"<section><h2>{escape(asked)}</h2>{_soft(facts)}{medium}<ol class='cards'>{cards}</ol></section>"
 
 
+def cut(text: str) -> str:
+    """A text of a clip as a card has it: answers that nobody fetches stay in memory."""
+    return text if len(text) <= LONGEST else text[:LONGEST] + "..."
+
+
 def _soft(facts: list[str]) -> str:
     return f"<p class='soft'>{' · '.join(map(escape, facts))}</p>"
 
@@ -38,10 +45,12 @@ def _card(place: int, hit: Hit, shown: Exhibit, sound: dict[str, float]) -> str:
     parts = {"pictures": hit.scores.get("v"), "sound": heard if hit.scores.keys() - {"v"} else None}
     cosines = " · ".join(f"{name} {score:.3f}" for name, score in parts.items() if score is not None)
     head = f"<b>{place}</b><span class='score'>{hit.score:.3f}</span><span class='parts'>{cosines}</span>"
-    captions = [f"<p class='caption'>{escape(text)}</p>" for text in shown.captions]
-    more = captions[CAPTIONS:]
-    rest = f"<details><summary>{len(more)} more</summary>{''.join(more)}</details>" if more else ""
-    where = shown.title if hit.start is None else f"{shown.title}, {_time(hit.start)}–{_time(hit.end)}"
+    captions = [f"<p class='caption'>{escape(cut(text))}</p>" for text in shown.captions[:MOST]]
+    more, left = captions[CAPTIONS:], len(shown.captions) - MOST
+    last = f"<p>... and {left} more</p>" if left > 0 else ""
+    rest = f"<details><summary>{len(more) + max(left, 0)} more</summary>{''.join(more)}{last}</details>" if more else ""
+    name = cut(shown.title)
+    where = name if hit.start is None else f"{name}, {_time(hit.start)}–{_time(hit.end)}"
     words = f"{''.join(captions[:CAPTIONS])}{rest}<p class='id'>{escape(where)}</p>"
     return f"<li class='card'><div class='head'>{head}</div>{_media(shown)}<div class='words'>{words}</div></li>"
 

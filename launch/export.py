@@ -6,7 +6,6 @@ ONNX      python launch/export.py runs/stamps exported/stamps --onnx    also aud
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
@@ -25,12 +24,15 @@ def main() -> None:
     args = parser.parse_args()
     from clip4vla import model_card, weights
     from clip4vla.model import Model
+    from clip4vla.settings import read_tree
 
     weights.must_be_new(args.out)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent) as temporary:  # as large as a checkpoint, if that is remote
         folder = find(args.source, args.step, Path(temporary))
-        model, step = Model.from_checkpoint(folder), json.loads((folder / "config.json").read_text()).get("step")
+        model, step = Model.from_checkpoint(folder), read_tree(folder / "config.json").get("step")
+        if not isinstance(step, int | None):
+            raise UserError(f"{folder}/config.json: its step is {step!r}, no number: take another checkpoint")
         card = model_card.card(model, run_of(folder), step)
         said = weights.write(model, args.out, card, args.dtype, step, args.onnx)
     print(f"{args.out}: {said}, step {step} of {args.source}")

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -20,9 +21,9 @@ from safetensors.torch import load_file
 from test_imports import TRAINING
 from test_official import checkpoint
 
-from clip4vla import cli, model_card, onnx_export, weights
+from clip4vla import cli, model_card, onnx_export, stages, weights
 from clip4vla.audio_encoder import type_mix
-from clip4vla.config import ModelConfig, SpectrogramConfig, UserError
+from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig, UserError
 from clip4vla.model import Model
 
 PAGE = (ROOT / "docs/weights.md").read_text()
@@ -123,10 +124,54 @@ def test_names_are_text_and_no_markup(tmp_path):
     assert "75.0%" in page and "loss.at</td>\n<td>7.5" in page
 
 
-def test_a_broken_file_of_the_run_is_named(tmp_path):
-    (tmp_path / "config.yaml").write_text("a: [")
-    with pytest.raises(UserError, match="config.yaml: not readable"):
+ROW = {"step": 1, "samples": 2, "loss": 0.5}
+BOMB = "a0: &a0 [x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+
+
+@pytest.mark.parametrize("file, text", [
+    *(("config.yaml", text) for text in ("a: [", BOMB, "x", "data: x", "data: {train: x}", "data: {train: {a: x}}", "eval: x")),
+    *(("eval/test/metrics.json", text) for text in ("[" * 99999, "[]", '{"a": 1}', '{"a": {"R@1": "x"}}')),
+    ("eval/test/metrics.json", '{"a": {"R@1": 1, "ci": 1}}'),
+    *(("eval/test/manifest.json", text) for text in ("{", '{"checkpoint": 1}', '{"settings": {"eval": 1}}')),
+    *(("metrics.jsonl", json.dumps(ROW | {key: "x"}) + "\n") for key in ("step", "samples", "loss")),
+    ("shards/index.json", '{"counts": 1}'),
+], ids=lambda value: value[:30])  # fmt: skip
+def test_a_broken_file_of_the_run_is_named(tmp_path, file, text):
+    for name in ("eval/test", "shards"):
+        (tmp_path / name).mkdir(parents=True)
+    whole = {
+        "config.yaml": f"data: {{train: {{{tmp_path}/shards: 1.0}}}}",
+        "metrics.jsonl": json.dumps(ROW) + "\n",
+        "eval/test/metrics.json": '{"a": {"R@1": 5.0}}',
+        "eval/test/manifest.json": "{}",
+        "shards/index.json": '{"counts": {"samples": 3}}',
+    }
+    for name, right in whole.items():
+        (tmp_path / name).write_text(right)
+    assert "100.0% | 3 |" in model_card.card(tiny_model(), tmp_path).text
+    (tmp_path / file).write_text(text)
+    with pytest.raises(UserError, match=f"{tmp_path}/{file}: not readable .*; mend it or remove it") as said:
         model_card.card(tiny_model(), tmp_path)
+    assert "\n" not in str(said.value)
+
+
+def test_a_checkpoint_without_a_number_for_its_step_is_one_line(demo, tmp_path):
+    shutil.copytree(demo / "runs/demo", tmp_path / "run")
+    file = tmp_path / "run/checkpoints/step-00000003/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"step": "x"}))
+    done = run("launch/export.py", tmp_path / "run", tmp_path / "out", cwd=demo)
+    assert done.returncode == 2 and f"error: {file}: its step is 'x', no number" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("text", [BOMB, "[1]", "x"])
+def test_settings_of_several_runs_that_cannot_be_read_are_named(tmp_path, text):
+    stages.must_be_the_same(tmp_path, {"run": RunConfig()})
+    stages.must_be_the_same(tmp_path, {"run": RunConfig()})
+    with pytest.raises(UserError, match="its runs have run.seed"):
+        stages.must_be_the_same(tmp_path, {"run": RunConfig(seed=7)})
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"{tmp_path}/settings.yaml: .* write it again"):
+        stages.must_be_the_same(tmp_path, {"run": RunConfig()})
 
 
 def test_a_card_needs_no_training_package():

@@ -1,5 +1,7 @@
 """A slice of the campaign against the page's server and the HTML pages, on one server and one chromium."""
 
+import asyncio
+import contextlib
 import json
 import os
 import random
@@ -9,6 +11,7 @@ import sys
 import time
 
 import pytest
+import uvicorn
 from conftest import run
 from faults import web
 from faults._pages import chromium
@@ -49,7 +52,7 @@ def test_it_listens_on_this_machine_alone(server):
 
 def test_uploads_have_room_for_so_many(tmp_path):
     """Also those under way; what was left behind goes."""
-    guard = web_guard.Guard(None, str(tmp_path), 100, (), False, {}, ())
+    guard = web_guard.Guard(None, str(tmp_path), 100, (), False, {}, (), ())
     for number in range(web_guard.ROOM - 1):
         (tmp_path / str(number)).write_bytes(bytes(100))
     assert guard._room(100)
@@ -85,7 +88,7 @@ def test_uploads_have_room_for_so_many(tmp_path):
     ],
 )
 def test_names_of_other_sites_are_not_answered_to(host, numbers, known):
-    assert web_guard.Guard(None, "", 0, web_guard.LOCAL, numbers, {}, ())._known(host) == known
+    assert web_guard.Guard(None, "", 0, web_guard.LOCAL, numbers, {}, (), ())._known(host) == known
 
 
 def test_nobody_but_a_page_can_have_a_query_computed(server):
@@ -135,3 +138,98 @@ def test_connections_are_limited_in_number_and_silence(server):
     for link in links:
         link.close()
     server.alive()
+
+
+def test_silent_streams_lock_nobody_out(server):
+    """The page opens one a session, and no heartbeats; neither are ended by a time limit."""
+    status, found = server.ask("submit", "", "silent")
+    assert status == 200 and "Type what you look for" in found
+    stream = "/gradio_api/queue/data?session_hash=silent"
+    with contextlib.ExitStack() as links:
+        for path in [stream, "/gradio_api/heartbeat/x"] * (web_guard.CONNECTIONS // 2):
+            links.enter_context(server.held(path))
+        time.sleep(2 * web_guard.TURN + 1)
+        server.alive()
+        assert server.get(stream)[0] == 503
+
+
+def test_streams_are_limited_in_number_and_end_with_their_session(tmp_path):
+    """One that is asked for twice, or is one too many, is refused; the query string goes on as the page sends it."""
+    sessions, seen, stop = {str(i) for i in range(web_guard.STREAMS + 1)}, [], asyncio.Event()
+
+    async def stream(scope, receive, send):
+        seen.append(scope["query_string"])
+        await stop.wait()
+        raise RuntimeError("what gradio raises for a session that it has forgotten")
+
+    async def main():
+        guard = web_guard.Guard(stream, str(tmp_path), 100, web_guard.LOCAL, False, {}, sessions, ())
+        said = []
+
+        async def ask(query):
+            async def send(message):
+                said.append(message.get("status"))
+
+            scope = {"type": "http", "method": "GET", "path": web_guard.STREAM, "query_string": query.encode()}
+            await guard({**scope, "headers": [(b"host", b"localhost")]}, None, send)
+
+        streams = [asyncio.create_task(ask(f"session_hash={i}&session_hash=0")) for i in range(web_guard.STREAMS)]
+        await asyncio.sleep(0)
+        for query in ("session_hash=7", f"session_hash={web_guard.STREAMS}", "session_hash=x", ""):
+            await ask(query)
+        assert said[::2] == [503, 503, 404, 404] and len(seen) == web_guard.STREAMS and seen[7] == b"session_hash=7"
+        sessions.clear()
+        stop.set()
+        await asyncio.gather(*streams)
+        assert set(said[8::2]) == {404} and not guard.streams
+
+    asyncio.run(main())
+
+
+def test_who_takes_nothing_of_an_answer_is_cut_off(monkeypatch):
+    """Also when it is all in the server's buffer already; who takes it slowly gets it all."""
+    monkeypatch.setattr(web_guard, "TURN", 0.3)
+    size = 32 << 20  # more than the kernel takes
+
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(size)})
+
+    async def main():
+        config = uvicorn.Config(answer, http=web_guard.Impatient, ws="none", lifespan="off", log_level="error")
+        config.load()
+        state = uvicorn.server.ServerState()
+        loop = asyncio.get_running_loop()
+        listening = await loop.create_server(lambda: web_guard.Impatient(config, state, {}), "127.0.0.1", 0)
+        port = listening.sockets[0].getsockname()[1]
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 10)
+        slow, other = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+        for one in (writer, other):
+            one.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        taken = 0
+        while part := await slow.read(1 << 20):
+            taken += len(part)
+            await asyncio.sleep(0.04)
+        assert taken > size
+        async with asyncio.timeout(5):
+            while state.connections:
+                await asyncio.sleep(0.1)
+        writer.close()
+        listening.close()
+
+    asyncio.run(main())
+
+
+def test_gradios_paths_of_uploads_are_forgotten_and_old_files_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(web_guard, "SHORT", 0.1)
+    (tmp_path / "old").touch()
+    os.utime(tmp_path / "old", (0, 0))
+    (tmp_path / "new").touch()
+    noted = [{"a"}, {"b"}]
+
+    async def lives(scope, receive, send):
+        await asyncio.sleep(0.5)
+
+    guard = web_guard.Guard(lives, str(tmp_path), 100, (), False, {}, (), noted)
+    asyncio.run(guard({"type": "lifespan"}, None, None))
+    assert noted == [set(), set()] and os.listdir(tmp_path) == ["new"]

@@ -117,6 +117,17 @@ def test_no_index_and_a_broken_one_are_one_line(tmp_path):
         Index.open(tmp_path)
 
 
+def test_what_is_noted_of_the_faiss_file_must_be_whole(store, tmp_path):
+    fill(store, 5)
+    finish(store, tmp_path, 4e9)
+    noted, index = store.get("faiss"), Index(tmp_path)
+    assert index.known() == noted
+    for damaged in ([1], {**noted, "file": "../x"}, {**noted, "items": "5"}, {"file": noted["file"]}):
+        store.set(faiss=damaged)
+        with pytest.raises(UserError, match="not a readable index"):
+            index.known()
+
+
 def test_a_lost_or_damaged_faiss_file_is_said_and_made_anew(store, tmp_path):
     vectors = fill(store, 40)
     finish(store, tmp_path, 4e9)

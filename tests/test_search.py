@@ -406,6 +406,15 @@ def test_a_run_is_indexed_with_the_checkpoint_that_was_its_newest(model_folder, 
     assert picture.name in capsys.readouterr().out
 
 
+def test_info_names_a_faiss_file_that_is_gone(built, tmp_path, capsys):
+    shutil.copytree(built[0], tmp_path / "idx")
+    (file,) = (tmp_path / "idx").glob("index-*.faiss")
+    file.unlink()
+    with pytest.raises(SystemExit):
+        call("info", tmp_path / "idx")
+    assert capsys.readouterr().err == f"error: {file}: No such file or directory: run the build again\n"
+
+
 def test_the_plan_prints_its_formula_and_marks_what_is_taken(capsys):
     call("plan", "--items", 10**6, 10**8, "--dim", 512, "--parts", 3)
     out = capsys.readouterr().out

@@ -21,17 +21,20 @@ import time
 import zlib
 from urllib.parse import quote
 
+import gradio
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, run
+from fastapi.testclient import TestClient
 from forks import ROOT
 from test_report import EVIL, FLAGS
 
-from clip4vla import CLIP4VLA, indexing
+from clip4vla import CLIP4VLA, indexing, web_results
 from clip4vla.config import ModelConfig, SpectrogramConfig
-from clip4vla.index import ITEMS, Index
-from clip4vla.web import HITS, LONGEST, Searcher, page
+from clip4vla.exhibits import Exhibit
+from clip4vla.index import ITEMS, Hit, Index
+from clip4vla.web import HITS, LONGEST, Searcher, application, page
 
 NASTY = EVIL + " ${alert(3)} {{alert(4)}}"  # gradio's templates
 APPLE = ROOT / "tests/sample/food/fruit/apple_red.png"
@@ -309,7 +312,8 @@ def test_the_page_asked_nobody_but_its_server_and_met_no_error(server, browser):
     assert len(sent) > 100 and {url for url in sent if not url.startswith((server[0] + "/", "data:", "blob:"))} == set()
     logged = [e["params"]["entry"] for e in browser.events if e.get("method") == "Log.entryAdded"]
     errors = [entry for entry in logged if entry["level"] == "error" and "upload_progress" not in entry.get("url", "")]
-    assert [entry.get("url") for entry in errors] == []  # a refused upload has no progress
+    assert [entry.get("url") for entry in errors] == []  # uploads have no progress: gradio would keep its ids
+    assert not [url for url in sent if "heartbeat" in url]
     kinds = ("Runtime.exceptionThrown", "Page.javascriptDialogOpening")
     assert [e for e in browser.events if e.get("method") in kinds] == []
 
@@ -423,6 +427,40 @@ def test_it_ends_without_a_word_and_leaves_no_upload(place, server):
     out, err = server[1].communicate(timeout=30)
     assert server[1].returncode == 0 and (out, err) == ("", "")
     assert not list(place.glob("clip4vla-web-*"))
+
+
+def test_an_upload_leaves_no_trace_in_memory_but_what_the_guard_clears(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    blocks = page(Searcher(Index.open(place / "IDX"), model_of(place)), 1)
+    guard = application(blocks, str(tmp_path), 1, ("testserver",), False)
+    client, statuses = TestClient(guard), gradio.routes.file_upload_statuses
+    done = client.post("/gradio_api/upload?upload_id=" + "x" * 9999, files={"files": ("a.txt", b"a")})
+    (path,) = done.json()
+    assert (statuses._statuses, statuses._signals) == ({}, {})
+    assert blocks.upload_file_set == {path} and blocks.upload_file_set in guard.noted
+    paths = ("upload_progress?upload_id=x", "heartbeat/x", "queue/data?session_hash=x")
+    assert [client.get(f"/gradio_api/{one}").status_code for one in paths] == [404] * 3
+
+
+def test_a_card_has_so_many_captions_and_each_so_much_of_its_text():
+    """All of an answer is in memory until it is fetched."""
+    clip = Exhibit("n" * 5000, [f"{number} " + "&" * 5000 for number in range(100)])
+    hit = Hit(1, 0.5, {"v": 0.5}, "", [], None, None, "", "")
+    card = web_results.found("asked", None, [(hit, clip)], {"v": 0.0}, [])
+    assert card.count("class='caption'") == web_results.MOST and "98 more<" in card and "... and 80 more<" in card
+    assert card.count("&amp;") == web_results.MOST * web_results.LONGEST - 2 * 10 - 3 * 10
+    assert card.count("n" * web_results.LONGEST + "...<") == 1 and "n" * (web_results.LONGEST + 1) not in card
+    few = web_results.found("asked", None, [(hit, Exhibit("n", ["a", "b", "c"]))], {"v": 0.0}, [])
+    assert few.count("class='caption'") == 3 and "1 more<" in few and "..." not in few
+
+
+def test_a_damaged_index_is_one_line(place, tmp_path):
+    shutil.copytree(place / "IDX", tmp_path / "IDX")
+    with contextlib.closing(sqlite3.connect(tmp_path / "IDX" / ITEMS)) as db, db:
+        db.execute("UPDATE items SET shown = '[]'")
+    done = run(ROOT / "clip4vla/web.py", tmp_path / "IDX", "--model", place / "M", "--port", 0)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.match(f"error: {tmp_path}/IDX/{ITEMS}: not a readable index .*: remove it and build it anew", done.stderr)
 
 
 def test_sliders_that_change_nothing_are_not_shown(place, tmp_path):

@@ -15,7 +15,7 @@ import torch
 from conftest import TINY, run
 from forks import ROOT
 
-from clip4vla import CLIP4VLA, indexing
+from clip4vla import CLIP4VLA, indexing, web_results
 from clip4vla.config import ModelConfig, SpectrogramConfig
 
 APPLE = ROOT / "tests/sample/food/fruit/apple_red.png"
@@ -30,7 +30,7 @@ SHORT = [
     "Z" + "\u0351" * 300, "bell\x07 esc\x1b[31m",
 ]  # fmt: skip
 LONG = "x" * 100_000
-HOSTILE = [*SHORT, LONG]
+HOSTILE = [*SHORT, LONG, web_results.cut(LONG)]  # the last: as the search page shows the one before it
 
 
 def build(folder: Path) -> None:
@@ -105,6 +105,12 @@ class Server:
                 pass
         head, _, body = got.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
         return int(head.split()[1]) if head.startswith(b"HTTP/1.") else 0, body
+
+    def held(self, path: str) -> socket.socket:
+        """A connection that has asked for a path, and says and takes nothing more."""
+        link = socket.create_connection(("127.0.0.1", int(self.host.partition(":")[2])), 60)
+        link.sendall(self.request("GET", path))
+        return link
 
     def request(self, method: str, path: str, body: bytes = b"", head: str = "", host: str = "") -> bytes:
         """The bytes of a request, its path as it is."""

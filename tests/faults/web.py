@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from faults._mutate import mutate
@@ -33,6 +34,7 @@ def campaign(folder: Path, seed: int) -> dict:
         for name, count in {"paths": 2000, "queries": 2000, "requests": 2000, "uploads": 300, "hosts": 200}.items():
             found[name] = attack(server, name, count, rng, seed)
         found["slow"] = slow(server, 1500)
+        found["silent"] = silent(server, 600)
         found["crowd"] = crowd(server, 50, 45, seed)
         found["listens on"] = listening(server.process.pid)
         found["pages"] = chromium(folder, server)
@@ -245,6 +247,22 @@ def slow(server: Server, count: int) -> dict:
     assert not some, f"{len(some)} of {count} idle connections are still open after a minute"
     server.alive()
     return {"connections": count, "all closed after s": round(time.monotonic() - start, 1), "crashed": 0}
+
+
+def silent(server: Server, count: int) -> dict:
+    """So many clients that hold a stream of answers open, each of a session of its own, and as many heartbeats: a person
+    is answered, and nobody's stream ends the server."""
+    start, links = time.monotonic(), []
+    for number in range(count):
+        server.ask("submit", "", f"silent{number}")
+        for path in (f"queue/data?session_hash=silent{number}", f"heartbeat/silent{number}"):
+            with suppress(OSError):  # one too many
+                links.append(server.held(f"/gradio_api/{path}"))
+    server.alive()
+    for link in links:
+        link.close()
+    server.alive()
+    return {"streams": count, "seconds": round(time.monotonic() - start, 1), "crashed": 0}
 
 
 def _lives(number: int, link: socket.socket) -> bool:
