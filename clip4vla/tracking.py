@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import subprocess
@@ -122,14 +123,15 @@ def read_rows(run_dir: str | Path, until: float = float("inf")) -> list[dict[str
 def _rows(file: Path, until: float) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """(line, row) of whole lines with step <= until, one after another: of a million steps with their samples there are GBs."""
     try:
-        for line in file.open("rb") if file.exists() else ():
-            if not line.endswith(b"}\n"):
-                continue
-            row = parse_json(line)
-            if not (isinstance(row, dict) and type(row["step"]) is int and abs(row["step"]) < 2**53):
-                raise KeyError("step")
-            if row["step"] <= until:
-                yield line, row
+        with file.open("rb") if file.exists() else io.BytesIO() as lines:
+            for line in lines:
+                if not line.endswith(b"}\n"):
+                    continue
+                row = parse_json(line)
+                if not (isinstance(row, dict) and type(row["step"]) is int and abs(row["step"]) < 2**53):
+                    raise KeyError("step")
+                if row["step"] <= until:
+                    yield line, row
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{file}: not readable ({error}); mend it or remove it") from None
 

@@ -25,7 +25,7 @@ def left(folder: str, names: list[str]) -> list[str]:
     return [name for name in names if name in top or name == "__pycache__" or name.endswith(".egg-info")]
 
 
-def shell(command: str, folder: Path, timeout: float = 600) -> subprocess.CompletedProcess:
+def shell(command: str, folder: Path, timeout: float = 1800) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     return subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=timeout)

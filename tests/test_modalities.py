@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, ranks
-from scipy.stats import binom
+from scipy.stats import binom, norm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -140,7 +140,9 @@ def check(found, ending, alike, learned=90.0):
         if alike == ITEMS:
             assert row["p"] > 0.001, way
     if ending and 1 < alike < ITEMS:
-        assert found["video_to_text" + ending]["p"] <= 0.01  # beside the other it learned its half of the answer
+        # beside the other it learned its half of the answer; R@1 of a half is itself a draw, the mean rank hardly
+        places = 1 + CLIPS["test"] * np.arange(ITEMS)  # of the right text among groups of equal ones
+        assert found["video_to_text" + ending]["MeanR"] <= norm(places.mean(), places.std() / ITEMS**0.5).ppf(0.01)
 
 
 @pytest.mark.parametrize("name, media, head", RUNS)
