@@ -180,7 +180,7 @@ def image_statistics(clip: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return known.get("mean", open_clip.OPENAI_DATASET_MEAN), known.get("std", open_clip.OPENAI_DATASET_STD)
 
 
-@functools.cache  # 21 MB in small pieces: made anew by each evaluation, they kept others' memory from being given back
+@functools.cache  # very many small pieces: made anew by each evaluation, they kept others' memory from being given back
 def vocabulary(clip: str, max_tokens: int = 77) -> Callable[[list[str]], Tensor]:
     """open_clip's tokenizer of a CLIP; a file's is that of OpenAI's. The same one for all who ask.
 
