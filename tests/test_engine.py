@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import half
 import pytest
 import torch
 from conftest import ROOT, TINY, run
@@ -65,9 +66,17 @@ def test_contradictions_name_both_places(ds, words, said):
 def test_precision_follows_ds_json_unless_the_yaml_decides():
     assert merged({"bf16": {"enabled": True}})["bf16"]["enabled"] is True
     assert merged({})["bf16"]["enabled"] is torch.cuda.is_available()
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="my.json: fp16 is not supported on cpu"):
-            merged({"fp16": {"enabled": True}})
+
+
+def test_whether_fp16_is_refused_depends_on_the_device(monkeypatch):
+    half.answer(True, monkeypatch.setattr)
+    assert merged({"fp16": {"enabled": True}})["fp16"]["enabled"] is True
+    assert merged({}, "train.precision=fp16")["fp16"]["enabled"] is True
+    half.answer(False, monkeypatch.setattr)
+    with pytest.raises(UserError, match="^my.json: fp16 is not supported on c"):  # cpu or cuda
+        merged({"fp16": {"enabled": True}})
+    with pytest.raises(UserError, match="^train.precision: fp16 is not supported on c"):
+        merged({}, "train.precision=fp16")
 
 
 def test_own_ds_json_in_the_working_folder_comes_first(tmp_path, monkeypatch):

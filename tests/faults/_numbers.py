@@ -13,7 +13,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from deepspeed.accelerator import get_accelerator  # noqa: E402
+import half  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from test_losses import brute_force  # noqa: E402
 
@@ -120,10 +120,7 @@ def ended(case: dict) -> dict:
 
 
 if __name__ == "__main__":
-    kind = type(get_accelerator())
-    if kind.__name__ == "CPU_Accelerator":  # which computes in fp16 well enough, and says that it does not
-        kind.supported_dtypes = lambda self: [torch.float32, torch.bfloat16, torch.float16]
-        kind.is_fp16_supported = lambda self: True
+    half.answer(True)
     found = {case["name"]: ended(case) for case in json.loads(sys.argv[2])}
     if distributed.rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))

@@ -1,7 +1,7 @@
 """Numerical trouble: in each case the run goes on with the right loss, or ends in the one line, and no checkpoint holds NaN.
 
-The spoilt numbers come from _numbers.py; everything else is the shipped program on two gloo ranks. Of the fp16 of DeepSpeed's CPU
-accelerator, which refuses it, the refusal alone is taken away.
+The spoilt numbers come from _numbers.py; everything else is the shipped program on two gloo ranks. Of a CPU
+without AVX512-FP16 DeepSpeed's refusal of fp16 alone is taken away (half.py).
 """
 
 import json
