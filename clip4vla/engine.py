@@ -77,7 +77,7 @@ def merge(ds: dict[str, Any], where: str, cfg: RunConfig) -> dict[str, Any]:
 
 
 def choose_precision(ds: dict[str, Any], where: str, train: TrainConfig) -> str:
-    """fp32, bf16 or fp16, after asking the device; `auto` follows ds.json, else takes bf16 on a GPU, fp32 on a CPU."""
+    """fp32, bf16 or fp16, after asking the device; `auto` follows ds.json, else takes bf16 where it is fast."""
     from deepspeed.accelerator import get_accelerator
 
     for kind in ("bf16", "fp16", "optimizer", "zero_optimization"):
@@ -87,7 +87,8 @@ def choose_precision(ds: dict[str, Any], where: str, train: TrainConfig) -> str:
     wanted = train.precision if train.precision != AUTO else asked[0] if asked else ""
     device = get_accelerator()
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    wanted = wanted or ("bf16" if torch.cuda.is_available() and dtypes["bf16"] in device.supported_dtypes() else "fp32")
+    fast = torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()  # in bf16
+    wanted = wanted or ("bf16" if fast and dtypes["bf16"] in device.supported_dtypes() else "fp32")
     if dtypes[wanted] not in device.supported_dtypes():
         source = where if train.precision == AUTO else "train.precision"
         raise UserError(

@@ -65,7 +65,16 @@ def test_contradictions_name_both_places(ds, words, said):
 
 def test_precision_follows_ds_json_unless_the_yaml_decides():
     assert merged({"bf16": {"enabled": True}})["bf16"]["enabled"] is True
-    assert merged({})["bf16"]["enabled"] is torch.cuda.is_available()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU decides, and has bf16")
+@pytest.mark.parametrize("amx", [True, False])
+def test_left_to_itself_a_cpu_takes_bf16_only_with_amx(monkeypatch, amx):
+    assert isinstance(torch.cpu._is_amx_tile_supported(), bool)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert merged({})["bf16"]["enabled"] is amx
+    assert merged({"bf16": {"enabled": True}})["bf16"]["enabled"] is True
+    assert merged({}, "train.precision=fp32")["bf16"]["enabled"] is False
 
 
 def test_whether_fp16_is_refused_depends_on_the_device(monkeypatch):
