@@ -111,7 +111,7 @@ def test_two_ranks_evaluate_as_one(demo):
     test = ",".join(
         f"{folder}/data/sample/{source}/train" for source in ("pictures", "speech_fr", "speech_es", "sounds")
     )
-    words = ["configs/pretrain/sample.yaml", f"run_dir={folder}/runs/sample", f"data.test=[{test}]"]
+    words = ["configs/pretrain/sample.yaml", f"run_dir={folder}/runs/sample", f"data.test=[{test}]", "eval.types=[data]"]
     done = ranks(2, "launch/evaluate.py", *words)
     assert done.returncode == 0, done.stderr
     assert json.loads(found.read_text()) == one
@@ -126,9 +126,9 @@ SMALLER = {  # what lets a command run on the sample, which has three of the lan
     "data_prep/shard.py configs/data/stamps.yaml": "media_root=tests/sample",
     "launch/pretrain.py --deepspeed_config ds.json": "train.max_steps=2 train.batch_size=24 "
     "data.train=[data/stamps/speech_fr/train,data/stamps/sounds/train]",
-    "configs/finetune/stamps_retrieval.yaml": "train.max_steps=2 train.batch_size=12 eval.every=1 "
+    "configs/finetune/stamps_retrieval.yaml": "train.max_steps=2 train.batch_size=12 eval.every=2 "
     "data.train=[data/stamps/speech_fr/train] data.val=data/stamps/speech_fr/train data.test=data/stamps/speech_es/train",
-    "configs/finetune/stamps_captioning.yaml": "train.max_steps=2 train.batch_size=12 eval.every=1 decode.beams=2 "
+    "configs/finetune/stamps_captioning.yaml": "train.max_steps=2 train.batch_size=12 eval.every=2 decode.beams=2 "
     "data.train=data/stamps/speech_fr/train data.val=data/stamps/speech_fr/test data.test=data/stamps/speech_es/train",
     "configs/finetune/stamps_classification.yaml": "classify.shots=[1] classify.draws=1 "
     "data.train=data/stamps/speech_fr/train data.test=data/stamps/speech_es/train",
