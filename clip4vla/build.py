@@ -182,7 +182,8 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
         wanted = {*cfg.model.train_towers.split("+"), *needed_towers(cfg.loss, cfg.model.modalities)}
         model.cfg.train_towers = "+".join(sorted(wanted))
         source = "scratch"
-    broken = next((name for name, value in model.state_dict().items() if not value.isfinite().all()), "")
+    edges = ((name, value.aminmax()) for name, value in model.state_dict().items())  # isfinite() takes 20 times as long
+    broken = next((name for name, (low, high) in edges if not (low.isfinite() and high.isfinite())), "")
     if broken:
         raise UserError(f"{source}: the weights of {broken} are not finite: take another checkpoint, or other weights")
     model.freeze()

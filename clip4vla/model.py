@@ -49,7 +49,8 @@ class Model(nn.Module):
 
     def load_clip(self) -> bool:
         """Fill text and vision from the weights that cfg.clip names; False if it names none."""
-        built = towers.build_clip(self.clip_config)
+        with torch.device("meta"):  # shapes alone: random weights would take a second, and the file's take their place
+            built = towers.build_clip(self.clip_config)
         found = towers.load_clip_weights(built, self.cfg.clip)
         if found:
             self.text.load_state_dict(built.text.state_dict())

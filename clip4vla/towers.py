@@ -84,7 +84,7 @@ def must_be_backed(config: dict[str, Any], state: dict[str, Tensor], blocks: int
 
 
 def load_clip_weights(model: CustomTextCLIP, clip: str) -> bool:
-    """Fill the towers with the weights that `model.clip` names; False if it names none."""
+    """Fill the towers, which may be on torch's meta device, with the weights that `model.clip` names; False if none."""
     name, _, tag = clip.partition("/")
     if clip.endswith(WEIGHTS):
         state = convert_to_custom_text_state_dict(read_weights(clip)[0])
@@ -251,7 +251,7 @@ def _unreadable(key: str, path: str, error: Exception) -> UserError:
 
 def _load(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise UserError(f"{where}: these weights do not fit the towers: {' '.join(str(error).split())[:300]}") from None
 
