@@ -61,7 +61,7 @@ def start(folder: Path, run_dir: Path, ranks: int) -> float:
     env = {**os.environ, "PATH": f"{watched(folder)}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     begin = time.time()
     with subprocess.Popen(
-        [str(deepspeed), *words, "train.log_every=1", "train.max_steps=2", "train.save_every=2"],
+        [str(deepspeed), *words, "train.precision=auto", "train.log_every=1", "train.max_steps=2", "train.save_every=2"],
         cwd=ROOT, env=env, stdout=sys.stderr, start_new_session=True,
     ) as process:  # fmt: skip
         rows = run_dir / "metrics.jsonl"

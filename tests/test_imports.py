@@ -15,7 +15,6 @@ EXTRAS = (*TRAINING, "faiss", "gradio", "onnxruntime", "onnxscript", "pycocoeval
 PLAIN = ["api", "inputs", "media", "pictures", "model", "towers", "audio_encoder", "fusion", "captioner", "decoding"]
 SLOW = (
     "torch",
-    "numpy",
     "deepspeed",
     "nvidia",
     "matplotlib",
