@@ -286,7 +286,8 @@ class Model(nn.Module):
         head = cfg.fusion not in ("global_global", "classifier")
         positions = cfg.max_tokens + cfg.max_frames + spectrogram.max_segments
         towers.must_be_backed(tree["clip"], weights, cfg.fusion_layers * head, positions * head)
-        model = cls(tree["clip"], cfg, spectrogram, from_tree(FramesConfig, tree["frames"], file, "frames."))
+        with towers.Undrawn():
+            model = cls(tree["clip"], cfg, spectrogram, from_tree(FramesConfig, tree["frames"], file, "frames."))
         model.load_state_dict(weights)
         return model
 
