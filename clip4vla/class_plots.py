@@ -4,19 +4,18 @@ Each function gives a PNG; the figures before they are drawn are functions of th
 """
 
 import statistics
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, PercentFormatter
 
 from clip4vla.exhibits import encoded
 
+if TYPE_CHECKING:  # matplotlib takes a second, and every training run loads this module: imported where it draws
+    from matplotlib.figure import Figure
+
 INK, SOFT, BLUE, RED = "#1f2937", "#5b6472", "#2563eb", "#dc2626"
 SHADES = (BLUE, "#d97706", "#059669", "#9333ea", RED, "#0891b2", INK)  # of curves
-SHARES = LinearSegmentedColormap.from_list(  # steep at first: one clip of forty is to be seen
-    "shares", [(0, "white"), (0.1, "#bfdbfe"), (0.5, "#3b82f6"), (1, "#172554")]
-).with_extremes(bad="#e2e6ec")
+SHARES = [(0, "white"), (0.1, "#bfdbfe"), (0.5, "#3b82f6"), (1, "#172554")]  # steep at first: one clip of forty shows
 FEW = 20  # classes up to which there is room for numbers and large letters
 LONG = 32  # characters of a name that are shown
 
@@ -42,8 +41,12 @@ def few_shot(curves: dict[str, dict[int, list[float]]], full: dict[str, float]) 
     return _png(few_shot_figure(curves, full))
 
 
-def confusion_figure(names: list[str], counts: np.ndarray) -> Figure:
+def confusion_figure(names: list[str], counts: np.ndarray) -> "Figure":
     """Colour: share of its row, 0 to 1. Numbers: clips."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
+
     few, n = len(names) <= FEW, len(names)
     size, side = (8, max(2.2, 0.42 * n)) if few else (6, 0.125 * n)  # points; inches
     labels = [_short(name) for name in names]
@@ -54,7 +57,8 @@ def confusion_figure(names: list[str], counts: np.ndarray) -> Figure:
     axes = figure.add_subplot()
     totals = counts.sum(1, keepdims=True)
     shares = np.divide(counts, totals, out=np.full(counts.shape, np.nan), where=totals > 0)
-    image = axes.imshow(shares, cmap=SHARES, vmin=0, vmax=1)
+    colours = LinearSegmentedColormap.from_list("shares", SHARES).with_extremes(bad="#e2e6ec")
+    image = axes.imshow(shares, cmap=colours, vmin=0, vmax=1)
     turn = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90}
     axes.set_xticks(range(n), labels, fontsize=size, parse_math=False, **turn)
     axes.set_yticks(range(n), labels, fontsize=size, parse_math=False)
@@ -76,8 +80,10 @@ def confusion_figure(names: list[str], counts: np.ndarray) -> Figure:
     return figure
 
 
-def per_class_figure(names: list[str], recall: np.ndarray, clips: np.ndarray, chance: float) -> Figure:
+def per_class_figure(names: list[str], recall: np.ndarray, clips: np.ndarray, chance: float) -> "Figure":
     """A bar for each class, classes without a clip last; lines at chance and at the mean of the classes."""
+    from matplotlib.figure import Figure
+
     order = np.argsort(-recall, kind="stable")  # NaN last
     step, size = (0.26, 8) if len(names) <= FEW else (0.16, 6.5)
     figure = Figure(figsize=(7.6, 0.9 + step * len(names)), dpi=150, layout="constrained")
@@ -100,8 +106,11 @@ def per_class_figure(names: list[str], recall: np.ndarray, clips: np.ndarray, ch
     return figure
 
 
-def few_shot_figure(curves: dict[str, dict[int, list[float]]], full: dict[str, float]) -> Figure:
+def few_shot_figure(curves: dict[str, dict[int, list[float]]], full: dict[str, float]) -> "Figure":
     """A line of means with one standard deviation of the draws up and down for each modality; dotted: with all clips."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
     figure = Figure(figsize=(7.6, 4.2), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     shades = dict(zip(curves | full, SHADES, strict=False))
@@ -133,5 +142,5 @@ def _short(name: str) -> str:
     return name if len(name) <= LONG else f"{name[: LONG - 1]}…"
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: "Figure") -> bytes:
     return encoded(lambda buffer: figure.savefig(buffer, format="png"))

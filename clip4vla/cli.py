@@ -24,6 +24,7 @@ EXTRAS = {  # setup.py's, by the names that are imported
     "s3": ("s3fs",),
     "bench": ("librosa", "cv2", "threadpoolctl"),
 }
+UNUSED = ("timm", "transformers")  # open_clip imports them where they are installed; towers.py takes no tower of theirs
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 
@@ -57,7 +58,7 @@ def command_line(
     return load(cls, path, [word for word in args.words if "=" in word]), args
 
 
-def cli(main: Callable[[], None]) -> Callable[[], None]:
+def cli(main: Callable[[], object]) -> Callable[[], None]:
     """Entry scripts' decorator: a UserError, a package that is not installed, or a disk that cannot be written, is one line
     on stderr and exit code 2.
 
@@ -118,3 +119,5 @@ def _before_main(kind: type[BaseException], error: BaseException, trace: Traceba
 
 
 sys.excepthook = _before_main  # only entry scripts import this module
+for package in UNUSED:  # the second that timm and wandb, which it brings, would take is saved
+    sys.modules.setdefault(package, None)  # type: ignore[arg-type]

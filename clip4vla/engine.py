@@ -1,8 +1,10 @@
 """DeepSpeed: the user's ds.json merged with the YAML, precision, and the engine around the model."""
 
 import contextlib
+import importlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,8 +103,9 @@ def start(model: Model, ds: dict[str, Any], train: TrainConfig) -> Any:
     """The DeepSpeed engine around the model, which recomputes activations and is compiled where `train` says so."""
     import deepspeed
 
-    # it would be compiled for a minute at first use, and serves inference only
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # set as a whole: reading it runs a compiler for each op. This one would be compiled for a minute, for inference only
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
+    _import_muon(ds)
     deepspeed.utils.logging.logger.setLevel("WARNING")
     # fp32 products of the losses: features that were rounded to bf16 or fp16 have no more bits than TF32 keeps
     torch.backends.cuda.matmul.allow_tf32 = ds["bf16"]["enabled"] or ds["fp16"]["enabled"]
@@ -120,6 +123,14 @@ def start(model: Model, ds: dict[str, Any], train: TrainConfig) -> Any:
         torch._dynamo.config.recompile_limit = 64  # sizes of padded batches, with and without gradient
         engine.compile(backend=train.compile, compile_kwargs={"dynamic": False})
     return engine
+
+
+def _import_muon(ds: dict[str, Any]) -> None:
+    """Import what every DeepSpeed engine imports; its torch.compile is skipped where Muon does not train: it takes a second."""
+    if str(ds["optimizer"].get("type")).lower() != "muon" and "TORCHDYNAMO_DISABLE" not in os.environ:
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+        del os.environ["TORCHDYNAMO_DISABLE"]
 
 
 def parameter_groups(model: nn.Module, lr_scale: dict[str, float]) -> list[dict[str, Any]]:

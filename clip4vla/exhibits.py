@@ -1,6 +1,7 @@
 """What a person sees and hears of a clip: film strip, spectrogram and sound, small enough that a page holds thousands."""
 
 import base64
+import functools
 import io
 import os
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
 import soundfile
 import torchaudio.functional as AF
@@ -26,7 +26,6 @@ LISTEN = 10.0  # s of sound in a player
 RATE = 16000  # Hz of a player in a page of queries
 STRIP = 6  # frames of a film strip
 HIGH = 96  # pixels of them
-MAGMA = (matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
 @dataclass
@@ -99,7 +98,15 @@ def spectrogram_jpeg(grey: np.ndarray, width: int = 448, height: int = 112) -> b
     """
     image = Image.fromarray(np.ascontiguousarray(grey.T[::-1]))  # mel rows
     image = image.resize((min(width, image.width), height))
-    return encoded(lambda buffer: Image.fromarray(MAGMA[np.asarray(image)]).save(buffer, "JPEG", quality=75))
+    return encoded(lambda buffer: Image.fromarray(_magma()[np.asarray(image)]).save(buffer, "JPEG", quality=75))
+
+
+@functools.cache
+def _magma() -> np.ndarray:
+    """The colours (256, 3), 8 bits each."""
+    import matplotlib  # here: training loads this module, and draws nothing
+
+    return (matplotlib.colormaps["magma"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
 def original_sound(folder: ShardFolder, meta: dict, rate: int) -> Tensor | None:

@@ -49,7 +49,8 @@ class Model(nn.Module):
 
     def load_clip(self) -> bool:
         """Fill text and vision from the weights that cfg.clip names; False if it names none."""
-        built = towers.build_clip(self.clip_config)
+        with torch.device("meta"):  # shapes alone: random weights would take a second, and the file's take their place
+            built = towers.build_clip(self.clip_config)
         found = towers.load_clip_weights(built, self.cfg.clip)
         if found:
             self.text.load_state_dict(built.text.state_dict())
@@ -285,7 +286,8 @@ class Model(nn.Module):
         head = cfg.fusion not in ("global_global", "classifier")
         positions = cfg.max_tokens + cfg.max_frames + spectrogram.max_segments
         towers.must_be_backed(tree["clip"], weights, cfg.fusion_layers * head, positions * head)
-        model = cls(tree["clip"], cfg, spectrogram, from_tree(FramesConfig, tree["frames"], file, "frames."))
+        with towers.Undrawn():
+            model = cls(tree["clip"], cfg, spectrogram, from_tree(FramesConfig, tree["frames"], file, "frames."))
         model.load_state_dict(weights)
         return model
 

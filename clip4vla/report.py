@@ -6,12 +6,9 @@ Everything is inside the file (data: URIs) and its content security policy lets 
 import math
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from clip4vla import captions_page, class_plots, predictions_page, queries_page
 from clip4vla.captions_page import Written
@@ -19,6 +16,9 @@ from clip4vla.exhibits import Exhibit, data_uri, encoded
 from clip4vla.files import write_bytes, write_text
 from clip4vla.predictions_page import Predicted
 from clip4vla.queries_page import Query, arrow
+
+if TYPE_CHECKING:  # matplotlib takes a second, and every training run loads this module: imported where it draws
+    from matplotlib.axes import Axes
 
 TERMS = {
     "loss": "total",
@@ -54,6 +54,8 @@ def run_plot(name: str, rows: list[dict[str, Any]]) -> bytes:
 
     Of rows with the same step, as after a resume, the last counts.
     """
+    from matplotlib.figure import Figure
+
     rows = latest(rows)
     panels = [(title, keys) for title, keys in PANELS.items() if any(key in row for row in rows for key in keys)]
     lines = -(-len(panels) // 3)
@@ -92,7 +94,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and not LARGEST < abs(value) != math.inf
 
 
-def draw(axes: Axes, rows: list[dict[str, Any]], key: str, times: float = 1, **line: Any) -> None:
+def draw(axes: "Axes", rows: list[dict[str, Any]], key: str, times: float = 1, **line: Any) -> None:
     """The values of a key over steps, raw (thin) and smoothed; line: how matplotlib is to draw the smoothed one."""
     points = [(row["step"], row[key] * times) for row in rows if is_number(row.get(key))]
     if points:
@@ -101,8 +103,10 @@ def draw(axes: Axes, rows: list[dict[str, Any]], key: str, times: float = 1, **l
         axes.plot(steps, values if key in SMOOTH else _smooth(values), **line)
 
 
-def tidy(axes: Axes, size: float) -> None:
+def tidy(axes: "Axes", size: float) -> None:
     """Few ticks, of whole steps, in letters of this size, and no frame."""
+    from matplotlib.ticker import MaxNLocator
+
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.5g}")
     axes.tick_params(labelsize=size)
@@ -110,7 +114,7 @@ def tidy(axes: Axes, size: float) -> None:
     axes.grid(alpha=0.2)
 
 
-def _panel(axes: Axes, rows: list[dict[str, Any]], keys: dict[str, str], times: float = 1) -> None:
+def _panel(axes: "Axes", rows: list[dict[str, Any]], keys: dict[str, str], times: float = 1) -> None:
     """The values of each key; keys: what to call them where there are several."""
     size, width = (8, 1.8) if keys is TERMS else (7, 1.2)
     for key, label in keys.items():

@@ -13,6 +13,7 @@ import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, convert_to_custom_text_state_dict
 from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from clip4vla import tensor_files
 from clip4vla.config import UserError
@@ -83,12 +84,29 @@ def must_be_backed(config: dict[str, Any], state: dict[str, Tensor], blocks: int
         raise ValueError(f"towers of {wanted:.0f} weights, the file has {numbers}")
 
 
+class Undrawn(TorchFunctionMode):
+    """Inside, new modules keep what their memory holds: drawing weights that will be loaded takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        draws = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_)
+        if func in draws:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def names_weights(clip: str) -> bool:
+    """Whether `model.clip` names weights, in a file or by a tag, or an architecture alone."""
+    return clip.endswith(WEIGHTS) or (not clip.endswith(".json") and bool(clip.partition("/")[2]))
+
+
 def load_clip_weights(model: CustomTextCLIP, clip: str) -> bool:
-    """Fill the towers with the weights that `model.clip` names; False if it names none."""
+    """Fill the towers, which may be on torch's meta device, with the weights that `model.clip` names; False if none."""
+    if not names_weights(clip):
+        return False
     name, _, tag = clip.partition("/")
     if clip.endswith(WEIGHTS):
         state = convert_to_custom_text_state_dict(read_weights(clip)[0])
-    elif not clip.endswith(".json") and tag:
+    else:
         try:
             state = open_clip.create_model(name, pretrained=tag, force_custom_text=True).state_dict()
         except Exception as error:  # open_clip raises whatever its download libraries raise
@@ -96,8 +114,6 @@ def load_clip_weights(model: CustomTextCLIP, clip: str) -> bool:
                 f"model.clip: cannot get the weights of {clip!r} ({' '.join(str(error).split())[:200]}); "
                 "give a local weights file, or the name alone for random towers"
             ) from None
-    else:
-        return False
     _load(model, {key: value for key, value in state.items() if key != "logit_bias"}, clip)
     return True
 
@@ -251,7 +267,7 @@ def _unreadable(key: str, path: str, error: Exception) -> UserError:
 
 def _load(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise UserError(f"{where}: these weights do not fit the towers: {' '.join(str(error).split())[:300]}") from None
 

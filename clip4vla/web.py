@@ -16,15 +16,34 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from clip4vla import search, web_results, web_uploads
-from clip4vla.api import CLIP4VLA
 from clip4vla.cli import cli
-from clip4vla.config import UserError
-from clip4vla.exhibits import Exhibit
-from clip4vla.index import Index, readable, told
-from clip4vla.web_guard import BODY, LOCAL, Guard, Impatient
+
+LIMIT = 20  # MB of an upload
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m clip4vla.web", description=__doc__.splitlines()[0])
+    parser.add_argument("index", metavar="IDX", help="a folder that python -m clip4vla.search build made")
+    parser.add_argument("--model", help="a folder or a hub id; default: where the index was built with it")
+    parser.add_argument("--host", default="127.0.0.1", help="of another address than this, others see the page too")
+    parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="more hosts to answer to, as a proxy's")
+    parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
+    parser.add_argument("--device", help="default: cuda if there is one")
+    parser.add_argument("--max-upload", type=int, default=LIMIT, metavar="MB", help="of a file that asks")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and a mistake are answered at once
+    cli(_arguments)()
+
+import numpy as np  # noqa: E402
+
+from clip4vla import search, web_results, web_uploads  # noqa: E402
+from clip4vla.api import CLIP4VLA  # noqa: E402
+from clip4vla.config import UserError  # noqa: E402
+from clip4vla.exhibits import Exhibit  # noqa: E402
+from clip4vla.index import Index, readable, told  # noqa: E402
+from clip4vla.web_guard import BODY, LOCAL, Guard, Impatient  # noqa: E402
 
 if TYPE_CHECKING:
     import gradio
@@ -34,7 +53,6 @@ HITS = 12
 LONGEST = 300  # characters of a query
 WAITING = 64  # queries in line; more are refused
 SESSIONS = 256  # of which answers that nobody fetched, and last queries, are kept
-LIMIT = 20  # MB of an upload
 TRIED = 5  # examples of queries
 FONT = ["system-ui", "Segoe UI", "DejaVu Sans", "sans-serif"]  # of the machine: none is loaded
 
@@ -207,15 +225,7 @@ def serve(index: Index, model: CLIP4VLA, listener: socket.socket, limit: int, na
 @cli
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m clip4vla.web", description=__doc__.splitlines()[0])
-    parser.add_argument("index", metavar="IDX", help="a folder that python -m clip4vla.search build made")
-    parser.add_argument("--model", help="a folder or a hub id; default: where the index was built with it")
-    parser.add_argument("--host", default="127.0.0.1", help="of another address than this, others see the page too")
-    parser.add_argument("--names", nargs="+", default=[], metavar="NAME", help="more hosts to answer to, as a proxy's")
-    parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
-    parser.add_argument("--device", help="default: cuda if there is one")
-    parser.add_argument("--max-upload", type=int, default=LIMIT, metavar="MB", help="of a file that asks")
-    args = parser.parse_args()
+    args = _arguments()
     index, listener = Index.open(args.index), _listener(args.host, args.port)
     importlib.import_module("gradio")  # its absence is said before the model is loaded
     name = args.model or index.model

@@ -25,13 +25,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip4vla.cli import cli  # noqa: E402
 from clip4vla.config import SpectrogramConfig, UserError  # noqa: E402
+
+
+def _arguments() -> argparse.Namespace:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser.add_argument("--decode", default="100", metavar="N|all", help="clips of a folder to decode (default 100)")
+    parser.add_argument("--repair", action="store_true", help="drop damaged clips; implies --decode all")
+    parser.add_argument("--report", metavar="FILE.html", help="default: check.html in the first FOLDER")
+    args = parser.parse_args()
+    if args.decode != "all" and not args.decode.isdecimal():
+        raise UserError(f"command line: --decode takes a number or all, not {args.decode!r}")
+    args.decode = None if args.decode == "all" else int(args.decode)
+    return args
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and a mistake are answered at once
+    cli(_arguments)()
+
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
 from clip4vla.files import write_json, write_text  # noqa: E402
 from clip4vla.shards import ENTRIES, INDEX, Shard, ShardFolder, write_index, write_shard  # noqa: E402
 from data_prep.check_page import REPEATS, FolderReport, drawn, summary, write_page  # noqa: E402
@@ -64,20 +83,6 @@ def inspect(places: list[str], decode: int | None, mend: bool) -> list[FolderRep
     for report in broken:
         repair(report)
     return check(find(places), decode)
-
-
-def _arguments() -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER")
-    parser.add_argument("--decode", default="100", metavar="N|all", help="clips of a folder to decode (default 100)")
-    parser.add_argument("--repair", action="store_true", help="drop damaged clips; implies --decode all")
-    parser.add_argument("--report", metavar="FILE.html", help="default: check.html in the first FOLDER")
-    args = parser.parse_args()
-    if args.decode != "all" and not args.decode.isdecimal():
-        raise UserError(f"command line: --decode takes a number or all, not {args.decode!r}")
-    args.decode = None if args.decode == "all" else int(args.decode)
-    return args
 
 
 def find(places: list[str]) -> list[ShardFolder]:

@@ -18,19 +18,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from fsspec.implementations.local import LocalFileSystem
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip4vla import cli, distributed  # noqa: E402  cli first: it says what is not installed
+from clip4vla.cli import cli, command_line  # noqa: E402  first: it says what is not installed
+from clip4vla.config import RunConfig, UserError  # noqa: E402
+
+
+def _settings() -> RunConfig:
+    return command_line(RunConfig, "configs/pretrain/stamps.yaml", __doc__)[0]
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and a mistake are answered at once
+    cli(_settings)()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from fsspec.implementations.local import LocalFileSystem  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from clip4vla import distributed  # noqa: E402
 from clip4vla.batch import Batch  # noqa: E402
 from clip4vla.build import build_model  # noqa: E402
 from clip4vla.checkpoints import newest_checkpoint  # noqa: E402
-from clip4vla.config import RunConfig, UserError  # noqa: E402
 from clip4vla.files import write_json  # noqa: E402
 from clip4vla.loader import Loader, open_folders  # noqa: E402
 from clip4vla.model import Model  # noqa: E402
@@ -81,10 +91,10 @@ class Unit:
             return None
 
 
-@cli.cli
+@cli
 def main() -> None:
     """Read the run's config, embed what is not embedded yet, say what came out."""
-    cfg, _ = cli.command_line(RunConfig, "configs/pretrain/stamps.yaml", __doc__)
+    cfg = _settings()
     device = distributed.setup()
     folders = open_folders(cfg.data.train | cfg.data.val, "data.train")
     for folder in folders:

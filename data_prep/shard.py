@@ -25,41 +25,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip4vla import files  # noqa: E402
 from clip4vla.cli import cli, help_text  # noqa: E402
 from clip4vla.config import DataConfig, UserError  # noqa: E402
-from clip4vla.files import write_json, write_text  # noqa: E402
-from clip4vla.media import Clip, read_clip  # noqa: E402
-from clip4vla.pictures import jpeg, png, read_picture  # noqa: E402
-from clip4vla.pool import NO_ITEM, At, work  # noqa: E402
 from clip4vla.settings import load  # noqa: E402
-from clip4vla.shards import INDEX, fingerprint, write_index, write_shard  # noqa: E402
-from clip4vla.spectrogram import crop, encode, log_mel  # noqa: E402
-from data_prep.annotations import read  # noqa: E402
-from data_prep.manifest import Row, inside  # noqa: E402
-from data_prep.plan import Unit, make_plan, read_plan  # noqa: E402
-from data_prep.progress import Progress, estimate  # noqa: E402
 
 DEFAULT = "configs/data/stamps.yaml"
-VERSION = 3  # raise it when the same media and settings give other bytes: shards are then made again
-
-
-@cli
-def main() -> None:
-    """Read the command line, do what it says."""
-    cfg, args = _command_line()
-    try:
-        if args.dry_run:
-            dry_run(cfg)
-        else:
-            shard(cfg, args.part, args.plan, args.merge)
-    except OSError as error:
-        where = error.filename or cfg.out
-        raise UserError(f"{where}: {error.strerror}; mend that, or choose another out=FOLDER ({cfg.out} now)") from None
 
 
 def _command_line() -> tuple[DataConfig, argparse.Namespace]:
@@ -87,6 +59,40 @@ def _part(text: str) -> tuple[int, int]:
             f"--part {text}: give I/N with 0 <= I < N, for SLURM $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
         )
     return int(match[1]), int(match[2])
+
+
+if __name__ == "__main__":  # before the imports that take seconds: --help and a mistake are answered at once
+    cli(_command_line)()
+
+import numpy as np  # noqa: E402
+
+from clip4vla import files  # noqa: E402
+from clip4vla.files import write_json, write_text  # noqa: E402
+from clip4vla.media import Clip, read_clip  # noqa: E402
+from clip4vla.pictures import jpeg, png, read_picture  # noqa: E402
+from clip4vla.pool import NO_ITEM, At, work  # noqa: E402
+from clip4vla.shards import INDEX, fingerprint, write_index, write_shard  # noqa: E402
+from clip4vla.spectrogram import crop, encode, log_mel  # noqa: E402
+from data_prep.annotations import read  # noqa: E402
+from data_prep.manifest import Row, inside  # noqa: E402
+from data_prep.plan import Unit, make_plan, read_plan  # noqa: E402
+from data_prep.progress import Progress, estimate  # noqa: E402
+
+VERSION = 3  # raise it when the same media and settings give other bytes: shards are then made again
+
+
+@cli
+def main() -> None:
+    """Read the command line, do what it says."""
+    cfg, args = _command_line()
+    try:
+        if args.dry_run:
+            dry_run(cfg)
+        else:
+            shard(cfg, args.part, args.plan, args.merge)
+    except OSError as error:
+        where = error.filename or cfg.out
+        raise UserError(f"{where}: {error.strerror}; mend that, or choose another out=FOLDER ({cfg.out} now)") from None
 
 
 def shard(cfg: DataConfig, part: tuple[int, int] | None = None, plan: bool = False, merge: bool = False) -> None:

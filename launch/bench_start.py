@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from launch.bench import count
-from launch.bench_loss import free_port
-from launch.bench_step import configure
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "nvcc", "ninja")
@@ -33,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """The figures."""
+    from launch.bench_step import configure  # with torch: --help comes before
+
     with tempfile.TemporaryDirectory() as folder:
         configure(Path(folder), args.clip, 32, 2 * args.ranks)
         seconds = [start(Path(folder), Path(folder, f"run{i}"), args.ranks) for i in range(args.rounds)]
@@ -46,6 +46,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def start(folder: Path, run_dir: Path, ranks: int) -> float:
     """Seconds until the row of step 1 was written."""
+    from launch.bench_loss import free_port
+
     words: list[str | Path] = [
         "--num_accelerators",
         str(ranks),
@@ -59,7 +61,7 @@ def start(folder: Path, run_dir: Path, ranks: int) -> float:
     env = {**os.environ, "PATH": f"{watched(folder)}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     begin = time.time()
     with subprocess.Popen(
-        [str(deepspeed), *words, "train.log_every=1", "train.max_steps=2", "train.save_every=2"],
+        [str(deepspeed), *words, "train.precision=auto", "train.log_every=1", "train.max_steps=2", "train.save_every=2"],
         cwd=ROOT, env=env, stdout=sys.stderr, start_new_session=True,
     ) as process:  # fmt: skip
         rows = run_dir / "metrics.jsonl"

@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 
 from clip4vla import towers
 from clip4vla.audio_encoder import AudioEncoder, type_mix
-from clip4vla.config import ModelConfig, SpectrogramConfig, UserError
+from clip4vla.build import build_model
+from clip4vla.config import FramesConfig, ModelConfig, RunConfig, SpectrogramConfig, UserError
 from clip4vla.model import Model, pool
+from clip4vla.settings import to_dict
 
 
 def test_audio_tower_from_vision_gives_the_vision_towers_output_without_type_token():
@@ -208,3 +210,24 @@ def test_a_fixed_temperature_is_exact_in_bf16():
     model = Model(TINY, ModelConfig(clip="tiny.json", temperature=0.01), SpectrogramConfig()).to(torch.bfloat16)
     scale = model.forward(None, LossConfig(at=0, av=0, aa=0), MaskConfig())["scale"]
     assert scale.item() == 100 and scale.dtype == torch.float32
+
+
+@pytest.fixture
+def fresh_memory_is_nan():
+    torch.use_deterministic_algorithms(True)  # which fills it so
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("head", ["global_global", "global_local", "local_local", "captioner"])
+def test_every_weight_that_is_not_drawn_is_loaded(tmp_path, fresh_memory_is_nan, head):
+    save_file(open_clip.CLIP(**TINY).state_dict(), tmp_path / "clip.safetensors")
+    cfg = RunConfig(model=ModelConfig(clip=str(tmp_path / "clip.safetensors"), fusion=head))
+    shards = {"spectrogram": to_dict(SpectrogramConfig()), "frames": to_dict(FramesConfig())}
+    model, _ = build_model(cfg, shards, None)
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_undrawn_weights_keep_what_the_memory_holds(fresh_memory_is_nan):
+    with towers.Undrawn():
+        assert all(value.isnan().all() for value in torch.nn.Linear(3, 3).parameters())
