@@ -1,5 +1,5 @@
 # make demo   everything on real data, from nothing: environment, data, training, evaluation, a page to look at
-# make test   environment, lint, all tests; as root it installs TOOLS, else they must be there (without SLURM its tests are skipped)
+# make test   environment, all tests, lint among them; as root it installs TOOLS, else they must be there (without SLURM its tests are skipped)
 # make lint   ruff and mypy
 # make api    the API reference, from the docstrings: build/api/index.html
 # make dist   wheel and sdist: dist/
@@ -15,8 +15,8 @@ TOOLS = chromium default-jre-headless faketime ffmpeg munge slurmctld slurmd slu
 demo: $(VENV)/installed
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash launch/demo.sh $(SET)
 
-test: $(VENV)/installed lint tools
-	@PATH="$(abspath $(VENV))/bin:$$PATH" python -m pytest -q -rs --durations=12 -p no:cacheprovider \
+test: $(VENV)/installed tools
+	@PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONDONTWRITEBYTECODE= python -m pytest -q -rs --durations=12 -p no:cacheprovider \
 		-n 2 --dist loadfile --no-loadscope-reorder tests
 
 tools:

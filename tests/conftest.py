@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-from forks import ROOT, Job  # noqa: E402
+from forks import ROOT, Job, stop_server  # noqa: E402
 
 STEPS = 8  # of a tiny run
 TINY = {
@@ -43,7 +44,7 @@ def sample_shards(tmp_path_factory) -> Path:
 def tiny(sample_shards, tmp_path_factory):
     """Words that make any config tiny: a small CLIP, few steps, the shipped sample."""
     clip = tmp_path_factory.mktemp("clip") / "tiny.json"
-    clip.write_text(json.dumps(TINY))
+    clip.write_text(json.dumps(TINY | {"text_cfg": TINY["text_cfg"] | {"width": 16}}))  # most weights are its tokens'
     speech, sounds = (sample_shards / s / "train" for s in ("speech_fr", "sounds"))
     return [
         "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={clip}", "train.precision=fp32", "track.wandb=off",
@@ -54,10 +55,12 @@ def tiny(sample_shards, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tuning(tiny, sample_shards):
-    """Words of a tiny fine-tuning run: picture, sound and text of spoken names."""
+def tuning(tiny, sample_shards, tmp_path_factory):
+    """Words of a tiny fine-tuning run: picture, sound and text of spoken names; its text tower is as wide as a head."""
+    clip = tmp_path_factory.mktemp("clip") / "tiny.json"
+    clip.write_text(json.dumps(TINY))
     return [
-        *tiny, "loss.tm=1", "loss.at=0", "loss.av=0", "loss.aa=0", f"data.train={sample_shards}/speech_fr/train",
+        *tiny, f"model.clip={clip}", "loss.tm=1", "loss.at=0", "loss.av=0", "loss.aa=0", f"data.train={sample_shards}/speech_fr/train",
         "model.train_towers=text+vision+audio", "model.fusion_layers=2", "eval.task=retrieval", "train.max_steps=4",
     ]  # fmt: skip
 
@@ -147,6 +150,18 @@ def _call(words: list[object], env: dict[str, str] | None, timeout: float) -> su
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     full = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **(env or {})}
     return subprocess.run([*map(str, words)], cwd=ROOT, env=full, capture_output=True, text=True, timeout=timeout)
+
+
+def pytest_sessionfinish() -> None:
+    """In each worker."""
+    stop_server()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """CPU seconds of the run: this process, its workers, and all scripts that they started and waited for."""
+    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(part.ru_utime + part.ru_stime for part in usage)
+    terminalreporter.write_line(f"{seconds:.0f} CPU seconds (user and system)")
 
 
 LONGEST = (

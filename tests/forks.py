@@ -21,7 +21,7 @@ _context.set_forkserver_preload(["preloaded"])
 
 
 @functools.cache
-def _start_server() -> None:
+def start_server() -> None:
     """Start the process that scripts are forks of; it imports preloaded.py."""
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *([before] if before else [])])
@@ -29,11 +29,17 @@ def _start_server() -> None:
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
+def stop_server() -> None:
+    """End that process, if there is one, and wait for it, so that its CPU time and its scripts' are known."""
+    if start_server.cache_info().currsize:
+        multiprocessing.forkserver._forkserver._stop()
+
+
 class Job:
     """A script on some ranks; those that are left are killed when the `with` block ends."""
 
     def __init__(self, ranks: int, words: list[str], env: dict[str, str], port: int, cwd: Path = ROOT):
-        _start_server()
+        start_server()
         self.folder = Path(tempfile.mkdtemp(prefix="fork"))
         group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
         self.ranks = []

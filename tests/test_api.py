@@ -154,7 +154,7 @@ def test_long_sounds_are_heard_window_by_window(model, tmp_path):
     ]
 
 
-def test_an_hour_takes_no_more_memory_than_two_minutes(tmp_path):
+def test_half_an_hour_takes_no_more_memory_than_two_minutes(tmp_path):
     """Resident memory at its peak, in processes of their own."""
     make().save_pretrained(tmp_path / "model")
     code = (
@@ -164,7 +164,7 @@ def test_an_hour_takes_no_more_memory_than_two_minutes(tmp_path):
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     peaks = []
-    for seconds in (120, 3600):
+    for seconds in (120, 1800):
         path = wav(tmp_path / f"{seconds}.wav", seconds, 16000)
         words = [sys.executable, "-c", code, str(tmp_path / "model"), path]
         done = subprocess.run(
@@ -172,7 +172,7 @@ def test_an_hour_takes_no_more_memory_than_two_minutes(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) / 1024)
-    assert peaks[1] - peaks[0] < 60, peaks  # MiB; the samples alone are 220 in fp32
+    assert peaks[1] - peaks[0] < 30, peaks  # MiB; the samples alone are 107 in fp32
 
 
 def test_waveforms_and_pictures_are_taken_in_every_usual_form(model, video):

@@ -111,7 +111,12 @@ def test_two_ranks_evaluate_as_one(demo):
     test = ",".join(
         f"{folder}/data/sample/{source}/train" for source in ("pictures", "speech_fr", "speech_es", "sounds")
     )
-    words = ["configs/pretrain/sample.yaml", f"run_dir={folder}/runs/sample", f"data.test=[{test}]", "eval.types=[data]"]
+    words = [
+        "configs/pretrain/sample.yaml",
+        f"run_dir={folder}/runs/sample",
+        f"data.test=[{test}]",
+        "eval.types=[data]",
+    ]
     done = ranks(2, "launch/evaluate.py", *words)
     assert done.returncode == 0, done.stderr
     assert json.loads(found.read_text()) == one

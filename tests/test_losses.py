@@ -2,6 +2,7 @@
 
 import os
 
+import forks
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -113,7 +114,8 @@ def test_compiled_it_is_the_same():
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_ranks_give_the_full_batch_gradient(world, tmp_path):
     """Averaged over ranks, as the engine does, value and gradients equal one process with all rows."""
-    mp.spawn(_rank, (world, free_port(), str(tmp_path)), nprocs=world)
+    forks.start_server()
+    mp.start_processes(_rank, (world, free_port(), str(tmp_path)), nprocs=world, start_method="forkserver")
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         for case in CASES:
