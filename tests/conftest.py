@@ -60,7 +60,8 @@ def tuning(tiny, sample_shards, tmp_path_factory):
     clip = tmp_path_factory.mktemp("clip") / "tiny.json"
     clip.write_text(json.dumps(TINY))
     return [
-        *tiny, f"model.clip={clip}", "loss.tm=1", "loss.at=0", "loss.av=0", "loss.aa=0", f"data.train={sample_shards}/speech_fr/train",
+        *tiny, f"model.clip={clip}", "loss.tm=1", "loss.at=0", "loss.av=0", "loss.aa=0",
+        f"data.train={sample_shards}/speech_fr/train",
         "model.train_towers=text+vision+audio", "model.fusion_layers=2", "eval.task=retrieval", "train.max_steps=4",
     ]  # fmt: skip
 
