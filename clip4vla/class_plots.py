@@ -139,6 +139,7 @@ def _share(recall: float, clips: int) -> str:
 
 
 def _short(name: str) -> str:
+    name = "".join(letter if letter.isprintable() else " " for letter in name)  # no font draws control characters
     return name if len(name) <= LONG else f"{name[: LONG - 1]}…"
 
 

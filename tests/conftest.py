@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from forks import ROOT, Job, stop_server  # noqa: E402
 
 STEPS = 8  # of a tiny run
+PATIENCE = 300  # s that a test waits for what takes seconds on a machine with nothing else to do
 TINY = {
     "embed_dim": 64,
     "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "patch_size": 32},
@@ -83,7 +84,8 @@ def trace(run_dir: Path) -> dict[int, tuple[float, ...]]:
 
 def wait_for(file: Path, step: int) -> None:
     """Until that step stands in metrics.jsonl."""
-    for _ in range(1200):
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
         if file.exists() and re.search(rf'"step": {step},', file.read_text()):
             return
         time.sleep(0.05)
@@ -105,7 +107,7 @@ def server():
 
 
 def run(
-    *words: object, env: dict[str, str] | None = None, timeout: float = 300, cwd: Path = ROOT
+    *words: object, env: dict[str, str] | None = None, timeout: float = PATIENCE, cwd: Path = ROOT
 ) -> subprocess.CompletedProcess:
     """A python script of the repository, from its root, as one process."""
     if str(words[0]).endswith(".py"):
@@ -114,7 +116,7 @@ def run(
     return _call([sys.executable, *words], env, timeout)
 
 
-def ranks(count: int, *words: object, env: dict[str, str] | None = None, timeout: float = 300):
+def ranks(count: int, *words: object, env: dict[str, str] | None = None, timeout: float = PATIENCE):
     """The same on gloo ranks, without the seconds that a launcher and its imports take."""
     with job(count, *words, env=env) as started:
         return started.wait(timeout)
@@ -127,7 +129,7 @@ def job(count: int, *words: object, env: dict[str, str] | None = None, cwd: Path
     return Job(count, [str(word) for word in words], full, free_port(), cwd)
 
 
-def deepspeed(ranks: int, *words: object, timeout: float = 300) -> subprocess.CompletedProcess:
+def deepspeed(ranks: int, *words: object, timeout: float = PATIENCE) -> subprocess.CompletedProcess:
     """A launch script under the deepspeed launcher, on gloo ranks."""
     return _call(deepspeed_command(ranks, *words), None, timeout)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from conftest import ROOT, free_port
+from conftest import PATIENCE, ROOT, free_port
 
 OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 SBIN = os.pathsep.join([os.environ["PATH"], "/usr/sbin"])  # where the daemons are, for users other than root
@@ -59,7 +59,9 @@ class Cluster:
 
     def run(self, *words: object) -> str:
         """What a SLURM client prints; raises CalledProcessError, with its own words, if it fails."""
-        done = subprocess.run([*map(str, words)], cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [*map(str, words)], cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=PATIENCE
+        )
         if done.returncode:
             raise subprocess.CalledProcessError(done.returncode, [*words, done.stderr.strip()])
         return done.stdout
@@ -73,12 +75,12 @@ class Cluster:
         lines = self.run("squeue", "--noheader", "--states=all", "--format=%i %T", "--jobs=" + ",".join(jobs))
         return dict(line.split() for line in lines.splitlines())
 
-    def wait(self, *jobs: str, timeout: float = 120) -> dict[str, str]:
+    def wait(self, *jobs: str, timeout: float = PATIENCE) -> dict[str, str]:
         """Their states, once all are over; raises TimeoutError (seconds)."""
         self.until(lambda: set(self.states(*jobs).values()) <= OVER, timeout)
         return self.states(*jobs)
 
-    def until(self, done: Callable[[], bool], timeout: float = 60) -> None:
+    def until(self, done: Callable[[], bool], timeout: float = PATIENCE) -> None:
         """Return as soon as done() is true; raises TimeoutError, with the queue and the end of the daemons' log."""
         end = time.monotonic() + timeout
         while not done():

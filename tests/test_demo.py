@@ -15,7 +15,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port, job, ranks
+from conftest import PATIENCE, ROOT, free_port, job, ranks
 from test_report import browse
 
 
@@ -188,7 +188,7 @@ def search(command: str, folder: Path) -> None:
                 raise AssertionError("no page")
         finally:
             page.send_signal(signal.SIGINT)
-            page.wait(30)
+            page.wait(PATIENCE)
 
 
 def expanded(words: list[str], folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from faults import kills
 from faults._kills import KILL, TERM, Kill, nothing_left, storm
 
@@ -65,7 +65,7 @@ def test_a_worker_that_is_stopped_longer_than_the_limit_is_continued_and_its_ite
             time.sleep(0.02)
         time.sleep(0.3)
         os.kill(int(children.read_text().split()[0]), signal.SIGSTOP)
-        assert job.communicate(timeout=60)[0].strip() == "{'unit': {}}"
+        assert job.communicate(timeout=PATIENCE)[0].strip() == "{'unit': {}}"
 
 
 RANK = """
@@ -91,7 +91,7 @@ def test_ranks_whose_launcher_is_killed_end_by_themselves(tmp_path):
         time.sleep(1.5)
         assert Path(f"/proc/{rank}").exists()
         top.kill()
-        said = top.communicate(timeout=20)[1]  # ends when the last one of them has gone
+        said = top.communicate(timeout=PATIENCE)[1]  # ends when the last one of them has gone
     assert "the launcher is gone" in said and not Path(f"/proc/{rank}").exists()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch.distributed as dist
-from conftest import ROOT, STEPS, free_port, job, run, trace
+from conftest import PATIENCE, ROOT, STEPS, free_port, job, run, trace
 
 from clip4vla import distributed
 from clip4vla.config import UserError
@@ -37,11 +37,11 @@ def stopped(endless, tmp_path_factory):
     with job(2, "launch/pretrain.py", *endless, f"run_dir={folder}", "train.timeout=0.2") as started:
         reaches(folder, STEPS)
         os.kill(started.ranks[1].pid, signal.SIGSTOP)
-        started.ranks[0].join(60)
+        started.ranks[0].join(PATIENCE)
         return folder, started.ranks[0].exitcode, started.said("err")
 
 
-def reaches(run_dir: Path, step: int, patience: float = 240) -> None:
+def reaches(run_dir: Path, step: int, patience: float = PATIENCE) -> None:
     """Return when that step is logged; seconds of patience: launchers import torch in a process of their own, each."""
     end = time.monotonic() + patience
     while not (run_dir / "metrics.jsonl").exists() or len(read_rows(run_dir)) < step:
@@ -92,7 +92,7 @@ def test_two_nodes_by_a_hostfile_give_the_losses_of_one_and_a_killed_rank_ends_b
     (rank,) = (p for p in nodes[1].children(recursive=True) if "--local_rank=0" in p.cmdline())
     rank.kill()
     killed = time.monotonic()
-    (line,) = errors(*(node.communicate(timeout=60)[1] for node in nodes))
+    (line,) = errors(*(node.communicate(timeout=PATIENCE)[1] for node in nodes))
     assert time.monotonic() - killed < 60 and all(node.returncode for node in nodes)
     assert "error: rank 1 (" in line and "died without a word, last seen at step" in line
     assert first(tmp_path / "r") == first(stopped[0])
@@ -103,7 +103,7 @@ def test_torchrun_gives_the_same_losses_and_saves_when_it_is_terminated(start, s
     run = start("torchrun", "--nproc-per-node=2", *port, "launch/pretrain.py", *endless, f"run_dir={tmp_path / 'r'}")
     reaches(tmp_path / "r", STEPS)
     run.terminate()
-    assert not errors(run.communicate(timeout=60)[1]) and run.returncode
+    assert not errors(run.communicate(timeout=PATIENCE)[1]) and run.returncode
     assert first(tmp_path / "r") == first(stopped[0])
     assert list((tmp_path / "r/checkpoints").glob("step-*"))
 
@@ -112,7 +112,7 @@ def test_an_error_of_one_rank_is_printed_once_and_ends_the_others(tiny, tmp_path
     (tmp_path / "r/log.txt").mkdir(parents=True)  # only rank 0 writes there
     with job(2, "launch/pretrain.py", *tiny, f"run_dir={tmp_path / 'r'}") as started:
         for rank in started.ranks:
-            rank.join(60)
+            rank.join(PATIENCE)
         said = started.said("err")
     assert [rank.exitcode for rank in started.ranks] == [1, 1]
     assert said.count("Traceback") == 1 and "IsADirectoryError" in said
@@ -128,7 +128,7 @@ def test_an_interrupted_rank_ends_the_others_and_ranks_may_open_a_file_for_each_
         reaches(tmp_path / "r", 1)
         assert ranks[1].rlimit(limit) == (most, most)
         ranks[1].send_signal(signal.SIGINT)
-        started.ranks[0].join(30)  # train.timeout is far longer
+        started.ranks[0].join(PATIENCE)  # train.timeout is far longer
         said, code = started.said("err"), started.ranks[0].exitcode
     (line,) = errors(said)
     assert code == 1 and "error: rank 1 (" in line and "died without a word" in line
@@ -140,7 +140,7 @@ def test_a_signal_during_start_up_saves_and_exits_85(endless, tmp_path):
             assert one.ranks[0].is_alive(), one.said("err")
             time.sleep(0.01)
         os.kill(one.ranks[0].pid, signal.SIGUSR1)
-        assert one.wait(60).returncode == 85, one.said("err")
+        assert one.wait().returncode == 85, one.said("err")
     assert max(trace(tmp_path / "r")) <= 2 and list((tmp_path / "r/checkpoints").glob("step-*"))
 
 
@@ -187,7 +187,7 @@ time.sleep(60)
 def test_the_rank_that_the_others_wait_for_is_named_with_its_calls(tmp_path):
     words, pipe = [sys.executable, "-c", RANK], subprocess.PIPE
     trio = [subprocess.Popen([*words, str(r), tmp_path / "word"], stderr=pipe, text=True, cwd=ROOT) for r in range(3)]
-    said = [process.communicate(timeout=60)[1] for process in trio]
+    said = [process.communicate(timeout=PATIENCE)[1] for process in trio]
     assert [process.returncode for process in trio] == [1, 1, 1] and said[1:] == ["", ""]
     line = said[0].splitlines()[0]
     assert "rank 1 (" in line and line.endswith("at step 1: data; the others (2) at step 1: forward and backward")
@@ -207,7 +207,7 @@ watch.fail(3, "ValueError: boom")
 @pytest.mark.parametrize("stdout", ["full", "none"])
 def test_an_error_is_reported_though_stdout_cannot_be_written(stdout):
     words = [sys.executable, "-c", FAILS, stdout]
-    done = subprocess.run(words, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=25)
+    done = subprocess.run(words, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=PATIENCE)
     assert done.returncode == 3 and "failed at start-up:\nValueError: boom" in done.stderr
 
 
@@ -277,7 +277,7 @@ def test_a_rank_0_that_is_stopped_before_the_ranks_meet_keeps_nobody_waiting():
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(silent.getsockname()[1])}
         env = os.environ | where | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+            [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE
         )
     (line,) = errors(done.stderr)
     assert done.returncode == 1 and "did not meet" in line and line.endswith("does not answer (stopped?)")

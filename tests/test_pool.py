@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 
 sys.path.insert(0, str(ROOT))
 
@@ -60,4 +60,4 @@ def test_time_in_which_all_stood_still_is_nobodys_fault():
         os.killpg(job.pid, signal.SIGSTOP)
         time.sleep(3.5)
         os.killpg(job.pid, signal.SIGCONT)
-        assert job.communicate(timeout=60)[0].strip() == "{range(0, 8): {}}"
+        assert job.communicate(timeout=PATIENCE)[0].strip() == "{range(0, 8): {}}"

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 import s3
 import torch
-from conftest import TINY, free_port, job, run, trace
+from conftest import PATIENCE, TINY, free_port, job, run, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_loader import loader
@@ -238,13 +238,13 @@ def test_two_processes_share_a_cache_of_bounded_size(server, samples, tmp_path, 
     bound = room * (len(EVERY) + 1) * (SIZE + 3 * 4096)
     with job(2, script, url(server, "http"), cache, bound / 1e9, mark) as started:
         wait_for = [Path(f"{mark}-0-{rank}") for rank in range(2)]
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE
         while not all(path.exists() for path in wait_for):
             assert time.monotonic() < end and all(process.is_alive() for process in started.ranks), started.said("err")
             time.sleep(0.02)
         server.seen.clear()
         Path(f"{mark}-go").touch()
-        done = started.wait(60)
+        done = started.wait()
     assert done.returncode == 0, done.stderr
     assert 0 < max(map(int, done.stdout.split())) <= bound
     again = len(requests(server, ".tar"))

@@ -25,7 +25,7 @@ import gradio
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, run
+from conftest import PATIENCE, TINY, run
 from fastapi.testclient import TestClient
 from forks import ROOT
 from test_report import EVIL, FLAGS
@@ -320,7 +320,7 @@ def test_the_page_asked_nobody_but_its_server_and_met_no_error(server, browser):
 
 def http_(address, method, path, body=None, headers=None):
     """(status, body) of a path as it is: nothing is normalised."""
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=PATIENCE)
     with contextlib.closing(connection):
         connection.putrequest(method, path, skip_accept_encoding=True, skip_host="Host" in (headers or {}))
         length = {} if body is None else {"Content-Length": str(len(body))}
@@ -424,7 +424,7 @@ def test_several_ask_at_once(place, server):
 def test_it_ends_without_a_word_and_leaves_no_upload(place, server):
     assert send(server[0], "left.txt", b"left")[0] == 200 and list(place.glob("clip4vla-web-*/*/left.txt"))
     server[1].send_signal(signal.SIGTERM)
-    out, err = server[1].communicate(timeout=30)
+    out, err = server[1].communicate(timeout=PATIENCE)
     assert server[1].returncode == 0 and (out, err) == ("", "")
     assert not list(place.glob("clip4vla-web-*"))
 
