@@ -8,6 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 SET ?= stamps
+PIP = $(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt
 TOOLS = chromium default-jre-headless faketime ffmpeg munge slurmctld slurmd slurm-client
 .DELETE_ON_ERROR:
 .PHONY: demo test tools lint api dist faults
@@ -37,6 +38,12 @@ faults: $(VENV)/installed tools
 	@PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONPATH=tests python -m faults
 
 $(VENV)/installed: setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install -q -c constraints.txt -e '.[dev]'
+	@echo "Installing into $(VENV): 200 packages, 7 GB. A few minutes:"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "  1 of 3: PyTorch with CUDA (3 GB to download)"
+	@$(PIP) torch torchvision torchaudio
+	@echo "  2 of 3: DeepSpeed, DALI, open_clip"
+	@$(PIP) -e '.[train,dali]'
+	@echo "  3 of 3: what evaluation, the search page and the tests use"
+	@$(PIP) -e '.[dev]'
 	@touch $@

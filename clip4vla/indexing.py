@@ -45,7 +45,7 @@ class Counts(NamedTuple):
 def opened(folder: Path) -> Iterator[Store]:
     """The store of an index to write to; UserError if another process does."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
+    with open(folder / "lock", "w", encoding="utf-8") as lock:
         if not _locked(lock):
             raise UserError(f"{folder}: another build writes to it; wait for it")
         try:

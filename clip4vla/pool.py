@@ -97,7 +97,7 @@ class _Worker:
     def go_on(self) -> bool:
         """Whether the process was stopped (SIGSTOP), which is not its item's doing: it is continued, with all of the time."""
         stat = Path(f"/proc/{self.process.pid}/stat")
-        stopped = stat.exists() and stat.read_text().rpartition(")")[2].split()[0] == "T"
+        stopped = stat.exists() and stat.read_text(encoding="latin-1").rpartition(")")[2].split()[0] == "T"
         if stopped:
             assert self.process.pid
             self.at.start(self.at.item)

@@ -32,7 +32,11 @@ def describe_clip(clip: str, quick_gelu: str = "auto") -> dict[str, Any]:
         return config
     if clip.endswith(".json"):
         try:
-            return {key: value for key, value in json.loads(Path(clip).read_text()).items() if key in TOWER_KEYS}
+            return {
+                key: value
+                for key, value in json.loads(Path(clip).read_text(encoding="utf-8")).items()
+                if key in TOWER_KEYS
+            }
         except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"model.clip: {clip}: not a readable open_clip config ({error})") from None
     config = open_clip.get_model_config(clip.partition("/")[0])

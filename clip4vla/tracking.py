@@ -92,7 +92,7 @@ def _locked(cfg: RunConfig) -> TextIO:
     end = time.monotonic() + min(WAIT, 30 * cfg.train.timeout)
     try:
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-        lock = Path(cfg.run_dir, ".lock").open("a")
+        lock = Path(cfg.run_dir, ".lock").open("a", encoding="utf-8")
     except OSError as error:
         raise UserError(f"run_dir {cfg.run_dir}: cannot be written ({error.strerror})") from None
     while time.monotonic() < end:

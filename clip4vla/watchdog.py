@@ -144,7 +144,10 @@ def launchers() -> list[int] | None:
     try:
         while name := next((word for word in _command(pid) if word in LAUNCHERS), ""):
             found.append(pid)
-            pid, below = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]), name
+            pid, below = (
+                int(Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()[1]),
+                name,
+            )
         if below == LAUNCHERS[0] and pid == 1:
             found.append(0)
     except (FileNotFoundError, ProcessLookupError):  # no /proc, or a process that leaves meanwhile

@@ -66,7 +66,7 @@ def versions() -> dict[str, str]:
 
 def machine() -> dict[str, Any]:
     """The processor, its cores, and how many processes wanted to run when the figures were done."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
     return {"cpu": [*models, platform.machine()][0], "cores": os.cpu_count(), "load": os.getloadavg()[0]}
 

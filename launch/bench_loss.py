@@ -126,7 +126,7 @@ def peak(side: str, n: int, dim: int) -> int:
         before = torch.cuda.memory_allocated()
         step(side, vectors)
         return torch.cuda.max_memory_allocated() - before
-    with open("/proc/self/clear_refs", "w") as file:
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
         file.write("5")  # VmHWM starts again at VmRSS
     before = _status("VmRSS")
     step(side, vectors)
@@ -134,7 +134,7 @@ def peak(side: str, n: int, dim: int) -> int:
 
 
 def _status(name: str) -> int:
-    with open("/proc/self/status") as file:
+    with open("/proc/self/status", encoding="utf-8") as file:
         return 1024 * next(int(line.split()[1]) for line in file if line.startswith(name + ":"))
 
 

@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         return {
             "seconds": statistics.median(seconds),
             "rounds": seconds,
-            "compilers": sorted(set(Path(folder, "compilers").read_text().splitlines())),
+            "compilers": sorted(set(Path(folder, "compilers").read_text(encoding="utf-8").splitlines())),
             "settings": vars(args),
         }
 

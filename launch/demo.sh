@@ -3,7 +3,11 @@
 # SET: stamps (Tux Paint's, from Debian) or sample (the few that ship under tests/sample).
 set -euo pipefail
 set=${1:-stamps}
-ranks=$(python -c "import torch; print(min(2, torch.cuda.device_count()) or 2)")
+gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+ranks=$((gpus == 1 ? 1 : 2))
+if [ "$gpus" = 0 ]; then
+    export DS_ACCELERATOR=cpu  # else DeepSpeed warns in each process that it found no GPU
+fi
 clock() { echo "[$((SECONDS / 60)) min $((SECONDS % 60)) s] $*"; }
 
 if [ "$set" = stamps ] && ! bash data_prep/get_stamps.sh data/stamps_source; then
@@ -19,7 +23,7 @@ python data_prep/shard.py configs/data/$set.yaml
 clock "a small CLIP from scratch"
 deepspeed --num_accelerators "$ranks" launch/pretrain.py configs/pretrain/${set}_clip.yaml
 clock "the towers' vectors"
-deepspeed --num_accelerators "$ranks" data_prep/embed.py configs/pretrain/$set.yaml
+python data_prep/embed.py configs/pretrain/$set.yaml
 clock "its ears"
 if [ "$set" = stamps ]; then
     deepspeed --num_accelerators "$ranks" launch/pretrain.py --deepspeed_config ds.json

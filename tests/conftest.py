@@ -86,7 +86,7 @@ def wait_for(file: Path, step: int) -> None:
     """Until that step stands in metrics.jsonl."""
     end = time.monotonic() + PATIENCE
     while time.monotonic() < end:
-        if file.exists() and re.search(rf'"step": {step},', file.read_text()):
+        if file.exists() and re.search(rf'"step": {step},', file.read_text(encoding="utf-8")):
             return
         time.sleep(0.05)
     raise AssertionError(f"step {step} never came")

@@ -74,4 +74,4 @@ if __name__ == "__main__":
     distributed.setup()
     found = {case["name"]: rows_of(case) for case in json.loads(sys.argv[2])}
     if distributed.rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found))
+        Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")

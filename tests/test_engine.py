@@ -91,7 +91,7 @@ def test_whether_fp16_is_refused_depends_on_the_device(monkeypatch):
 def test_own_ds_json_in_the_working_folder_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert engine.read_ds_config("ds.json")[1] == engine.read_ds_config(None)[1] == str(engine.SHIPPED)
-    Path("ds.json").write_text("{}")
+    Path("ds.json").write_text("{}", encoding="utf-8")
     assert engine.read_ds_config("ds.json")[1] == engine.read_ds_config(None)[1] == "ds.json"
 
 

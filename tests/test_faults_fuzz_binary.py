@@ -152,7 +152,9 @@ def test_a_search_index_is_built_around_files_that_crash_and_hang_their_decoder(
     monkeypatch.setattr(indexing, "media", reader)
     loaded = CLIP4VLA.from_pretrained(tmp_path / "model")
     indexing.build(loaded, "m", [str(tmp_path / "media")], tmp_path / "index", time_limit=2)
-    reasons = {row["name"]: row["reason"] for row in map(json.loads, open(tmp_path / "index/damaged.jsonl"))}
+    reasons = {
+        row["name"]: row["reason"] for row in map(json.loads, open(tmp_path / "index/damaged.jsonl", encoding="utf-8"))
+    }
     assert reasons == {"crash.png": "crashed the decoder (SIGSEGV)", "hang.png": "gave up after 2 s"}
     assert Index(tmp_path / "index").store.counts()["items"] == 2
 

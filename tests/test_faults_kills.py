@@ -61,10 +61,10 @@ print(dict(work(["unit"], once, 1, 2.0, lambda _: None)), flush=True)
 def test_a_worker_that_is_stopped_longer_than_the_limit_is_continued_and_its_item_not_blamed():
     with subprocess.Popen([sys.executable, "-c", ONCE], cwd=ROOT, stdout=subprocess.PIPE, text=True) as job:
         children = Path(f"/proc/{job.pid}/task/{job.pid}/children")
-        while not children.read_text():
+        while not children.read_text(encoding="utf-8"):
             time.sleep(0.02)
         time.sleep(0.3)
-        os.kill(int(children.read_text().split()[0]), signal.SIGSTOP)
+        os.kill(int(children.read_text(encoding="utf-8").split()[0]), signal.SIGSTOP)
         assert job.communicate(timeout=PATIENCE)[0].strip() == "{'unit': {}}"
 
 

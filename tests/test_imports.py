@@ -28,7 +28,7 @@ PLAIN += ["classifier", "losses", "spectrogram", "masking", "batch"]
 
 
 def imported(path: Path, top_level_only: bool = False) -> set[str]:
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = tree.body if top_level_only else ast.walk(tree)
     names = set()
     for node in nodes:

@@ -190,7 +190,7 @@ def test_a_command_without_its_extra_says_what_to_install(empty, checkout, model
 
 def imported(path: Path) -> set[str]:
     """Names of the packages that a file imports anywhere."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names

@@ -329,7 +329,7 @@ def test_mistakes_are_one_line(built, model_folder, tmp_path, capsys):
     idx, lib, shards = built
     other, empty, locked = saved(tmp_path / "other", seed=1), tmp_path / "empty", tmp_path / "locked"
     empty.mkdir(), locked.mkdir()
-    lock, begun = open(locked / "lock", "w"), tmp_path / "begun"
+    lock, begun = open(locked / "lock", "w", encoding="utf-8"), tmp_path / "begun"
     with opened(begun):
         pass
     fcntl.flock(lock, fcntl.LOCK_EX)

@@ -313,7 +313,7 @@ def test_a_writer_that_hangs_holds_up_nobody(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "WAIT", 0.05)
     ours = Cache(tmp_path, 10 * 4096)
     ours.put({"a": b"a"})
-    with open(tmp_path / "ranges/lock") as theirs:
+    with open(tmp_path / "ranges/lock", encoding="utf-8") as theirs:
         fcntl.flock(theirs, fcntl.LOCK_EX)
         ours.put({"b": b"b"})
     ours.put({"c": b"c"})

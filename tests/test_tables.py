@@ -227,7 +227,7 @@ def test_a_real_evaluation_gives_the_row_of_its_metrics(tiny, sample_shards, tmp
 
 def commands(path: Path) -> list[list[str]]:
     """The command lines of a config's header, which are those set in by three blanks."""
-    found = [shlex.split(line[4:]) for line in path.read_text().splitlines() if line.startswith("#   ")]
+    found = [shlex.split(line[4:]) for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#   ")]
     assert found and all(words[0] in ("python", "deepspeed") for words in found), found
     return found
 

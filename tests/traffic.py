@@ -83,8 +83,8 @@ if __name__ == "__main__":
         cfg = load(RunConfig, words[0], words[1:])
         train(cfg, ds)
         distributed.barrier()
-        lines = Path(cfg.run_dir, "metrics.jsonl").read_text().splitlines()
+        lines = Path(cfg.run_dir, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         results.append((steps[-2], of_losses[-2], json.loads(lines[-1])))
     space = meter.audio_space(*made_up(distributed.rank()))
     if distributed.rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps([results, space]))
+        Path(sys.argv[1]).write_text(json.dumps([results, space]), encoding="utf-8")

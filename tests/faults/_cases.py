@@ -72,7 +72,9 @@ def _outcome(do, number: int, seed: int, bad: list[str]) -> str:
 
 
 def _forget_peak() -> None:
-    with open("/proc/self/clear_refs", "w") as file:  # the peak since the last case, not since the fork
+    with open(
+        "/proc/self/clear_refs", "w", encoding="utf-8"
+    ) as file:  # the peak since the last case, not since the fork
         file.write("5")
 
 
@@ -86,7 +88,7 @@ def _peak() -> int:
 
 def _status(name: str) -> int:
     """KiB that the kernel tells of this process."""
-    with open("/proc/self/status") as file:
+    with open("/proc/self/status", encoding="utf-8") as file:
         return int(next(line for line in file if line.startswith(name)).split()[1])
 
 

@@ -106,7 +106,7 @@ def while_it_logs(disk: Disk, small: Small, rng: random.Random, times: int) -> d
 def no_stdout(small: Small) -> None:
     """What is printed has no room either."""
     words = [sys.executable, "data_prep/shard.py", "configs/data/sample.yaml", f"out={small.folder / 'unsaid'}"]
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         done = subprocess.run(words, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     refused(done, "stdout is full")
 
@@ -139,7 +139,7 @@ def _evaluated(run_dir: Path) -> dict[str, str]:
 
 def _page(page: Path) -> bool:
     """Whether it is whole; two pages differ in the dates of their pictures."""
-    return page.read_text().endswith("</html>\n")
+    return page.read_text(encoding="utf-8").endswith("</html>\n")
 
 
 def _items(index: Path) -> list[tuple]:

@@ -267,7 +267,9 @@ def nobody_left(started: Started, patience: float = 45.0) -> float:
     began = time.monotonic()
     while left := started.processes():
         if time.monotonic() - began > patience:
-            said = [Path(f"/proc/{pid}/cmdline").read_text()[:300] for pid in left if psutil.pid_exists(pid)]
+            said = [
+                Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")[:300] for pid in left if psutil.pid_exists(pid)
+            ]
             raise AssertionError(f"processes {left} are left behind: {said}")
         time.sleep(0.05)
     return time.monotonic() - began

@@ -107,7 +107,7 @@ def ended(case: dict) -> dict:
     cfg = load(RunConfig, case["words"][0], case["words"][1:])
     ds = Path(cfg.run_dir + f"-{distributed.rank()}.json")
     ds.parent.mkdir(parents=True, exist_ok=True)
-    ds.write_text(json.dumps(case.get("ds", {})))
+    ds.write_text(json.dumps(case.get("ds", {})), encoding="utf-8")
     accumulation.step = spoilt(case)
     said = ""
     try:
@@ -123,4 +123,4 @@ if __name__ == "__main__":
     half.answer(True)
     found = {case["name"]: ended(case) for case in json.loads(sys.argv[2])}
     if distributed.rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found))
+        Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")

@@ -202,7 +202,7 @@ def loaded(folder: ShardFolder, which: int, log: Path) -> str:
     if not loader.damaged:
         assert key in batch.ids
         return "correct"
-    (row,) = map(json.loads, log.read_text().splitlines())
+    (row,) = map(json.loads, log.read_text(encoding="utf-8").splitlines())
     assert row["key"] == key and row["reason"] and key not in batch.ids, row
     return "counted"
 

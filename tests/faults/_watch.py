@@ -150,7 +150,7 @@ def _alarm() -> Iterator[None]:
 @contextlib.contextmanager
 def _memory() -> Iterator[Callable[[], int]]:
     """Address space is limited inside; gives what tells how much resident memory came on top at most."""
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew
     before, limits = _status("VmRSS"), resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + 2 * MEMORY, limits[1]))
     peak = 0
@@ -164,5 +164,5 @@ def _memory() -> Iterator[Callable[[], int]]:
 
 def _status(name: str) -> int:
     """Bytes, of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))

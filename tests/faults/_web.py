@@ -61,7 +61,7 @@ class Server:
     def __init__(self, folder: Path, limit: int = 2) -> None:
         command = [sys.executable, "-m", "clip4vla.web", "IDX", "--port", "0", "--max-upload", str(limit)]
         env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
-        self.log = open(folder / "stderr", "w+")
+        self.log = open(folder / "stderr", "w+", encoding="utf-8")
         self.process = subprocess.Popen(
             command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
@@ -88,7 +88,7 @@ class Server:
 
     def memory(self, what: str = "VmRSS") -> float:
         """MB."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
         return round(int(re.search(rf"{what}:\s+(\d+)", status)[1]) / 1024)
 
     def raw(self, data: bytes, timeout: float = 60, shut: bool = False) -> tuple[int, bytes]:
@@ -174,6 +174,8 @@ def listening(pid: int) -> list[str]:
         links = [os.readlink(link) for link in Path(f"/proc/{one}/fd").iterdir() if link.is_symlink()]
         nodes = {link[8:-1] for link in links if link.startswith("socket:[")}
         for table in ("tcp", "tcp6"):
-            rows = [line.split() for line in Path(f"/proc/{one}/net/{table}").read_text().splitlines()[1:]]
+            rows = [
+                line.split() for line in Path(f"/proc/{one}/net/{table}").read_text(encoding="utf-8").splitlines()[1:]
+            ]
             found |= {row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in nodes}
     return sorted(found)
