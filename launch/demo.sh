@@ -4,7 +4,6 @@
 set -euo pipefail
 set=${1:-stamps}
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
-ranks=$((gpus == 1 ? 1 : 2))
 if [ "$gpus" = 0 ]; then
     export DS_ACCELERATOR=cpu  # else DeepSpeed warns in each process that it found no GPU
 fi
@@ -17,6 +16,10 @@ fi
 if [ "$set" = stamps ] && ! python -c "import cairosvg" 2>/dev/null; then
     echo "A third of the pictures are drawings, which need libcairo2 (apt-get install libcairo2); the demo goes on with tests/sample instead."
     set=sample
+fi
+ranks=2
+if [ "$set" = sample ] || [ "$gpus" = 1 ]; then  # the sample is too small to share
+    ranks=1
 fi
 clock "shards"
 python data_prep/shard.py configs/data/$set.yaml

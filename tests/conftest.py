@@ -50,7 +50,7 @@ def tiny(sample_shards, tmp_path_factory):
     return [
         "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={clip}", "train.precision=fp32", "track.wandb=off",
         f"data.train={{{speech}: 0.5, {sounds}: 0.5}}", "train.batch_size=12", f"train.max_steps={STEPS}",
-        "train.log_every=1", "train.save_every=2", "data.decode_threads=1",
+        "train.lr=1e-3", "train.log_every=1", "train.save_every=2", "data.decode_threads=1",
         f"data.val=[{sample_shards}/speech_fr/val, {sample_shards}/sounds/val]", "eval.permutations=0",
     ]  # fmt: skip
 

@@ -33,7 +33,7 @@ def storm(cases: int, seed: int) -> dict[str, Any]:
     """So many strangers, some of whom stay, while two ranks work; both are heard to the end, which is in order."""
     rng, kept = random.Random(f"judge {seed}"), []
     judge = subprocess.Popen(
-        [sys.executable, "-I", str(JUDGE), "2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-IB", str(JUDGE), "2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert judge.stdout and judge.stdin
     try:
