@@ -8,6 +8,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from clip4vla.config import UserError
+from clip4vla.towers import pooled_places
 
 
 def type_mix(audio_type: str, own: Tensor | None = None, key: str = "model.audio_type") -> Tensor:
@@ -54,6 +55,6 @@ class AudioEncoder(nn.Module):
         types = (mix.to(x.dtype) @ self.type_embedding).expand(count, -1, -1)  # S T W; both share the last position
         start = trunk.class_embedding.expand(count, 1, -1)
         x = torch.cat([torch.cat([start, x], 1) + position[:-1], types + position[-1]], 1)
-        x = trunk.transformer(trunk.ln_pre(x))
+        x = pooled_places(trunk, trunk.ln_pre(x))
         x = trunk._pool(x[:, : len(position) - 1])[0]
         return x @ trunk.proj if trunk.proj is not None else x

@@ -3,7 +3,8 @@
 A product of (m, k) by (k, n) is 2 m k n FLOPs. Useful is what the gradient of the batch takes once, of what is packed:
 
     a transformer, t tokens   2 t * (elements of its weight matrices) + 4 * layers * t^2 * width  (QK^T and AV)
-    a frame, a segment        convolution of its P patches, transformer over P + [CLS] + type tokens, projection
+    a frame, a segment        convolution of its P patches, transformer over P + [CLS] + type tokens, projection; where [CLS] is
+                              pooled, the last block gives that alone
     a caption                 transformer over its tokens up to [EOS], projection
     a tower                   once if it is frozen, three times if it trains (its convolution twice: pixels get no gradient),
                               not at all where frozen vectors stand for it; segments again for their masked view
@@ -31,6 +32,7 @@ from clip4vla.classifier import Classifier
 from clip4vla.config import RunConfig
 from clip4vla.fusion import GlobalToGlobal, LocalToLocal
 from clip4vla.model import Model, needed_towers, uses_head
+from clip4vla.towers import pools_first
 
 
 def shape(parameter: Tensor) -> torch.Size:
@@ -102,7 +104,7 @@ class Work:
         owners = [(getattr(m, kinds[kind]), len(m)) for m in micros for kind in self.cfg.model.modalities]
         clips = sum(map(len, micros))
         length = sum(int((owner < count).sum()) for owner, count in owners) / clips
-        blocks, d = self.head.encoder.blocks, self.dim
+        blocks = self.head.encoder.blocks
         words = sum(int((m.tokens != 0).sum()) for m in micros) / clips
         if not isinstance(self.head, LocalToLocal):
             written = max(0, words - 1) if self.loss.caption else 0
@@ -110,17 +112,24 @@ class Work:
             per_token, per_pair = _transformer(blocks)
             return clips * (3 * (per_token * length + per_pair * length**2) + self.per_score * written)
         length += 1 if self.head.eos else words
-        per_token, per_pair = _transformer(blocks[:-1]) if len(blocks) > 1 else (0, 0)
-        last = 4 * d * (d + 1) * length + 20 * d**2  # keys and values of all, the rest of the first place
         pairs = clips * clips * distributed.world() / self.parts
-        return 3 * pairs * (per_token * length + per_pair * length**2 + last)
+        return 3 * pairs * _first_place(blocks, length)
 
 
 def _transformer(blocks: nn.ModuleList) -> tuple[float, float]:
     """Forward FLOPs (for each token, for each pair of tokens) of a sequence."""
     matrices = sum(math.prod(shape(p)) for p in blocks.parameters() if len(shape(p)) == 2)
-    first: Any = blocks[0]
-    return 2 * matrices, 4 * len(blocks) * first.attn.embed_dim
+    each: list[Any] = list(blocks)
+    return 2 * matrices, 4 * sum(block.attn.embed_dim for block in each)
+
+
+def _first_place(blocks: nn.ModuleList, tokens: float) -> float:
+    """Forward FLOPs of a sequence of so many tokens, of which the last block gives the first place alone."""
+    per_token, per_pair = _transformer(blocks[:-1])
+    last: Any = blocks[-1]
+    width = last.attn.embed_dim
+    keys_and_values = 4 * width * (width + 1) * tokens
+    return per_token * tokens + per_pair * tokens**2 + keys_and_values + _transformer(blocks[-1:])[0] - 4 * width**2
 
 
 def _picture(tower: VisionTransformer, channels: int, extra: int) -> float:
@@ -128,11 +137,11 @@ def _picture(tower: VisionTransformer, channels: int, extra: int) -> float:
     patches = math.prod(tower.grid_size)
     width, _, *patch = shape(tower.conv1.weight)
     first = 2 * patches * width * channels * math.prod(patch)
-    per_token, per_pair = _transformer(tower.transformer.resblocks)
-    tokens = patches + 1 + extra
-    rest = (
-        per_token * tokens + per_pair * tokens**2 + 2 * (math.prod(shape(tower.proj)) if tower.proj is not None else 0)
-    )
+    blocks, tokens = tower.transformer.resblocks, patches + 1 + extra
+    per_token, per_pair = _transformer(blocks)
+    all_places = per_token * tokens + per_pair * tokens**2
+    rest = _first_place(blocks, tokens) if pools_first(tower) else all_places
+    rest += 2 * math.prod(shape(tower.proj)) if tower.proj is not None else 0
     return 2 * first + 3 * rest if elements(tower, trained=True) else first + rest
 
 

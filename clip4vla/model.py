@@ -125,7 +125,7 @@ class Model(nn.Module):
         if not len(frames):  # open_clip's tower fails on none, and under ZeRO-3 all ranks must run it
             return self.encode_frames(frames.new_zeros(1, *frames.shape[1:]))[:0]
         mean, std = (255 * torch.tensor(x, device=frames.device).view(3, 1, 1) for x in self.image_statistics)
-        return self.vision(((frames.float() - mean) / std).to(self.vision.conv1.weight.dtype))
+        return towers.encode_images(self.vision, ((frames.float() - mean) / std).to(self.vision.conv1.weight.dtype))
 
     def encode_segments(self, segments: Tensor, mix: Tensor) -> Tensor:
         """Vectors (S, D), not normalised, of normalised segments; mix: see audio_encoder.type_mix."""

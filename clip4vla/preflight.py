@@ -25,6 +25,7 @@ from clip4vla.loader import Loader
 from clip4vla.losses import TERMS, features_used
 from clip4vla.meter import peak_memory
 from clip4vla.model import uses_head
+from clip4vla.towers import pools_first
 from clip4vla.vectors import obstacle
 from clip4vla.watchdog import watch
 
@@ -108,17 +109,17 @@ def resident(setup: Setup) -> int:
 
 def activations(cfg: RunConfig, setup: Setup, micro: Batch) -> int:
     """Bytes kept for the backward pass of a micro-batch, about: with flash attention; frozen towers keep nothing."""
-    model, views = setup.model, 2 if cfg.loss.aa else 1
-    sequences = {
-        "audio": (*_patched(model.audio.trunk, micro.segments), len(micro.segments) * views),
-        "vision": (*_patched(model.vision, micro.frames), len(micro.frames)),
-        "text": (model.text.transformer.resblocks, micro.tokens.shape[1], 0, len(micro)),
+    model, views, recompute = setup.model, 2 if cfg.loss.aa else 1, cfg.train.recompute
+    text = micro.tokens.shape[1] * _kept(model.text.transformer.resblocks, recompute)
+    each = {  # numbers of one sequence, how many there are
+        "audio": (_of_picture(model.audio.trunk, micro.segments, recompute), len(micro.segments) * views),
+        "vision": (_of_picture(model.vision, micro.frames, recompute), len(micro.frames)),
+        "text": (text, len(micro)),
     }
     total = 0
     for name in flops.towers_run(cfg, bool(setup.vectors)):
         if flops.elements(getattr(model, name), trained=True):
-            blocks, tokens, pixels, count = sequences[name]
-            total += count * (tokens * _kept(blocks, cfg.train.recompute) + pixels)
+            total += math.prod(each[name])
     if uses_head(cfg.loss) and not isinstance(
         model.head, GlobalToGlobal | Classifier
     ):  # of local_local a tile at a time
@@ -130,17 +131,22 @@ def activations(cfg: RunConfig, setup: Setup, micro: Batch) -> int:
     return total * setup.width
 
 
-def _patched(tower: VisionTransformer, pictures: Tensor) -> tuple[nn.ModuleList, int, int]:
-    """(blocks, tokens, numbers) of a picture (n, C, 224, 224)."""
-    return tower.transformer.resblocks, math.prod(tower.grid_size) + 1, math.prod(pictures.shape[1:])
+def _of_picture(tower: VisionTransformer, pictures: Tensor, recompute: bool) -> int:
+    """Numbers kept for a picture of (n, C, 224, 224), its pixels included."""
+    kept = _kept(tower.transformer.resblocks, recompute, pools_first(tower))
+    return (math.prod(tower.grid_size) + 1) * kept + math.prod(pictures.shape[1:])
 
 
-def _kept(blocks: nn.ModuleList, recompute: bool) -> int:
-    """Numbers kept for a token: 4 widths before the blocks; in each inputs and outputs of norms and attention (9), and of
-    the activation (8, with QuickGELU 12); or a block's input and, of one block at a time, all."""
+def _kept(blocks: nn.ModuleList, recompute: bool, first_only: bool = False) -> int:
+    """Numbers kept for a token: 2 widths before the blocks and 2 behind; in each inputs and outputs of norms and attention
+    (9), and of the activation (8, with QuickGELU 12); or a block's input and, of one block at a time, all. first_only: the
+    last block gives the first place alone, and keeps of the others its input, their norm, keys and values (4)."""
     block = 21 if any(isinstance(m, QuickGELU) for m in blocks.modules()) else 17
+    last = 4 if first_only else block
+    around = 2 if first_only else 4
     first: Any = blocks[0]
-    return first.attn.embed_dim * (4 + (len(blocks) + block if recompute else len(blocks) * block))
+    inside = len(blocks) + block if recompute else (len(blocks) - 1) * block + last
+    return first.attn.embed_dim * (around + inside)
 
 
 def disk(cfg: RunConfig, setup: Setup) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, convert_to_custom_text_state_dict
-from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from clip4vla import tensor_files
 from clip4vla.config import UserError
@@ -167,6 +168,35 @@ def projected(tower: TextTransformer, x: Tensor) -> Tensor:
     if isinstance(tower.text_projection, nn.Linear):
         return tower.text_projection(x)
     return x if tower.text_projection is None else x @ tower.text_projection
+
+
+def encode_images(tower: VisionTransformer, images: Tensor) -> Tensor:
+    """Encode normalised pictures (F, 3, H, W) into vectors (F, D), not normalised."""
+    x = tower._pool(pooled_places(tower, tower._embeds(images)))[0]
+    return x @ tower.proj if tower.proj is not None else x
+
+
+def pooled_places(tower: VisionTransformer, x: Tensor) -> Tensor:
+    """Run the blocks of a vision tower on tokens (B, L, W): outputs (B, L, W), or (B, 1, W) where only [CLS] is pooled."""
+    if not pools_first(tower):
+        return tower.transformer(x)
+    *blocks, last = tower.transformer.resblocks
+    for run in (*blocks, functools.partial(_first_output, last)):
+        x = checkpoint(run, x, use_reentrant=False) if tower.transformer.grad_checkpointing else run(x)
+    return x
+
+
+def pools_first(tower: VisionTransformer) -> bool:
+    """Tell whether a vision tower's vector is the output at [CLS] alone, so that its last block need not give the others."""
+    plain = isinstance(tower.transformer.resblocks[-1], ResidualAttentionBlock)
+    return plain and tower.pool_type == "tok" and tower.attn_pool is None
+
+
+def _first_output(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
+    """Run a block on tokens (B, L, W) for its output (B, 1, W) at the first."""
+    seen = block.ln_1(x)
+    x = x[:, :1] + block.ls_1(block.attention(seen[:, :1], seen, seen))
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def words_there(tower: TextTransformer, tokens: Tensor) -> Tensor:

@@ -35,10 +35,32 @@ def test_type_token_masked_out_of_attention_changes_nothing(monkeypatch):
     tower = AudioEncoder(vision).eval()
     hide = torch.zeros(51, 51)
     hide[:50, 50] = -torch.inf
-    forward = tower.trunk.transformer.forward
-    monkeypatch.setattr(tower.trunk.transformer, "forward", lambda x: forward(x, attn_mask=hide))
+    for block in tower.trunk.transformer.resblocks:
+        whole = block.attention
+
+        def hidden(q_x, k_x, v_x, attn_mask=None, whole=whole):
+            return whole(q_x, k_x, v_x, hide[: q_x.shape[1]])
+
+        monkeypatch.setattr(block, "attention", hidden)
     picture = torch.randn(2, 3, 224, 224)
     torch.testing.assert_close(tower(picture, type_mix("nb")), vision(picture))
+
+
+@pytest.mark.parametrize("vision", [{}, {"pool_type": "avg"}, {"attentional_pool": True, "attn_pooler_heads": 2}])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_vectors_and_gradients_are_those_of_open_clips_vision_tower(vision, recompute):
+    """Though the last block gives the output at [CLS] alone where only that is pooled."""
+    tower = towers.build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | vision}).visual
+    tower.transformer.grad_checkpointing = recompute
+    pictures, side = torch.randn(3, 3, 224, 224), torch.randn(3, tower.output_dim)
+    assert towers.pools_first(tower) == (not vision)
+    results = []
+    for encode in (tower, lambda pictures: towers.encode_images(tower, pictures)):
+        tower.zero_grad()
+        vectors = encode(pictures)
+        (vectors * side).sum().backward()
+        results.append((vectors, {name: p.grad.clone() for name, p in tower.named_parameters()}))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 def test_extra_position_is_distributed_as_the_others():
