@@ -91,7 +91,7 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(table5):
     assert (out / "type/seed-1/finetune/report.html").is_file()
     done = run("launch/ablate.py", *words, "pretrain.train.lr=0.5")
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and "pretrain.train.lr=0.002, not 0.5: name another folder" in line
+    assert done.returncode == 2 and "pretrain.train.lr=0.001, not 0.5: name another folder" in line
 
 
 def test_towers_that_hear_already_are_no_start(table5):

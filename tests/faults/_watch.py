@@ -69,6 +69,7 @@ class Watch:
 
 watch = Watch()
 sys.addaudithook(watch)  # for ever: it cannot be taken away
+sys.dont_write_bytecode = True  # of a module that a case is the first to import
 
 
 @contextlib.contextmanager
