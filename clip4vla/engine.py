@@ -162,6 +162,12 @@ def set_learning_rate(engine: Any, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
+def get_learning_rate(engine: Any) -> float:
+    """Read from the optimizer what set_learning_rate gave it; 0 if no group learns."""
+    groups = engine.optimizer.param_groups
+    return next((group["lr"] / group["lr_scale"] for group in groups if group["lr_scale"]), 0.0)
+
+
 @contextlib.contextmanager
 def whole_weights(engine: Any) -> Iterator[None]:
     """Inside, every rank holds all weights, also under ZeRO-3: for passes that do not go through engine.forward."""

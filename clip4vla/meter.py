@@ -44,6 +44,7 @@ class Meter:
         self.names: list[str] = []
         self.pending: list[Tensor] = []  # losses of each step, on the device
         self.counts: list[list[float]] = []
+        self.rates: list[float] = []  # of learning
         self.broken: list[Tensor] = []  # of each step, which features of which clips are not finite, on the device
         self.ids: list[list[str]] = []
         self.fp16, self.skipped = setup.precision == "fp16", 0
@@ -60,8 +61,8 @@ class Meter:
                 return
             yield batch
 
-    def add(self, losses: dict[str, Tensor], features: dict[str, Tensor], micros: list[Batch], norm: Any) -> None:
-        """Note the losses of one step, without waiting for them; norm: of the gradient, as the engine has it."""
+    def add(self, losses: dict[str, Tensor], features: dict[str, Tensor], micros: list[Batch], run: Any) -> None:
+        """Note what one step of the engine gave, without waiting for the losses."""
         self.names = [name if name == "loss" else f"loss/{name}" for name in losses]
         self.pending.append(torch.stack([value.detach().float() for value in losses.values()]))
         rows = [int(sum(getattr(m, name).sum() for m in micros)) for name in ("hidden_rows", "segment_rows")]
@@ -69,7 +70,8 @@ class Meter:
         told = sum(int(m.has_text.sum()) for m in micros)
         if self.cfg.loss.label:
             told = sum(label_of(clip) in self.cfg.model.labels for m in micros for clip in m.meta)
-        self.counts.append([*rows, silent, told, self.work.flops(micros), norm])
+        self.counts.append([*rows, silent, told, self.work.flops(micros), run.get_global_grad_norm()])
+        self.rates.append(engine.get_learning_rate(run))
         self.broken.append(_broken(features))
         self.ids.append([name for m in micros for name in m.ids])
         self.features, self.labels = features, [m.labels() for m in micros]
@@ -84,7 +86,7 @@ class Meter:
         table = distributed.mean(torch.cat([torch.stack(self.pending), counts], 1))
         values = table.tolist()  # waits for the device
         seconds = time.perf_counter() - self.since
-        rows = [self._row(step - len(values) + i, row) for i, row in enumerate(values)]
+        rows = [self._row(step - len(values) + i, row, self.rates[i]) for i, row in enumerate(values)]
         done, norms = sum(row.pop("flops") for row in rows), [row.pop("norm") for row in rows]
         if self.cfg.loss.label and not counts[:, COUNTS.index("told")].any():
             raise UserError(f"no clip of {len(rows)} batches has one of model.labels={self.cfg.model.labels}")
@@ -102,7 +104,7 @@ class Meter:
         }
         rows[-1] |= {"mfu": done / seconds / self.peak} if self.peak else {}
         rows[-1] |= audio_space(self.features, self.labels) if "audio" in self.features else {}
-        self.pending, self.counts, self.broken, self.ids = [], [], [], []
+        self.pending, self.counts, self.rates, self.broken, self.ids = [], [], [], [], []
         return rows
 
     def _must_be_finite(self, rows: list[dict[str, Any]], norms: list[float]) -> None:
@@ -141,7 +143,7 @@ class Meter:
             return f"{everyone[0][0]} not finite in all clips, so the weights are not"
         return "; ".join(parts) or "all features finite"
 
-    def _row(self, step: int, values: list[float]) -> dict[str, Any]:
+    def _row(self, step: int, values: list[float], lr: float) -> dict[str, Any]:
         """What there is for each step."""
         row = dict(zip([*self.names, *COUNTS], values, strict=True))
         hidden, heard, silent, told = (row.pop(name) for name in COUNTS[:4])
@@ -149,7 +151,7 @@ class Meter:
             raise UserError(
                 f"step {step + 1}: no clip of the batch has a caption to learn (data.languages={self.cfg.data.languages})"
             )
-        clips, lr = self.cfg.train.batch_size, engine.learning_rate(step, self.cfg.train)
+        clips = self.cfg.train.batch_size
         row = {"step": step + 1, "samples": (step + 1) * clips, "lr": lr} | row
         row["no_audio"] = silent * distributed.world() / clips
         return row | ({"hidden_rows": hidden / heard} if heard and self.cfg.loss.aa else {})

@@ -49,7 +49,7 @@ def _train(cfg: RunConfig, ds_config: str | None, stop: "_Signals") -> None:
         with preflight.enough_memory(cfg):
             losses, features = accumulation.step(run, micros, cfg)
         step += 1
-        meter.add(losses, features, micros, run.get_global_grad_norm())
+        meter.add(losses, features, micros, run)
         tracker.took(step, micros)
         evaluating = cfg.eval.every and step % cfg.eval.every == 0
         saving = checkpoints.due(step) or (evaluating and cfg.eval.select)  # the best one is to be there

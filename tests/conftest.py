@@ -82,6 +82,15 @@ def trace(run_dir: Path) -> dict[int, tuple[float, ...]]:
     return {row["step"]: tuple(v for k, v in sorted(row.items()) if k.startswith("loss")) for row in rows}
 
 
+def optimizer_groups(checkpoint: Path) -> list[list[tuple[float, float]]]:
+    """For each rank (share of the learning rate, weight decay) of the optimizer's groups when it wrote a checkpoint."""
+    from clip4vla.universal import load_tensors
+
+    states = [load_tensors(str(file))["optimizer_state_dict"] for file in sorted(checkpoint.glob("*_optim_states.pt"))]
+    inner = [state.get("base_optimizer_state") or state["optimizer_state_dict"] for state in states]  # or of ZeRO-3
+    return [[(group["lr_scale"], group["weight_decay"]) for group in state["param_groups"]] for state in inner]
+
+
 def wait_for(file: Path, step: int) -> None:
     """Until that step stands in metrics.jsonl."""
     end = time.monotonic() + PATIENCE

@@ -1,10 +1,14 @@
 """accumulation.py: the gradient of several micro-batches is that of the one whole batch, on the real engine."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ranks
+
+from clip4vla import accumulation, distributed
+from clip4vla.config import RunConfig
 
 ZERO2 = json.dumps({"zero_optimization": {"stage": 2}})
 ZERO3 = json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}})
@@ -17,6 +21,15 @@ CASES = {
     "bf16": ["train.precision=bf16", ZERO2],
     "bf16, three": ["train.precision=bf16", ZERO2, "train.accumulate=3"],
 }
+
+
+def test_the_words_that_a_loss_is_the_mean_over_are_those_of_all_ranks(monkeypatch):
+    """This rank's micro-batches teach 3 and 4, another rank's 5. If none teaches any, nothing is divided by 0."""
+    run = SimpleNamespace(device="cpu", module=SimpleNamespace(taught=lambda micro, loss: torch.tensor(micro)))
+    monkeypatch.setattr(distributed, "all_sum", lambda x: x + 5)
+    assert accumulation._taught(run, [3, 4], RunConfig()) == 12
+    monkeypatch.setattr(distributed, "all_sum", lambda x: x)
+    assert accumulation._taught(run, [0, 0], RunConfig()) == 1
 
 
 @pytest.fixture(scope="module", params=[1, 2])

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 import s3
 import torch
-from conftest import job, ranks, run, trace, wait_for
+from conftest import job, optimizer_groups, ranks, run, trace, wait_for
 from safetensors.torch import load_file
 
-from clip4vla import storage
+from clip4vla import checkpoints, storage
 from clip4vla.checkpoints import Checkpoints, Mirror, checkpoint_to_resume, chosen_checkpoint, saved_as
 from clip4vla.config import RunConfig, TrainConfig, UserError
 from clip4vla.mirror import remove, upload
@@ -131,6 +131,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks_and_other_zero_stages(undistu
             assert ours[at] == pytest.approx(losses, rel=1e-5), (
                 f"step {at}, on {count} ranks, ZeRO-{stage}, since {step}"
             )
+        assert optimizer_groups(folder / f"checkpoints/step-{STEPS:08d}") == [[(1.0, 0.2), (1.0, 0.0)]] * count
     assert not list((folder / "checkpoints").glob("partial-*"))
 
 
@@ -182,6 +183,28 @@ def test_a_state_without_zero_goes_on_without_zero_alone():
     for theirs, ours in ((0, 1), (2, 0)):
         with pytest.raises(UserError, match=f"zero_stage {theirs} there and {ours} here"):
             fit(theirs, ours)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """What is there whenever something is brought to the disk: power that fails then leaves all of a checkpoint, or none."""
+    order, folder = [], tmp_path / "checkpoints"
+    (aside := folder / "partial-00000007").mkdir(parents=True)
+
+    def fsync(path: Path) -> None:
+        there = sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        order.append((path.name, there))
+
+    monkeypatch.setattr(checkpoints, "fsync", fsync)
+    run = SimpleNamespace(
+        folder=folder, saved=7, failure=None, _aside=lambda: aside, _prune=lambda: None,
+        mirror=SimpleNamespace(update=lambda: None), parts=dict.fromkeys([aside / "a", aside / "b"], Path.touch),
+    )  # fmt: skip
+    Checkpoints._flush(run)
+    Checkpoints._publish(run)
+    both = ["partial-00000007/a", "partial-00000007/b"]
+    named = ["step-00000007/a", "step-00000007/b"]
+    assert order == [("a", both[:1]), ("b", both), (aside.name, both), ("checkpoints", named)]
+    assert (folder / "latest").read_text() == "step-00000007"
 
 
 def test_in_the_background_by_the_clock_and_pruned(undisturbed, words, tmp_path):

@@ -1,10 +1,12 @@
 """evaluation.py: which things are ranked against which, in subsets, and the answers that count."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import TINY
 
-from clip4vla import distributed, towers
+from clip4vla import distributed, evaluation, towers
 from clip4vla.batch import Batch
 from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig
 from clip4vla.model import TEXTS, Model
@@ -132,6 +134,17 @@ class OneBatch:
 
     def numbers(self, k):
         return list(range(len(self.meta)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_in_evaluation_mode_while_it_embeds_and_then_as_it_was(monkeypatch, training):
+    model, modes = Towers().train(training), []
+    model.text.transformer.register_forward_pre_hook(lambda tower, _: modes.append(tower.training))
+    folder = SimpleNamespace(url="x", fingerprint=model.config())
+    monkeypatch.setattr(evaluation, "open_folders", lambda *_: [folder])
+    monkeypatch.setattr(evaluation, "eval_loader", lambda *_: OneBatch(3))
+    evaluation.embedded(model, CFG, {}, "data.val")
+    assert modes == [False] and {part.training for part in model.modules()} == {training}
 
 
 @torch.no_grad()

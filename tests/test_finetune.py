@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, ranks, trace
+from conftest import ROOT, TINY, optimizer_groups, ranks, trace
 from safetensors.torch import load_file
 
 from clip4vla import engine, text_video
@@ -60,6 +60,10 @@ def test_a_run_goes_on_with_its_learning_rates_on_other_ranks(tuning, tmp_path):
     assert done.returncode == 0 and "2 done of 4" in done.stdout, done.stderr
     for step, losses in trace(tmp_path).items():
         assert losses == pytest.approx(undisturbed[step], rel=1e-5)
+    shares = (2.0, 1.0, 0.1, 1.0)  # audio, head, text, vision
+    assert optimizer_groups(tmp_path / "checkpoints/step-00000004") == [
+        [(s, decay) for s in shares for decay in (0.2, 0.0)]
+    ]
 
 
 def test_learning_rates_by_tower_and_frozen_blocks(tuning, tmp_path):

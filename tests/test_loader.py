@@ -178,6 +178,15 @@ def test_a_clip_has_another_mask_in_every_epoch_and_another_caption_in_some(samp
     assert all(torch.equal(getattr(again, f), getattr(second, f)) for f in ("hidden_rows", "hidden_channels", "tokens"))
 
 
+def test_masks_and_drawn_captions_depend_on_the_seed(sample_shards):
+    ours, other = (loader(sample_shards, needs=("fbank",)) for _ in range(2))
+    other.seed = 1
+    one, two = ours.batch(0), other.batch(0)
+    assert one.ids == two.ids and one.captions != two.captions
+    for name in ("hidden_rows", "hidden_channels"):
+        assert not torch.equal(getattr(one, name), getattr(two, name))
+
+
 def test_captions_come_in_turn_or_always_the_first_and_of_chosen_languages(sample_shards):
     def captions(how, epochs, *more):
         """[captions of clip 1, clip 2, ...] in the order of the epochs."""

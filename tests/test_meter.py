@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from traffic import made_up
 
-from clip4vla import flops, fusion, losses
+from clip4vla import distributed, engine, flops, fusion, losses
 from clip4vla.batch import Batch
 from clip4vla.build import Setup
 from clip4vla.config import RunConfig, SpectrogramConfig
@@ -158,29 +159,39 @@ def test_without_pairs_there_is_no_alignment_and_no_uniformity():
 
 
 class Engine:
-    """The part of DeepSpeed's engine that a row is made from."""
+    """The part of DeepSpeed's engine that a row is made from; of its two groups one does not learn."""
 
     def __init__(self, module):
         self.module = module
+        self.optimizer = SimpleNamespace(param_groups=[{"lr_scale": 0.0}, {"lr_scale": 0.5}])
+
+    def get_global_grad_norm(self):
+        return 2.5
 
 
-def test_rows_of_an_interval():
-    """Shares are of each step, rates of the interval; the loss is the given one."""
-    cfg = load(RunConfig, None, ["train.batch_size=5"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_rows_of_an_interval(world, monkeypatch):
+    """Shares are of each step, rates of the interval; the loss is the given one. All ranks give the same here."""
+    monkeypatch.setattr(distributed, "world", lambda: world)
+    monkeypatch.setattr(distributed, "all_sum", lambda x: world * x)
+    cfg = load(RunConfig, None, [f"train.batch_size={5 * world}"])
     model = Model(TINY, cfg.model, SpectrogramConfig())
     ds = {"bf16": {"enabled": False}, "fp16": {"enabled": False}}
     meter = Meter(cfg, Setup(torch.device("cpu"), [], ds, None, model, "", None))
     features = {name: F.normalize(torch.randn(5, 8), dim=-1) for name in ("audio", "text", "masked")}
+    run = Engine(model)
     for loss, silent in ((3.0, 0), (2.0, 2)):
         losses = {"aa": torch.tensor(loss / 2), "loss": torch.tensor(loss)}
-        meter.add(losses, features, [batch(3, silent=silent), batch(2)], 2.5)
-    first, last = meter.rows(12, Engine(model))
-    assert (first["step"], last["step"], last["samples"]) == (11, 12, 60)
+        engine.set_learning_rate(run, loss / 100)
+        meter.add(losses, features, [batch(3, silent=silent), batch(2)], run)
+    first, last = meter.rows(12, run)
+    assert (first["step"], last["step"], last["samples"]) == (11, 12, 60 * world)
+    assert (first["lr"], last["lr"]) == (0.03, 0.02)
     assert (first["loss"], last["loss"], last["loss/aa"], last["grad_norm"]) == (3.0, 2.0, 1.0, 2.5)
     assert (first["no_audio"], last["no_audio"]) == (0.0, pytest.approx(0.4))
     assert last["hidden_rows"] == pytest.approx(50 / 200)
     work = flops.Work(model, cfg).flops([batch(3), batch(2)])
-    assert last["tflops"] * 1e12 / last["clips_per_s"] == pytest.approx(work / 5, rel=1e-6)  # FLOPs of a clip
+    assert last["tflops"] * 1e12 / last["clips_per_s"] == pytest.approx(work / 5 / world, rel=1e-6)  # FLOPs of a clip
     assert "clips_per_s" not in first and "mfu" not in last and meter.pending == []
 
 

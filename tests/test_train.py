@@ -12,6 +12,10 @@ import torch
 from conftest import ROOT, STEPS, TINY, deepspeed, job, ranks, run, trace, wait_for
 from safetensors.torch import load_file
 
+from clip4vla import engine
+from clip4vla.config import RunConfig
+from clip4vla.settings import load
+
 SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
 
 
@@ -24,7 +28,7 @@ def undisturbed(tiny, tmp_path_factory):
     return folder, done.stdout
 
 
-def test_two_ranks_train_log_and_save(undisturbed):
+def test_two_ranks_train_log_and_save(undisturbed, tiny):
     folder, out = undisturbed
     losses = trace(folder)
     assert list(losses) == list(range(1, STEPS + 1))
@@ -32,6 +36,8 @@ def test_two_ranks_train_log_and_save(undisturbed):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "samples", "lr", "loss", "loss/at", "loss/av", "loss/aa", "grad_norm", "clips_per_s", "data_wait",
             "hidden_rows", "memory_gib"} <= set(rows[-1])  # fmt: skip
+    cfg = load(RunConfig, tiny[0], tiny[1:]).train
+    assert [row["lr"] for row in rows] == [engine.learning_rate(step, cfg) for step in range(STEPS)]
     assert rows[-1]["samples"] == STEPS * 12 and 0 < rows[-1]["hidden_rows"] < 1
     assert sorted(p.name for p in (folder / "checkpoints").glob("*-*")) == ["step-00000006", "step-00000008"]
     assert (folder / "checkpoints/latest").read_text() == "step-00000008"
