@@ -22,6 +22,8 @@ TINY = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
 }
 
+NARROW = TINY | {"text_cfg": TINY["text_cfg"] | {"width": 16}}  # most of TINY's weights are its tokens'
+
 
 @pytest.fixture(autouse=True)
 def ranks_names():
@@ -45,7 +47,7 @@ def sample_shards(tmp_path_factory) -> Path:
 def tiny(sample_shards, tmp_path_factory):
     """Words that make any config tiny: a small CLIP, few steps, the shipped sample."""
     clip = tmp_path_factory.mktemp("clip") / "tiny.json"
-    clip.write_text(json.dumps(TINY | {"text_cfg": TINY["text_cfg"] | {"width": 16}}))  # most weights are its tokens'
+    clip.write_text(json.dumps(NARROW))
     speech, sounds = (sample_shards / s / "train" for s in ("speech_fr", "sounds"))
     return [
         "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={clip}", "train.precision=fp32", "track.wandb=off",
