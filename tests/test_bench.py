@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import NARROW, ROOT, run
+from conftest import ROOT, TINY, run
 
 sys.path.insert(0, str(ROOT))
 
@@ -229,7 +229,7 @@ ENGINE = {  # what each must print, and what holds on any machine
 @pytest.mark.parametrize("name", ENGINE)
 def test_benches_of_the_engine_print_their_keys(name, tmp_path):
     words, keys = ENGINE[name]
-    (tmp_path / "tiny.json").write_text(json.dumps(NARROW | {"embed_dim": 512}))
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY | {"embed_dim": 512}))
     done = run("launch/bench.py", name, "--rounds", 1, "--clip", tmp_path / "tiny.json", *words)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
