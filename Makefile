@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash launch/demo.sh $(SET)
 
 test: $(VENV)/installed tools
-	@PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONDONTWRITEBYTECODE= python -m pytest -q -rs --durations=12 -p no:cacheprovider \
+	@PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONDONTWRITEBYTECODE= PYTHONUTF8=1 python -m pytest -q -rs --durations=12 -p no:cacheprovider \
 		-n 2 --dist loadfile --no-loadscope-reorder tests
 
 tools:

@@ -99,7 +99,7 @@ def _must_differ(plan: Plan) -> None:
     for place in cfg.init_from:
         folder = newest_checkpoint(place) or Path(place)
         if (folder / "config.json").is_file():
-            towers = json.loads((folder / "config.json").read_text())["model"]["train_towers"]
+            towers = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]["train_towers"]
             if "audio" in towers:
                 raise UserError(
                     f"{plan.pretrain}: init_from {place} has ears already: name the CLIP that they are to be given to"

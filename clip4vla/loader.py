@@ -188,7 +188,7 @@ class Loader:
     def _damage(self, sample: Damaged) -> None:
         with self.counting:  # one thread reads, one decodes
             self.damaged += 1
-        with self.damage_log.open("a") as log:
+        with self.damage_log.open("a", encoding="utf-8") as log:
             log.write(json.dumps(vars(sample)) + "\n")
         if self.damaged > self.cfg.max_damage * max(self.reads, MIN_READS):
             raise UserError(

@@ -85,7 +85,8 @@ def download(
 def upload_evaluations(run_dir: str, url: str, cfg: DataSources = DEFAULT) -> None:
     """Copy the metrics of a run's evaluations on data.val to URL/evaluations.json, if there are any. Raises OSError."""
     found = {
-        file.parent.name: json.loads(file.read_text()) for file in Path(run_dir, "eval").glob("val-*/metrics.json")
+        file.parent.name: json.loads(file.read_text(encoding="utf-8"))
+        for file in Path(run_dir, "eval").glob("val-*/metrics.json")
     }
     if found:
         fs, root = open_folder(url)

@@ -37,7 +37,7 @@ def of_checkpoint(folder: Path) -> dict[str, Any]:
     """Name, step and SHA-256 of a checkpoint's weights."""
     with open(folder / "model.safetensors", "rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    step = json.loads((folder / "config.json").read_text()).get("step")
+    step = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("step")
     return {"folder": str(folder), "step": step, "sha256": digest}
 
 

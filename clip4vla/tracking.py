@@ -35,7 +35,7 @@ class Tracker:
         if not self.active:
             return
         _cut(self.folder / "metrics.jsonl", step)
-        self.metrics = (self.folder / "metrics.jsonl").open("a")
+        self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
         self.bar = tqdm(total=cfg.train.max_steps, initial=step, disable=None, dynamic_ncols=True, unit="step")
         self.wandb = _start_wandb(cfg, self.folder)
 
@@ -64,7 +64,7 @@ class Tracker:
         if self.active:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-            with (self.folder / "log.txt").open("a") as log:
+            with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def close(self) -> None:
@@ -190,6 +190,6 @@ def _start_wandb(cfg: RunConfig, folder: Path) -> Any:
     mark = folder / "wandb_id"  # a resumed run goes on as the same one
     if not mark.exists():
         write_text(mark, uuid.uuid4().hex)
-    named = {"project": cfg.track.project, "name": folder.name, "id": mark.read_text()}
+    named = {"project": cfg.track.project, "name": folder.name, "id": mark.read_text(encoding="utf-8")}
     known: dict[str, Any] = named | {"resume": "allow", "config": to_dict(cfg)}
     return wandb.init(dir=folder, mode=mode, **known)

@@ -84,7 +84,7 @@ class Unit:
     def finished(self) -> dict[str, Any] | None:
         """The note, if it and the tar are there, of these towers and of this very shard."""
         try:
-            note = json.loads(self.note.read_text())
+            note = json.loads(self.note.read_text(encoding="utf-8"))
             found = note["identity"], note["shard"]["of"], note["shard"]["bytes"]
             return note if found == (self.identity, self.shard.sha256, self.tar.stat().st_size) else None
         except (OSError, ValueError, KeyError, TypeError):

@@ -119,7 +119,7 @@ def shard(cfg: DataConfig, part: tuple[int, int] | None = None, plan: bool = Fal
 
 def lock(out: Path, name: str = ".lock", shared: bool = False, wait: bool = False) -> TextIO:
     """The open lock file of `out`; workers inherit it, so it is free once the last of them is gone."""
-    file = (out / name).open("w")
+    file = (out / name).open("w", encoding="utf-8")
     if not files.lock(file, shared, wait):
         file.close()
         raise UserError(f"out={out}: another run is writing there; wait for it, or choose another out=FOLDER")

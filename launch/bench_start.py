@@ -65,12 +65,12 @@ def start(folder: Path, run_dir: Path, ranks: int) -> float:
         cwd=ROOT, env=env, stdout=sys.stderr, start_new_session=True,
     ) as process:  # fmt: skip
         rows = run_dir / "metrics.jsonl"
-        while process.poll() is None and not (rows.exists() and rows.read_text().endswith("\n")):
+        while process.poll() is None and not (rows.exists() and rows.read_text(encoding="utf-8").endswith("\n")):
             time.sleep(0.02)
         if not rows.exists():
             raise RuntimeError(f"the run ended with {process.poll()} before its first step")
         os.killpg(process.pid, signal.SIGKILL)  # a checkpoint on its way to the disk would slow the next round
-    return json.loads(rows.read_text().splitlines()[0])["time"] - begin
+    return json.loads(rows.read_text(encoding="utf-8").splitlines()[0])["time"] - begin
 
 
 def watched(folder: Path) -> Path:
