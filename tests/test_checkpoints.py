@@ -131,7 +131,8 @@ def test_a_run_goes_on_with_other_numbers_of_ranks_and_other_zero_stages(undistu
             assert ours[at] == pytest.approx(losses, rel=1e-5), (
                 f"step {at}, on {count} ranks, ZeRO-{stage}, since {step}"
             )
-        assert optimizer_groups(folder / f"checkpoints/step-{STEPS:08d}") == [[(1.0, 0.2), (1.0, 0.0)]] * count
+        towers = [(1.0, 0.2), (1.0, 0.0)] * 3
+        assert optimizer_groups(folder / f"checkpoints/step-{STEPS:08d}") == [towers] * count
     assert not list((folder / "checkpoints").glob("partial-*"))
 
 
