@@ -58,12 +58,18 @@ def tiny(sample_shards, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tuning(tiny, sample_shards, tmp_path_factory):
-    """Words of a tiny fine-tuning run: picture, sound and text of spoken names; its text tower is as wide as a head."""
+def headed(tiny, tmp_path_factory):
+    """Words of a tiny run whose text tower is as wide as a head, which starts from it."""
     clip = tmp_path_factory.mktemp("clip") / "tiny.json"
     clip.write_text(json.dumps(TINY))
+    return [*tiny, f"model.clip={clip}"]
+
+
+@pytest.fixture(scope="module")
+def tuning(headed, sample_shards):
+    """Words of a tiny fine-tuning run: picture, sound and text of spoken names."""
     return [
-        *tiny, f"model.clip={clip}", "loss.tm=1", "loss.at=0", "loss.av=0", "loss.aa=0",
+        *headed, "loss.tm=1", "loss.at=0", "loss.av=0", "loss.aa=0",
         f"data.train={sample_shards}/speech_fr/train",
         "model.train_towers=text+vision+audio", "model.fusion_layers=2", "eval.task=retrieval", "train.max_steps=4",
     ]  # fmt: skip

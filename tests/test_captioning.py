@@ -177,10 +177,10 @@ def no_java(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def describing(tiny, sample_shards):
+def describing(headed, sample_shards):
     """Words of a tiny captioning run."""
     return [
-        *tiny, "loss={at: 0, av: 0, aa: 0, caption: 1}", f"data.train={sample_shards}/speech_fr/train", "model.fusion=captioner",
+        *headed, "loss={at: 0, av: 0, aa: 0, caption: 1}", f"data.train={sample_shards}/speech_fr/train", "model.fusion=captioner",
         "model.train_towers=text+vision+audio", "model.fusion_layers=2", "model.max_tokens=16", "eval.task=captioning",
         "train.max_steps=4", f"data.test=[{sample_shards}/speech_fr/train, {sample_shards}/pictures/test]", "data.languages=[en]",
     ]  # fmt: skip
