@@ -180,7 +180,8 @@ def no_java(tmp_path_factory):
 def describing(headed, sample_shards):
     """Words of a tiny captioning run."""
     return [
-        *headed, "loss={at: 0, av: 0, aa: 0, caption: 1}", f"data.train={sample_shards}/speech_fr/train", "model.fusion=captioner",
+        *headed, "loss={at: 0, av: 0, aa: 0, caption: 1}", "model.fusion=captioner",
+        f"data.train={sample_shards}/speech_fr/train",
         "model.train_towers=text+vision+audio", "model.fusion_layers=2", "model.max_tokens=16", "eval.task=captioning",
         "train.max_steps=4", f"data.test=[{sample_shards}/speech_fr/train, {sample_shards}/pictures/test]", "data.languages=[en]",
     ]  # fmt: skip
