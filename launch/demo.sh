@@ -6,6 +6,8 @@ set=${1:-stamps}
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 if [ "$gpus" = 0 ]; then
     export DS_ACCELERATOR=cpu  # else DeepSpeed warns in each process that it found no GPU
+    # malloc keeps tensors of up to 64 MB that a step frees; the kernel maps and zeroes them at each step otherwise
+    export MALLOC_MMAP_THRESHOLD_=$((64 << 20)) MALLOC_TRIM_THRESHOLD_=$((512 << 20))
 fi
 clock() { echo "[$((SECONDS / 60)) min $((SECONDS % 60)) s] $*"; }
 
