@@ -302,7 +302,7 @@ def test_similarity_is_the_heads_and_the_same_for_each_pair_alone(fusion):
 
 
 def test_a_caption_is_the_same_alone_and_in_a_batch():
-    model = make(fusion="captioner").double()  # in fp32 words of a random model are as likely as others but for rounding
+    model = make(fusion="captioner").double()  # in fp32 rounding chooses between words of a random model
     media = [(STILLS[i], SOUNDS[i]) for i in range(3)] + [SOUNDS[3]]
     for how in ({}, {"method": "greedy"}, {"method": "nucleus", "top_p": 0.001}, {"beams": 2, "max_tokens": 5}):
         told = model.caption(media, **how)
