@@ -30,8 +30,8 @@ setup(
     package_data={"clip4vla": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[  # inference alone
-        "torch>=2.8,<2.12",
-        "torchaudio>=2.8,<2.12",
+        "torch>=2.11,<2.12",
+        "torchaudio>=2.11,<2.12",
         "open_clip_torch>=3.3,<4",
         "huggingface_hub>=1",
         "safetensors>=0.4",

@@ -1,8 +1,10 @@
 """What every entry script shares: its command line, and one line for a mistake instead of a traceback."""
 
 import argparse
+import atexit
 import errno
 import functools
+import gc
 import os
 import sys
 import time
@@ -119,5 +121,6 @@ def _before_main(kind: type[BaseException], error: BaseException, trace: Traceba
 
 
 sys.excepthook = _before_main  # only entry scripts import this module
+atexit.register(gc.freeze)  # else the interpreter ends with seconds of looking for cycles among all that was imported
 for package in UNUSED:  # the second that timm and wandb, which it brings, would take is saved
     sys.modules.setdefault(package, None)  # type: ignore[arg-type]

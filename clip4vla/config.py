@@ -189,7 +189,7 @@ class TrainConfig:
         "off", "torch.compile and its backend; batches are padded to few sizes, so that it compiles a few times only"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
-        "auto", "auto: bf16 on a GPU that has it and on a CPU with AMX, else fp32"
+        "auto", "auto: bf16 where it is fast (a GPU; a CPU with AMX; AMD with AVX512-BF16), else fp32"
     )
     lr: float = setting(1e-4, "peak learning rate", low=0)
     lr_scale: dict[str, float] = setting({}, "text, vision, audio or head: factor on lr for its weights")

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing import start_processes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip4vla import distributed
@@ -165,6 +166,12 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def run_ranks(work: Callable[..., None], processes: int, *args: Any) -> None:
+    """Run work(number, *args) in so many processes at once, forks of one that has imported the work's module."""
+    multiprocessing.set_forkserver_preload([work.__module__, "deepspeed", "open_clip"])
+    start_processes(work, args, processes, start_method="forkserver")
 
 
 def traffic(b: int, dim: int, world: int) -> dict[str, Any]:

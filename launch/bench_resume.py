@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
 
 from clip4vla import accumulation, distributed, engine
 from clip4vla.build import prepare, train_loader
@@ -22,7 +21,7 @@ from clip4vla.checkpoints import Checkpoints, frozen_weights
 from clip4vla.config import RunConfig
 from clip4vla.settings import load
 from launch.bench import count
-from launch.bench_loss import free_port
+from launch.bench_loss import free_port, run_ranks
 from launch.bench_step import configure
 
 
@@ -38,7 +37,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """The figures."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         configure(Path(folder), args.clip, 32, 2 * args.ranks)
-        mp.spawn(_rank, (args.ranks, free_port(), folder, args.rounds), nprocs=args.ranks)
+        run_ranks(_rank, args.ranks, args.ranks, free_port(), folder, args.rounds)
         rounds = torch.load(Path(folder, "seconds.pt"))
     medians = {name: statistics.median(values) for name, values in rounds.items()}
     return {

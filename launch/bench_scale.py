@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,7 +37,7 @@ from clip4vla.config import RunConfig
 from clip4vla.losses import info_nce
 from clip4vla.settings import load
 from launch.bench import count
-from launch.bench_loss import free_port
+from launch.bench_loss import free_port, run_ranks
 from launch.bench_step import configure
 
 DIM = 512  # of the space
@@ -67,7 +66,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         configure(Path(folder), args.clip, 32, args.batch)
         for world in (1, 2):  # two processes each time, so that the machine is as busy
-            mp.spawn(_rank, (world, free_port(), folder, args), nprocs=2)
+            run_ranks(_rank, 2, world, free_port(), folder, args)
         one, two = (torch.load(Path(folder, f"{world}.pt")) for world in (1, 2))
     predicted = model(2, args.batch, one | two["network"])
     return {

@@ -1,6 +1,7 @@
 """What scripts in tests import, imported once by the process that they are forks of (forks.py)."""
 
 import contextlib
+import gc
 import importlib
 import sys
 from pathlib import Path
@@ -15,3 +16,4 @@ for name in [*PACKAGES, *OURS]:
     with contextlib.suppress(ImportError):  # of a package that is not installed: the script that needs it says so
         importlib.import_module(name)
 sys.path.pop(0)
+gc.freeze()  # a fork looks for cycles among its own objects only

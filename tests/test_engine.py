@@ -68,11 +68,20 @@ def test_precision_follows_ds_json_unless_the_yaml_decides():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU decides, and has bf16")
-@pytest.mark.parametrize("amx", [True, False])
-def test_left_to_itself_a_cpu_takes_bf16_only_with_amx(monkeypatch, amx):
-    assert isinstance(torch.cpu._is_amx_tile_supported(), bool)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert merged({})["bf16"]["enabled"] is amx
+@pytest.mark.parametrize(
+    "cpu, bf16",
+    [
+        ({"cpu_name": "Intel", "avx512_bf16": True, "amx_bf16": True}, True),
+        ({"cpu_name": "Intel", "avx512_bf16": True, "amx_bf16": False}, False),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True, "amx_bf16": False}, True),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"architecture": "aarch64"}, False),
+    ],
+)
+def test_left_to_itself_a_cpu_takes_bf16_only_where_it_is_fast(monkeypatch, cpu, bf16):
+    assert {"cpu_name", "avx512_bf16", "amx_bf16"} <= set(torch.cpu.get_capabilities())
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    assert merged({})["bf16"]["enabled"] is bf16
     assert merged({"bf16": {"enabled": True}})["bf16"]["enabled"] is True
     assert merged({}, "train.precision=fp32")["bf16"]["enabled"] is False
 
