@@ -19,21 +19,21 @@ if [ "$set" = stamps ] && ! python -c "import cairosvg" 2>/dev/null; then
     echo "A third of the pictures are drawings, which need libcairo2 (apt-get install libcairo2); the demo goes on with tests/sample instead."
     set=sample
 fi
-ranks=2
+start="deepspeed --num_accelerators 2"
 if [ "$set" = sample ] || [ "$gpus" = 1 ]; then  # the sample is too small to share
-    ranks=1
+    start=python
 fi
 clock "shards"
 python data_prep/shard.py configs/data/$set.yaml
 clock "a small CLIP from scratch"
-deepspeed --num_accelerators "$ranks" launch/pretrain.py configs/pretrain/${set}_clip.yaml
+$start launch/pretrain.py configs/pretrain/${set}_clip.yaml
 clock "the towers' vectors"
 python data_prep/embed.py configs/pretrain/$set.yaml
 clock "its ears"
 if [ "$set" = stamps ]; then
-    deepspeed --num_accelerators "$ranks" launch/pretrain.py --deepspeed_config ds.json
+    $start launch/pretrain.py --deepspeed_config ds.json
 else
-    deepspeed --num_accelerators "$ranks" launch/pretrain.py --deepspeed_config ds.json configs/pretrain/$set.yaml
+    $start launch/pretrain.py --deepspeed_config ds.json configs/pretrain/$set.yaml
 fi
 clock "evaluation"
 python launch/evaluate.py configs/pretrain/$set.yaml

@@ -142,7 +142,7 @@ SMALLER = {  # what lets a command run on the sample, which has three of the lan
 
 
 @pytest.mark.parametrize("command", readme_commands())
-def test_every_command_of_the_readme_runs(demo, command):
+def test_every_command_of_the_readme_runs(demo, command, no_java):
     """In the order of the README, on the sample; the make targets are this test's own set-up and `demo` above."""
     folder, _ = demo
     words = shlex.split(command)
@@ -156,11 +156,10 @@ def test_every_command_of_the_readme_runs(demo, command):
     smaller = next((extra for part, extra in SMALLER.items() if part in command + "\n"), "")
     if "ds.json" in command:
         done = shell(f"{command} {smaller}".replace("deepspeed ", f"deepspeed --master_port {free_port()} ", 1), folder)
-    else:  # forks: the launcher is the subject above, and starting it takes the longest
+    else:  # forks: the launcher is the subject above, and starting it takes the longest; so does METEOR's Java
         first = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        with job(
-            2 if words[0] == "deepspeed" else 1, *expanded(words[first:], folder), *shlex.split(smaller), cwd=folder
-        ) as started:
+        run = [*expanded(words[first:], folder), *shlex.split(smaller)]
+        with job(2 if words[0] == "deepspeed" else 1, *run, env=no_java, cwd=folder) as started:
             done = started.wait()
     assert done.returncode == 0, done.stdout + done.stderr
 

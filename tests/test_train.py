@@ -1,4 +1,4 @@
-"""The loop under the real deepspeed launcher: ranks, precision, ZeRO stages, kills, signals, resume, and bad input."""
+"""The loop: ranks, precision, ZeRO stages, kills, signals, resume, and bad input."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
 def undisturbed(tiny, tmp_path_factory):
     """A run of two ranks from start to end."""
     folder = tmp_path_factory.mktemp("run") / "undisturbed"
-    done = deepspeed(2, "launch/pretrain.py", *tiny, f"run_dir={folder}")
+    done = ranks(2, "launch/pretrain.py", *tiny, f"run_dir={folder}")
     assert done.returncode == 0, done.stderr + done.stdout
     return folder, done.stdout
 
