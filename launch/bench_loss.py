@@ -171,7 +171,12 @@ def free_port() -> int:
 def run_ranks(work: Callable[..., None], processes: int, *args: Any) -> None:
     """Run work(number, *args) in so many processes at once, forks of one that has imported the work's module."""
     multiprocessing.set_forkserver_preload([work.__module__, "deepspeed", "open_clip"])
-    start_processes(work, args, processes, start_method="forkserver")
+    stdout = os.dup(1)
+    os.dup2(2, 1)  # what they print is no figure
+    try:
+        start_processes(work, args, processes, start_method="forkserver")
+    finally:
+        os.dup2(stdout, 1)
 
 
 def traffic(b: int, dim: int, world: int) -> dict[str, Any]:
