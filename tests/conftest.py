@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(64 << 20))  # of the scripts that tests start: as in launch/demo.sh
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(512 << 20))
 from forks import ROOT, Job, stop_server  # noqa: E402
 
 STEPS = 8  # of a tiny run

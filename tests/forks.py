@@ -23,10 +23,15 @@ _context.set_forkserver_preload(["preloaded"])
 @functools.cache
 def start_server() -> None:
     """Start the process that scripts are forks of; it imports preloaded.py."""
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS), *([before] if before else [])])
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), before.get("PYTHONPATH")]))
+    os.environ |= {
+        "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
+    }  # as in launch/demo.sh
     multiprocessing.forkserver.ensure_running()
-    os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def stop_server() -> None:
