@@ -29,7 +29,7 @@ lint: $(VENV)/installed
 	@$(VENV)/bin/mypy --cache-dir $(VENV)/mypy
 
 api: $(VENV)/installed
-	@$(VENV)/bin/python -m pdoc -o build/api $(subst /,.,$(basename $(filter-out %__init__.py,$(wildcard clip4vla/*.py))))
+	@$(VENV)/bin/python -m pdoc -o build/api $(subst /,.,$(basename $(filter-out %__init__.py %__main__.py,$(shell find clip4vla -name "*.py"))))
 
 dist: $(VENV)/installed
 	@$(VENV)/bin/python -m build --no-isolation

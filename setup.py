@@ -14,7 +14,7 @@ SERVER = ["moto[s3]>=5", "flask", "flask-cors"]  # an S3 server on loopback; mot
 setup(
     name="clip4vla",
     version=re.search(r'^__version__ = "(.+)"$', (HERE / "clip4vla/__init__.py").read_text(), re.M)[1],
-    description="Give a CLIP model ears: pre-train an audio tower onto CLIP, fine-tune for retrieval, captioning, classification",
+    description="Give a CLIP model an audio encoder: pre-train it onto CLIP, fine-tune for retrieval, captioning, classification",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     classifiers=[

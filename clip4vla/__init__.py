@@ -1,4 +1,4 @@
-"""clip4vla: give a CLIP model ears."""
+"""clip4vla: give a CLIP model an audio encoder."""
 
 from typing import TYPE_CHECKING, Any
 

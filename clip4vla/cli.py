@@ -1,4 +1,4 @@
-"""What every entry script shares: its command line, and one line for a mistake instead of a traceback."""
+"""Parse the command line of an entry script, and report a mistake in one line instead of a traceback."""
 
 import argparse
 import atexit
@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from clip4vla.config import UserError
-from clip4vla.settings import Config, describe, load
-from clip4vla.watchdog import watch
+from clip4vla.config_io import Config, describe, load
+from clip4vla.distributed.watchdog import watch
+from clip4vla.errors import UserError
 
 EXTRAS = {  # setup.py's, by the names that are imported
     "train": ("deepspeed", "webdataset", "wandb", "tqdm", "matplotlib", "soundfile", "cairosvg", "fsspec"),
@@ -31,13 +31,13 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG
 
 
 def help_text(cls: type) -> str:
-    """Every setting, one line each, for `--help`."""
+    """List every setting, with its type, default and meaning, for `--help`."""
     return "settings (YAML keys, or KEY=VALUE on the command line):\n" + "\n".join(
         f"  {key:<26} {kind}\n{'':<29}{meaning}" for key, kind, meaning in describe(cls)
     )
 
 
-def command_line(
+def parse_args(
     cls: type[Config], default: str | None, about: str, dry_run: bool = False
 ) -> tuple[Config, argparse.Namespace]:
     """Parse `[CONFIG.yaml] [KEY=VALUE ...]` and what the launchers add; --help lists every setting."""
@@ -60,16 +60,16 @@ def command_line(
     return load(cls, path, [word for word in args.words if "=" in word]), args
 
 
-def cli(main: Callable[[], object]) -> Callable[[], None]:
-    """Entry scripts' decorator: a UserError, a package that is not installed, or a disk that cannot be written, is one line
-    on stderr and exit code 2.
+def entry_point(main: Callable[[], object]) -> Callable[[], None]:
+    """Decorate an entry script's main: a UserError, a package that is not installed, or a disk that cannot be written, is
+    one line on stderr and exit code 2.
 
-    Of several ranks that fail, the first is heard (watchdog.py); before they have met, rank 0.
+    Of several ranks that fail, the first is reported (watchdog.py); before they have met, rank 0.
     """
 
     @functools.wraps(main)
     def run() -> None:
-        watch.mine, in_order = True, False
+        watch.enabled, in_order = True, False
         try:
             main()
             in_order = True
@@ -80,13 +80,13 @@ def cli(main: Callable[[], object]) -> Callable[[], None]:
             print("interrupted", file=sys.stderr, flush=True)
             sys.exit(130)
         except Exception as error:
-            said = _explained(error)
-            watch.fail(2 if said else 1, said or traceback.format_exc())
-            if not said:
+            message = _explained(error)
+            watch.fail(2 if message else 1, message or traceback.format_exc())
+            if not message:
                 raise
             if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
-                time.sleep(5)  # most mistakes are every rank's: rank 0 says it, and the launcher ends the others
-            print(said, file=sys.stderr, flush=True)
+                time.sleep(5)  # most mistakes are every rank's: rank 0 reports it, and the launcher ends the others
+            print(message, file=sys.stderr, flush=True)
             sys.exit(2)
         finally:
             watch.stop(in_order)
@@ -95,7 +95,7 @@ def cli(main: Callable[[], object]) -> Callable[[], None]:
 
 
 def _explained(error: Exception) -> str:
-    """One line on a mistake that the person at the keyboard can mend, else nothing."""
+    """Explain in one line a mistake that the user can correct; "" for any other error."""
     if isinstance(error, UserError):
         return f"error: {error}"
     if isinstance(error, ModuleNotFoundError):
@@ -106,17 +106,17 @@ def _explained(error: Exception) -> str:
 
 
 def _extra_of(package: str) -> str:
-    """One line on what brings a package, nothing if no extra does."""
+    """Name in one line the extras that install a package; "" if none does."""
     wanted = [f"'clip4vla[{extra}]'" for extra, packages in EXTRAS.items() if package in packages]
     return f"error: {package} is not installed: pip install {' or '.join(wanted)}" if wanted else ""
 
 
 def _before_main(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """sys.excepthook: the same where an entry script imports what is not there, before its `main`."""
-    said = isinstance(error, ModuleNotFoundError) and _explained(error)
-    if not said:
+    """Report, as sys.excepthook, a package that an entry script imports before its `main` and that is not installed."""
+    message = isinstance(error, ModuleNotFoundError) and _explained(error)
+    if not message:
         return sys.__excepthook__(kind, error, trace)
-    print(said, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -1,4 +1,4 @@
-"""Is a shard folder whole? Verifies it, says what is in it, and repairs it.
+"""Verify a shard folder, report what is in it, and repair it.
 
     python data_prep/check.py FOLDER [FOLDER ...] [--decode N|all] [--repair] [--report FILE.html]
 
@@ -7,28 +7,18 @@ Checks sizes, sha256, tar members and CRC-32 against index.json, the metadata ag
 each folder (100) or all. Prints a summary and writes the page FOLDER/check.html, with clips to look at and listen to.
 Exit code: 0 all is well, 1 findings, 2 a folder that cannot be checked.
 
---repair decodes all, writes damaged shards anew without the damaged clips, index.json to match, and adds these clips to
+--repair decodes all, rewrites corrupt shards without the corrupt clips, index.json to match, and adds these clips to
 quarantine.jsonl. The folder is then checked again. Leakage stays: that is for the annotations.
 """
 
 import argparse
-import itertools
-import json
-import multiprocessing
-import os
-import random
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip4vla.cli import cli  # noqa: E402
-from clip4vla.config import SpectrogramConfig, UserError  # noqa: E402
+from clip4vla.cli import entry_point  # noqa: E402
+from clip4vla.errors import UserError  # noqa: E402
 
 
 def _arguments() -> argparse.Namespace:
@@ -36,7 +26,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--decode", default="100", metavar="N|all", help="clips of a folder to decode (default 100)")
-    parser.add_argument("--repair", action="store_true", help="drop damaged clips; implies --decode all")
+    parser.add_argument("--repair", action="store_true", help="drop corrupt clips; implies --decode all")
     parser.add_argument("--report", metavar="FILE.html", help="default: check.html in the first FOLDER")
     args = parser.parse_args()
     if args.decode != "all" and not args.decode.isdecimal():
@@ -45,240 +35,23 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":  # before the imports that take seconds: --help and a mistake are answered at once
-    cli(_arguments)()
-
-import numpy as np  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from clip4vla.files import write_json, write_text  # noqa: E402
-from clip4vla.shards import ENTRIES, INDEX, Shard, ShardFolder, write_index, write_shard  # noqa: E402
-from data_prep.check_page import REPEATS, FolderReport, drawn, summary, write_page  # noqa: E402
-from data_prep.check_shard import HASHES, Finding, Rules, Tally, Task, check_shard, contents, indexed, judge  # noqa: E402
-
-COUNTS = "counts"  # how a finding begins that a new index.json mends
-
-
-@cli
+@entry_point
 def main() -> None:
     """Check, perhaps repair, print and write the page."""
     args = _arguments()
+    from data_prep.check_folders import inspect  # after the words are read: a typing error shows at once
+    from data_prep.check_page import drawn, summary, write_page
+    from data_prep.check_shard import ClipStats
+
     decode = None if args.repair else args.decode
     reports = inspect(args.folders, decode, args.repair)
-    tally = Tally.sum([report.tally for report in reports])
+    tally = ClipStats.sum([report.tally for report in reports])
     print(summary(reports, tally), flush=True)
     page = Path(args.report or Path(args.folders[0], "check.html"))
     decoded = "all clips" if decode is None else f"{decode} clips a folder"
     write_page(page, reports, tally, decoded, drawn(reports))
     print(f"page: {page}")
     sys.exit(any(report.findings for report in reports))
-
-
-def inspect(places: list[str], decode: int | None, mend: bool) -> list[FolderReport]:
-    """Reports of the shard folders in these trees, as they are after repairs if `mend`."""
-    reports = check(find(places), decode)
-    broken = [report for report in reports if any(f.shard or f.reason.startswith(COUNTS) for f in report.findings)]
-    if not (mend and broken):
-        return reports
-    for report in broken:
-        repair(report)
-    return check(find(places), decode)
-
-
-def find(places: list[str]) -> list[ShardFolder]:
-    """The shard folders in these trees, and folders of vectors beside them; raises UserError if one is unreadable."""
-    paths: dict[Path, None] = {}
-    for place in places:
-        found = sorted(path.parent for path in Path(place).rglob(INDEX))
-        if not found:
-            raise UserError(f"{place}: no {INDEX} in it or below; run data_prep/shard.py to make it")
-        paths |= dict.fromkeys(found)
-    return [ShardFolder.open(str(path)) for path in paths]
-
-
-def _rules(folder: ShardFolder) -> Rules:
-    try:
-        if "clip" in folder.fingerprint:
-            return Rules(folder.source, folder.split, SpectrogramConfig(), 0, vectors=True)
-        spectrogram = SpectrogramConfig(**folder.fingerprint["spectrogram"])
-        return Rules(folder.source, folder.split, spectrogram, folder.fingerprint["frames"]["size"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder.url}/{INDEX}: bad fingerprint ({error!r}); run data_prep/shard.py again") from None
-
-
-def check(folders: list[ShardFolder], decode: int | None) -> list[FolderReport]:
-    """A report of each folder; pictures of `decode` clips of a folder, or of all, are decoded."""
-    tasks = {folder.url: _tasks(folder, decode) for folder in folders}
-    results = iter(_run([task for some in tasks.values() for task in some]))
-    reports = []
-    for folder in folders:
-        tallies, found = zip(*itertools.islice(results, len(tasks[folder.url])), strict=True)
-        report = FolderReport(folder, Tally.sum(list(tallies)), [f for findings in found for f in findings])
-        if not report.vectors and not report.findings:
-            report.findings += _counts(folder, report.tally)
-        report.repeats = {kind: _repeated(report, kind) for kind in REPEATS}
-        reports.append(report)
-    for report in reports:
-        if report.vectors:
-            report.findings += _pairing(report.folder)
-    _leakage([report for report in reports if not report.vectors])
-    return reports
-
-
-def _tasks(folder: ShardFolder, decode: int | None) -> list[Task]:
-    rules, chosen, first = _rules(folder), None, 0
-    if decode is not None:
-        chosen = set(random.Random(0).sample(range(len(folder)), min(decode, len(folder))))
-    tasks = []
-    for number, shard in enumerate(folder.shards):
-        here = None if chosen is None else frozenset(i for i in range(shard.samples) if first + i in chosen)
-        tasks.append(Task(Path(folder.path), number, shard, rules, here))
-        first += shard.samples
-    return tasks
-
-
-def _run(tasks: list[Task]) -> list[tuple[Tally, list[Finding]]]:
-    """check_shard of every task, in worker processes that hold one shard each."""
-    workers = max(1, min(len(os.sched_getaffinity(0)), len(tasks)))
-    try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-            return list(tqdm(pool.map(check_shard, tasks), total=len(tasks), unit="shard", disable=None))
-    except BrokenProcessPool:
-        raise UserError("a worker was killed (memory?): give fewer cores, as in `taskset -c 0 python …`") from None
-
-
-def _totals(tally: Tally) -> dict[str, Any]:
-    """The counts of index.json that follow from the clips."""
-    facts, missing = tally.facts, tally.without()
-    found = {"with_audio": len(facts) - missing["sound"], "with_frames": len(facts) - missing["frames"]}
-    found |= {"silent": int(((facts["n_segments"] == 0) & (facts["seconds"] > 0)).sum())}
-    return {"samples": len(facts), **found, "seconds": round(float(facts["seconds"].sum()), 3)}
-
-
-def _counts(folder: ShardFolder, tally: Tally) -> list[Finding]:
-    """Counts of an undamaged folder's index that its clips deny."""
-    wrong = []
-    for name, value in _totals(tally).items():
-        stated = folder.counts.get(name, value) if isinstance(folder.counts, dict) else None
-        if not isinstance(stated, int | float) or not value - 0.01 <= stated <= value + 0.01:  # of any size, or NaN
-            wrong.append(Finding(folder.url, "", "", f"{COUNTS}: {name} is {stated}, the clips have {value}"))
-    return wrong
-
-
-def _repeated(report: FolderReport, kind: str) -> tuple[int, str]:
-    """How many clips repeat another's bytes, and the most frequent ones' keys."""
-    rows = report.tally.facts[report.tally.facts[kind] > 0]
-    values, count = np.unique(rows[kind], return_counts=True)
-    if len(values) == len(rows):
-        return 0, ""
-    same = rows[rows[kind] == values[count.argmax()]]
-    return len(rows) - len(values), f"{len(same):,} with that of " + " and ".join(_key(report, row) for row in same[:2])
-
-
-def _leakage(reports: list[FolderReport]) -> None:
-    """Findings for what two splits of a source share, and for ids that are not unique."""
-    for report in reports:
-        values, count = np.unique(report.tally.facts["id"], return_counts=True)
-        if len(values) < len(report.tally):
-            row = report.tally.facts[report.tally.facts["id"] == values[count.argmax()]][0]
-            reason = f"{len(report.tally) - len(values):,} clips have another's id, such as {_key(report, row)}"
-            report.findings.append(Finding(report.folder.url, "", "", reason))
-    for one, two in itertools.combinations(reports, 2):
-        if one.folder.source == two.folder.source and one.folder.split != two.folder.split:
-            for kind in HASHES:
-                one.findings += _shared(one, two, kind)
-
-
-def _shared(one: FolderReport, two: FolderReport, kind: str) -> list[Finding]:
-    shared, here, there = np.intersect1d(one.tally.facts[kind], two.tally.facts[kind], return_indices=True)
-    at = np.flatnonzero(shared)
-    if not len(at):
-        return []
-    names = [_key(r, r.tally.facts[i[at[0]]]) for r, i in ((one, here), (two, there))]
-    reason = f"leakage: {len(at):,} {kind}(s) also in {two.folder.url}, such as {names[0]} and {names[1]}"
-    return [Finding(one.folder.url, "", "", reason)]
-
-
-def _key(report: FolderReport, row: np.void) -> str:
-    return report.folder.entries(int(row["shard"]))[int(row["entry"])][0]
-
-
-def _pairing(vectors: ShardFolder) -> list[Finding]:
-    """Where a folder of vectors does not fit the shard folder above it."""
-    above = ShardFolder.open(str(Path(vectors.path).parent))
-    wanted = {shard.name: (list(indexed(Path(above.path), shard)[0]), shard.sha256) for shard in above.shards}
-    found = {shard.name: (list(indexed(Path(vectors.path), shard)[0]), shard.of) for shard in vectors.shards}
-    names = [name for name in sorted(wanted | found) if wanted.get(name) != found.get(name)]
-    again = "its keys or sha256 are not those of the shard above; run data_prep/embed.py again"
-    return [Finding(vectors.url, name, "", again) for name in names]
-
-
-def repair(report: FolderReport) -> None:
-    """Write a folder's damaged shards anew without their damaged clips, then index.json; say what went.
-
-    Vectors are not mended but removed where they are damaged or no longer fit: embed.py makes these again.
-    """
-    folder, path = report.folder, Path(report.folder.path)
-    damaged = {finding.shard for finding in report.findings} - {""}
-    if report.vectors:
-        _forget(path, damaged)
-        return
-    lost: list[dict[str, str]] = []
-    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-    same = {name: index[name] for name in ("fingerprint", "media_root", "source", "split", "counts")}
-    write_index(path, **same, shards=_mended(report, damaged, lost))
-    if lost:
-        _quarantine(path, lost)
-    if damaged and (path / "clip" / INDEX).exists():
-        _forget(path / "clip", set())
-    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-    tasks = [Task(path, 0, Shard.of_json(row), _rules(folder), frozenset()) for row in index["shards"]]
-    totals = _totals(Tally.sum([tally for tally, _ in _run(tasks)]))
-    index["counts"] = folder.counts | totals | {"quarantined": folder.counts.get("quarantined", 0) + len(lost)}
-    write_json(path / INDEX, index)
-    print(f"repaired: {path}: {len(damaged)} shard(s) written anew, {len(lost)} clip(s) dropped", flush=True)
-
-
-def _mended(report: FolderReport, damaged: set[str], lost: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """What write_shard returned, or would have, of each shard; damaged ones are written anew on the way."""
-    for number, shard in enumerate(report.folder.shards):
-        if shard.name not in damaged:
-            yield asdict(shard) | {"entries": report.folder.entries(number)}
-        elif anew := _rewrite(report, shard, lost):
-            yield anew
-
-
-def _rewrite(report: FolderReport, shard: Shard, lost: list[dict[str, str]]) -> dict[str, Any] | None:
-    """What write_shard returns for it, None if nothing is left; clips that had to go are added to `lost`."""
-    folder, rules = Path(report.folder.path), _rules(report.folder)
-    path = folder / shard.name
-    reasons = {finding.key: finding.reason for finding in report.findings if finding.shard == shard.name}
-    samples, _ = contents(folder, shard)
-    good = [key for key, members in samples.items() if not judge(members, rules, True)[1]]
-    for key in dict.fromkeys([*indexed(folder, shard)[0], *samples]):
-        if key not in good:
-            lost.append({"id": key, "path": shard.name, "reason": reasons[key]})
-            print(f"dropped: {path} {key}: {reasons[key]}")
-    if not good:
-        path.unlink(missing_ok=True)
-        return None
-    return write_shard(path, ((key, {ext: bytes(d) for ext, d in samples[key].items()}) for key in good))
-
-
-def _quarantine(path: Path, lost: list[dict[str, str]]) -> None:
-    """Add lines to quarantine.jsonl."""
-    file = path / "quarantine.jsonl"
-    before = file.read_text(encoding="utf-8") if file.exists() else ""
-    write_text(file, before + "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lost))
-
-
-def _forget(vectors: Path, names: set[str]) -> None:
-    """Remove the index of a folder of vectors, and these shards of it."""
-    for name in (INDEX, ENTRIES, *names):
-        (vectors / name).unlink(missing_ok=True)
-    print(
-        f"repaired: {vectors}: removed {', '.join((INDEX, *sorted(names)))}; run data_prep/embed.py again", flush=True
-    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What check.py says about shard folders: numbers, the lines it prints, and a page with plots and clips to listen to."""
+"""Report on checked shard folders: numbers, the lines that check.py prints, and a page with plots and clips to play."""
 
 import functools
 import io
@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 
 from clip4vla.config import SpectrogramConfig
-from clip4vla.exhibits import data_uri, encoded, grey, ogg, original_sound, spectrogram_jpeg
-from clip4vla.files import write_text
-from clip4vla.report import HEAD
-from clip4vla.shards import ShardFolder
-from clip4vla.spectrogram import decode, mel_filters
-from data_prep.check_shard import Finding, Tally
+from clip4vla.data.shards import ShardFolder
+from clip4vla.io.atomic import write_text
+from clip4vla.media.spectrogram import decode, mel_filters
+from clip4vla.report.page import HEAD
+from clip4vla.report.preview import data_uri, grey, ogg, original_sound, spectrogram_jpeg, to_bytes
+from data_prep.check_shard import ClipStats, Finding
 
 SHOWN = 10  # findings of a folder that are printed; the page has them all
 REPEATS = ("audio", "picture")
@@ -36,31 +36,31 @@ PALETTE = ("#2563eb", "#d97706", "#059669", "#9333ea", "#1f2937")
 
 @dataclass
 class FolderReport:
-    """One shard folder: what is in it, what is wrong with it, and which clips repeat another's sound or picture."""
+    """Hold what is in one shard folder, what is wrong with it, and which clips repeat another's sound or picture."""
 
     folder: ShardFolder
-    tally: Tally
+    tally: ClipStats
     findings: list[Finding] = field(default_factory=list)
     repeats: dict[str, tuple[int, str]] = field(default_factory=dict)  # by REPEATS: clips, and an example
 
     @property
     def vectors(self) -> bool:
-        """Whether it holds the frozen towers' vectors of the folder above it."""
+        """Tell whether it holds the frozen towers' vectors of the folder above it."""
         return "clip" in self.folder.fingerprint
 
     @property
     def size(self) -> float:
-        """MB of its tars."""
+        """Return the size of its tars in MB."""
         return sum(shard.bytes for shard in self.folder.shards) / 1e6
 
 
 def share(part: int, whole: int) -> str:
-    """A percentage; – of nothing."""
+    """Return part / whole as a percentage; – if whole is 0."""
     return f"{100 * part / whole:.3g} %" if whole else "–"
 
 
-def row(name: str, reports: list[FolderReport], tally: Tally) -> list[str]:
-    """A line of the table of folders; tally: their clips."""
+def row(name: str, reports: list[FolderReport], tally: ClipStats) -> list[str]:
+    """Return a line of the table of folders; tally: their clips."""
     cells = [f"{len(tally):,}", f"{tally.hours:.3f}", f"{sum(len(report.folder.shards) for report in reports):,}"]
     cells += [f"{sum(report.size for report in reports):,.1f}"]
     cells += [share(count, len(tally)) for count in tally.without().values()]
@@ -68,25 +68,25 @@ def row(name: str, reports: list[FolderReport], tally: Tally) -> list[str]:
     return [name, *cells, f"{sum(len(report.findings) for report in reports):,}"]
 
 
-def folder_table(reports: list[FolderReport], tally: Tally) -> list[list[str]]:
-    """Rows for each folder and for all."""
+def folder_table(reports: list[FolderReport], tally: ClipStats) -> list[list[str]]:
+    """Return the table of folders: a row for each, and one for all."""
     rows = [row(report.folder.url, [report], report.tally) for report in reports]
     return [*rows, row("all", reports, tally)]
 
 
 def remarks(reports: list[FolderReport]) -> list[str]:
-    """Repeated sounds and pictures, with the example of the folder that has the most."""
-    said = []
+    """Describe repeated sounds and pictures, with the example of the folder that has the most."""
+    lines = []
     for kind in REPEATS:
         most = max(reports, key=lambda report: report.repeats[kind][0])
         if count := sum(report.repeats[kind][0] for report in reports):
             example = f"in {most.folder.url} {most.repeats[kind][0]:,}, {most.repeats[kind][1]}"
-            said.append(f"{count:,} clips repeat another's {kind} in their folder: {example}")
-    return said
+            lines.append(f"{count:,} clips repeat another's {kind} in their folder: {example}")
+    return lines
 
 
-def distributions(tally: Tally) -> list[list[str]]:
-    """Rows of name, least, median, mean, most."""
+def distributions(tally: ClipStats) -> list[list[str]]:
+    """Return rows of name, least, median, mean, most."""
     return [
         [name, *(f"{value:,.4g}" for value in (v.min(), np.median(v), v.mean(), v.max()))]
         for name, v in tally.columns().items()
@@ -94,12 +94,12 @@ def distributions(tally: Tally) -> list[list[str]]:
 
 
 def counted(counter: Counter[str]) -> str:
-    """`vb 41, nb 22`, the most frequent first."""
+    """Return counts as `vb 41, nb 22`, the most frequent first."""
     return ", ".join(f"{name} {count:,}" for name, count in counter.most_common()) or "none"
 
 
-def summary(reports: list[FolderReport], tally: Tally) -> str:
-    """What check.py prints."""
+def summary(reports: list[FolderReport], tally: ClipStats) -> str:
+    """Return the text that check.py prints."""
     lines = _aligned([list(ROW), *folder_table(reports, tally)])
     lines += ["", *_aligned([["", "min", "median", "mean", "max"], *distributions(tally)]), ""]
     lines += [f"audio types: {counted(tally.types)}", f"spoken: {counted(tally.spoken)}"]
@@ -122,18 +122,22 @@ def _aligned(rows: list[list[str]]) -> list[str]:
     ]  # fmt: skip
 
 
-def write_page(path: Path, reports: list[FolderReport], tally: Tally, decoded: str, clips: Iterator["Clip"]) -> None:
-    """The page: numbers, findings, plots, and the clips."""
+def write_page(
+    path: Path, reports: list[FolderReport], tally: ClipStats, decoded: str, clips: Iterator["PreviewClip"]
+) -> None:
+    """Write the page: numbers, findings, plots, and the clips."""
     findings = [finding for report in reports for finding in report.findings]
     sources = list(dict.fromkeys(report.folder.source for report in reports))
     title = "Shards: " + ", ".join(sources[:4]) + (f" and {len(sources) - 4} more" if sources[4:] else "")
-    found = _table(("folder", "shard", "key", "reason"), [[f.folder, f.shard, f.key, f.reason] for f in findings])
+    findings_table = _table(
+        ("folder", "shard", "key", "reason"), [[f.folder, f.shard, f.key, f.reason] for f in findings]
+    )
     plots = "".join(f'<img alt="{name}" src="{data_uri(png, "image/png")}">' for name, png in _plots(reports, tally))
     spread = _table(("", "min", "median", "mean", "max"), distributions(tally))
     notes = "".join(f'<p class="note">{escape(remark)}</p>' for remark in remarks(reports))
     parts = [
         f"<header><h1>{escape(title)}</h1>{_head(reports, tally, decoded)}</header>",
-        f'<section class="texts"><h2>Findings</h2>{found}</section>' if findings else "",
+        f'<section class="texts"><h2>Findings</h2>{findings_table}</section>' if findings else "",
         f'<section><h2>In numbers</h2><div class="curves">{plots}</div></section><section>{spread}</section>',
         f'<section class="folders"><h2>Folders</h2>{_table(ROW, folder_table(reports, tally))}{notes}</section>',
         f'<section><h2>Clips, drawn at random</h2><div class="clips">{"".join(map(_card, clips))}</div></section>',
@@ -141,7 +145,7 @@ def write_page(path: Path, reports: list[FolderReport], tally: Tally, decoded: s
     write_text(path, f"{HEAD}{STYLE}<title>{escape(title)}</title><main>{''.join(parts)}</main></html>\n")
 
 
-def _head(reports: list[FolderReport], tally: Tally, decoded: str) -> str:
+def _head(reports: list[FolderReport], tally: ClipStats, decoded: str) -> str:
     total = dict(zip(ROW, row("all", reports, tally), strict=True))
     good = not any(report.findings for report in reports)
     badge = (
@@ -161,7 +165,7 @@ def _table(head: tuple[str, ...], rows: list[list[str]]) -> str:
     )
 
 
-def _plots(reports: list[FolderReport], tally: Tally) -> Iterator[tuple[str, bytes]]:
+def _plots(reports: list[FolderReport], tally: ClipStats) -> Iterator[tuple[str, bytes]]:
     columns, folders = tally.columns(), [report for report in reports if not report.vectors]
     names = {"seconds": "seconds", "segments": "segments", "words a caption": "words a caption"}
     for column, label in names.items():
@@ -182,11 +186,14 @@ def _plot(title: str, draw: Callable[[Axes], None]) -> bytes:
     axes.set_title(title, fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
-    return encoded(lambda buffer: figure.savefig(buffer, format="png"))
+    return to_bytes(lambda buffer: figure.savefig(buffer, format="png"))
 
 
 def _histogram(axes: Axes, values: np.ndarray, label: str) -> None:
-    """Whole numbers have a bar each while there are few; the rare long tail is one bar at the 99.5th percentile."""
+    """Draw a histogram: whole numbers have a bar each while there are few.
+
+    The rare long tail is one bar at the 99.5th percentile.
+    """
     top = np.quantile(values, 0.995)
     if values.dtype.kind == "i" and top - values.min() < 40:
         bins = np.arange(values.min(), max(np.ceil(top), values.min() + 5) + 2) - 0.5
@@ -201,7 +208,7 @@ def _histogram(axes: Axes, values: np.ndarray, label: str) -> None:
 
 
 def _bars(axes: Axes, stacks: dict[str, Counter[str]]) -> None:
-    """Horizontal bars of the 15 largest; one colour for each stack."""
+    """Draw horizontal bars of the 15 largest; one colour for each stack."""
     total = sum(stacks.values(), Counter())
     names = [name for name, _ in total.most_common(15)][::-1]
     rows, left = range(len(names)), np.zeros(len(names), int)
@@ -220,7 +227,7 @@ def _bars(axes: Axes, stacks: dict[str, Counter[str]]) -> None:
 
 
 @dataclass
-class Clip:
+class PreviewClip:
     """An intact sample as read from its shard."""
 
     folder: ShardFolder
@@ -228,8 +235,8 @@ class Clip:
     members: dict[str, bytes]  # by kind
 
 
-def drawn(reports: list[FolderReport], n: int = 20) -> Iterator[Clip]:
-    """The n clips of the page, the same every time."""
+def drawn(reports: list[FolderReport], n: int = 20) -> Iterator[PreviewClip]:
+    """Yield the n clips of the page, the same every time."""
     clips = [report for report in reports if not report.vectors]
     ends = np.cumsum([len(report.tally) for report in clips])
     total = sum(len(report.tally) for report in clips)
@@ -238,11 +245,11 @@ def drawn(reports: list[FolderReport], n: int = 20) -> Iterator[Clip]:
         folder, row = clips[which].folder, clips[which].tally.facts[number - ends[which]]
         members = folder.read([(int(row["shard"]), int(row["entry"]))])[0]
         if isinstance(members, dict) and _opens(members):
-            yield Clip(folder, json.loads(members["json"]), members)
+            yield PreviewClip(folder, json.loads(members["json"]), members)
 
 
 def _opens(members: dict[str, bytes]) -> bool:
-    """Whether the pictures can be decoded: a check of some clips may not have tried."""
+    """Tell whether the pictures can be decoded: a check of some clips may not have tried."""
     try:
         for kind in members.keys() & {"fbank", "frames"}:
             with Image.open(io.BytesIO(members[kind])) as image:
@@ -252,7 +259,7 @@ def _opens(members: dict[str, bytes]) -> bool:
     return True
 
 
-def _card(clip: Clip) -> str:
+def _card(clip: PreviewClip) -> str:
     meta, parts = clip.meta, []
     if strip := clip.members.get("frames"):
         parts.append(
@@ -262,8 +269,8 @@ def _card(clip: Clip) -> str:
         cfg = SpectrogramConfig(**clip.folder.fingerprint["spectrogram"])
         rows = grey(fbank)[: meta["n_rows"]]
         sound, origin = _sound(clip, torch.from_numpy(rows), cfg)
-        seen = data_uri(spectrogram_jpeg(rows, 672, 224), "image/jpeg")
-        parts.append(f'<img class="spectrogram" alt="spectrogram" src="{seen}">')
+        uri = data_uri(spectrogram_jpeg(rows, 672, 224), "image/jpeg")
+        parts.append(f'<img class="spectrogram" alt="spectrogram" src="{uri}">')
         parts.append(
             f'<audio controls preload="none" src="{data_uri(sound, "audio/ogg")}"></audio><p class="note">{origin}</p>'
         )
@@ -278,7 +285,7 @@ def _card(clip: Clip) -> str:
 
 
 def _contact_sheet(data: bytes, n_frames: int) -> bytes:
-    """JPEG of a film strip's frames in rows of four, on white."""
+    """Return a JPEG of a film strip's frames in rows of four, on white."""
     with Image.open(io.BytesIO(data)) as image:
         strip = image.convert("RGB")
     size, columns = strip.width, min(n_frames, 4)
@@ -286,14 +293,14 @@ def _contact_sheet(data: bytes, n_frames: int) -> bytes:
     for i in range(n_frames):
         sheet.paste(strip.crop((0, i * size, size, (i + 1) * size)), (i % 4 * size, i // 4 * size))
     sheet.thumbnail((560, 560))
-    return encoded(lambda buffer: sheet.save(buffer, "JPEG", quality=85))
+    return to_bytes(lambda buffer: sheet.save(buffer, "JPEG", quality=85))
 
 
-def _sound(clip: Clip, rows: Tensor, cfg: SpectrogramConfig) -> tuple[bytes, str]:
-    """Ogg of the clip's middle, mono, and where it is from: the medium, or the spectrogram if that is gone."""
+def _sound(clip: PreviewClip, rows: Tensor, cfg: SpectrogramConfig) -> tuple[bytes, str]:
+    """Return Ogg of the clip's middle, mono, and where it is from: the medium, or the spectrogram if that is gone."""
     wave, origin = original_sound(clip.folder, clip.meta, cfg.sample_rate), "the original sound"
     if wave is None:
-        wave, origin = griffin_lim(decode(rows, cfg), cfg), "rebuilt from the spectrogram: what the model hears"
+        wave, origin = griffin_lim(decode(rows, cfg), cfg), "rebuilt from the spectrogram: what the model receives"
     return ogg(wave, cfg.sample_rate), origin
 
 
@@ -304,7 +311,7 @@ def _captions(captions: list[str]) -> str:
 
 
 def griffin_lim(decibels: Tensor, cfg: SpectrogramConfig) -> Tensor:
-    """A waveform (T,) in [-1, 1] whose log-mel is close to (R, M) dB: phases by Griffin and Lim's algorithm."""
+    """Return a waveform (T,) in [-1, 1] whose log-mel is close to (R, M) dB: phases by Griffin and Lim's algorithm."""
     rows = max(len(decibels), cfg.n_fft // cfg.hop_length)  # the shortest that can be padded for a window
     mel = torch.nn.functional.pad(10 ** (decibels / 10), (0, 0, 0, rows - len(decibels)))
     power = (mel @ torch.linalg.pinv(mel_filters(cfg))).clamp(min=0)  # R n_fft//2+1

@@ -1,4 +1,4 @@
-"""One shard: which of its clips are intact, what is wrong with the others, and the facts of each clip."""
+"""Check one shard: which of its clips are intact, what is wrong with the others, and the facts of each clip."""
 
 import errno
 import hashlib
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clip4vla.clips import parsed
 from clip4vla.config import SpectrogramConfig
-from clip4vla.shards import ENTRIES, HEADER, INDEX, Entries, Member, Shard, fault
-from clip4vla.spectrogram import n_segments
+from clip4vla.data.sample_metadata import parse
+from clip4vla.data.shards import ENTRIES, HEADER, INDEX, Entries, Member, Shard, read_error
+from clip4vla.media.spectrogram import n_segments
 
 Members = dict[str, memoryview]  # by extension: "json", "fbank.jpg", "frames.jpg"
 Places = dict[str, dict[str, Member]]  # by key and extension
@@ -31,7 +31,7 @@ FACTS = np.dtype([("shard", "i4"), ("entry", "i4"), ("seconds", "f8"), *((n, "i4
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong, and where; shard and key may be "" (the folder, the whole shard)."""
+    """Say what is wrong, and where; shard and key may be "" (the folder, the whole shard)."""
 
     folder: str
     shard: str
@@ -43,8 +43,8 @@ class Finding:
 
 
 @dataclass
-class Tally:
-    """Intact clips: a row of FACTS each, and counts of what has no place there."""
+class ClipStats:
+    """Count intact clips: a row of FACTS each, and counters of what has no column there."""
 
     facts: np.ndarray = field(default_factory=lambda: np.zeros(0, FACTS))
     words: Counter[int] = field(default_factory=Counter)  # captions by their length
@@ -53,8 +53,8 @@ class Tally:
     written: Counter[str] = field(default_factory=Counter)  # languages of captions
 
     @classmethod
-    def sum(cls, tallies: list["Tally"]) -> "Tally":
-        """All of them together."""
+    def sum(cls, tallies: list["ClipStats"]) -> "ClipStats":
+        """Merge the statistics of several shards or folders."""
         names, none = ("words", "types", "spoken", "written"), Counter[Any]()
         counts = [sum((getattr(tally, name) for tally in tallies), none) for name in names]
         return cls(np.concatenate([cls().facts, *(t.facts for t in tallies)]), *counts)
@@ -64,16 +64,16 @@ class Tally:
 
     @property
     def hours(self) -> float:
-        """Hours of clips."""
+        """Sum the clips' lengths in hours."""
         return self.facts["seconds"].sum() / 3600
 
     def without(self) -> dict[str, int]:
-        """Clips that lack something."""
+        """Count the clips without sound, without frames and without captions."""
         zeros = [int((self.facts[count] == 0).sum()) for count in COUNTS]
         return dict(zip(("sound", "frames", "captions"), zeros, strict=True))
 
     def columns(self) -> dict[str, np.ndarray]:
-        """What distributions are taken of; each over the clips that have any."""
+        """Return the values (n,) that distributions are taken of by name, each over the clips that have any."""
         names = {"seconds": "seconds", "segments": "n_segments", "frames": "n_frames", "captions a clip": "n_captions"}
         columns = {label: self.facts[name][self.facts[name] > 0] for label, name in names.items()}
         lengths = np.array(list(self.words), int)
@@ -83,7 +83,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Rules:
-    """What the clips of a folder must agree with; `vectors`: they are the frozen towers' and have no metadata."""
+    """Hold what the clips of a folder must agree with; `vectors`: they are the frozen towers' and have no metadata."""
 
     source: str
     split: str
@@ -93,8 +93,8 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One shard to check; `decode` numbers the entries whose pictures are decoded, None means all."""
+class ShardCheckJob:
+    """Name one shard to check; `decode` numbers the entries whose pictures are decoded, None means all."""
 
     path: Path
     number: int
@@ -103,13 +103,13 @@ class Task:
     decode: frozenset[int] | None
 
 
-def check_shard(task: Task) -> tuple[Tally, list[Finding]]:
-    """The intact clips of one shard, and a finding for each of the others."""
+def check_shard(task: ShardCheckJob) -> tuple[ClipStats, list[Finding]]:
+    """Return the intact clips of one shard, and a finding for each of the others."""
     samples, notes = contents(task.path, task.shard)
-    numbers, rows, tally = indexed(task.path, task.shard)[1], [], Tally()
+    numbers, rows, tally = indexed(task.path, task.shard)[1], [], ClipStats()
     for key, members in samples.items():
         number = numbers.get(key)
-        meta, reason = judge(members, task.rules, task.decode is None or number in task.decode)
+        meta, reason = validate_sample(members, task.rules, task.decode is None or number in task.decode)
         if reason:
             notes.append((key, reason))
         elif meta is not None and number is not None:
@@ -124,7 +124,7 @@ def check_shard(task: Task) -> tuple[Tally, list[Finding]]:
 
 
 def contents(folder: Path, shard: Shard) -> tuple[dict[str, Members], Notes]:
-    """Samples of a shard whose bytes can be relied on, and what is wrong.
+    """Return the samples of a shard whose bytes can be relied on, and notes on what is wrong.
 
     A tar with the indexed sha256 is right, whatever else the index says. In another, a member counts if it has the
     indexed CRC-32, be it at the indexed place or where the tar has its name (a repair may have been killed between tar
@@ -159,16 +159,16 @@ def contents(folder: Path, shard: Shard) -> tuple[dict[str, Members], Notes]:
 
 
 def _read(path: Path, most: int) -> tuple[bytes, int]:
-    """At most so many bytes of a file, and how many it has; raises OSError for what may never end, such as a pipe."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
+    """Read at most `most` bytes of a file, and its size; raises OSError for what may never end, such as a pipe."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "no regular file")
     with path.open("rb") as stream:
-        return stream.read(min(most, found.st_size)), found.st_size
+        return stream.read(min(most, status.st_size)), status.st_size
 
 
 def indexed(folder: Path, shard: Shard) -> tuple[Places, dict[str, int], Notes]:
-    """Members as entries.jsonl has them, the number of each key's entry, and which entries are none."""
+    """Return the members that entries.jsonl lists, the number of each key's entry, and notes on malformed entries."""
     stated: Places = {}
     numbers: dict[str, int] = {}
     entries, notes = _entries(folder, shard)
@@ -189,21 +189,21 @@ def indexed(folder: Path, shard: Shard) -> tuple[Places, dict[str, int], Notes]:
 
 
 def _entries(folder: Path, shard: Shard) -> tuple[Entries, Notes]:
-    """The lines of a shard, none if they are not those that index.json knows."""
+    """Read the lines of a shard in entries.jsonl, none if their checksum is not the one in index.json."""
     with open(folder / ENTRIES, "rb") as stream:
         stream.seek(shard.entries.offset)
         lines = stream.read(shard.entries.size)
-    if wrong := fault(shard.entries, lines):
+    if wrong := read_error(shard.entries, lines):
         return Entries(b""), [("", f"{ENTRIES}: {wrong}")]
     entries = Entries(lines)
     return entries, [("", f"{len(entries)} samples, {shard.samples} in {INDEX}")] * (len(entries) != shard.samples)
 
 
 def _listed(data: bytes) -> tuple[Places, Notes]:
-    """Members as the tar's own headers have them, as far as they go.
+    """Return the members that the tar's own headers list, as far as they can be read.
 
     One header after the other. tarfile.open would follow those of pax and of long names, which write_shard does not make:
-    1 MB of digits takes it 40 minutes, 400 in a row its stack, and a negative size leads it back for ever.
+    1 MB of digits takes it 40 minutes, 400 in a row its stack, and a negative size leads it back without end.
     """
     listed: Places = {}
     notes: Notes = []
@@ -241,7 +241,7 @@ def _disagreements(stated: Places, listed: Places) -> Notes:
 
 
 def _bytes(data: memoryview, stated: Member, listed: Member | None) -> memoryview | None:
-    """The stated bytes: where the index, else where the tar has them; None if neither place has their CRC-32."""
+    """Return the stated bytes: where the index, else where the tar has them; None if neither place has their CRC-32."""
     for place in filter(None, (stated, listed)):
         part = data[place.offset : place.offset + stated.size]
         if len(part) == stated.size and zlib.crc32(part) == stated.crc32:
@@ -249,14 +249,14 @@ def _bytes(data: memoryview, stated: Member, listed: Member | None) -> memoryvie
     return None
 
 
-def judge(members: Members, rules: Rules, decode: bool) -> tuple[dict[str, Any] | None, str]:
-    """A sample's metadata, and why it is damaged ("" if it is not)."""
+def validate_sample(members: Members, rules: Rules, decode: bool) -> tuple[dict[str, Any] | None, str]:
+    """Return a sample's metadata, and why it is corrupt ("" if it is not)."""
     if rules.vectors:
         return None, "" if set(members) == {"clip.f16"} else f"members {sorted(members)}, not clip.f16 alone"
     if "json" not in members:
         return None, "no json"
     try:
-        meta = parsed(bytes(members["json"]))
+        meta = parse(bytes(members["json"]))
     except ValueError as error:
         return None, str(error)
     reason = _consistency(meta, members, rules)
@@ -264,7 +264,7 @@ def judge(members: Members, rules: Rules, decode: bool) -> tuple[dict[str, Any] 
 
 
 def _consistency(meta: dict[str, Any], members: Members, rules: Rules) -> str:
-    """Whether folder, counts and members tell the same."""
+    """Say where folder, counts and members disagree, "" if nowhere."""
     spec, rows = rules.spectrogram, meta["n_rows"]
     if (meta["source"], meta["split"]) != (rules.source, rules.split):
         return f"json: {meta['source']}/{meta['split']} in the folder of {rules.source}/{rules.split}"
@@ -277,7 +277,7 @@ def _consistency(meta: dict[str, Any], members: Members, rules: Rules) -> str:
 
 
 def _picture(meta: dict[str, Any], ext: str, data: memoryview, rules: Rules, decode: bool) -> str:
-    """Why a picture is not what its metadata say; only its header is read unless `decode`."""
+    """Say why a picture is not what its metadata say; only its header is read unless `decode`."""
     if ext == "json":
         return ""
     spec = rules.spectrogram
@@ -296,7 +296,7 @@ def _picture(meta: dict[str, Any], ext: str, data: memoryview, rules: Rules, dec
 
 
 def _fact(shard: int, entry: int, meta: dict[str, Any], members: Members) -> tuple[Any, ...]:
-    """One row of FACTS."""
+    """Return one row of FACTS."""
     bodies = {ext.partition(".")[0]: data for ext, data in members.items()}
     hashed = [meta[name].encode() for name in ("id", "group", "item")] + [bodies.get("fbank"), bodies.get("frames")]
     return (
@@ -305,7 +305,7 @@ def _fact(shard: int, entry: int, meta: dict[str, Any], members: Members) -> tup
     )  # fmt: skip
 
 
-def _count(tally: Tally, meta: dict[str, Any]) -> None:
+def _count(tally: ClipStats, meta: dict[str, Any]) -> None:
     tally.words.update(len(caption.split()) for caption in meta["captions"])
     tally.types[meta["audio_type"]] += 1
     tally.written.update(meta["caption_langs"])

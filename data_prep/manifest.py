@@ -1,4 +1,4 @@
-"""The manifest: one row is one sample to be. What annotation files give, where the media lie, and what is missing."""
+"""Define the manifest: one row is one sample to be. Annotations that cannot become rows are Skipped."""
 
 import os
 import re
@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from clip4vla.media import SOUNDS, VIDEOS
+from clip4vla.media.av_reader import SOUNDS, VIDEOS
 
 
 @dataclass(slots=True)
-class Row:
-    """One sample to be; paths are relative to the media root, start and end in seconds within `media` (None: its ends).
+class ManifestRow:
+    """Describe one sample to be.
 
+    Paths are relative to the media root, start and end in seconds within `media` (None: its ends).
     Frames come from `picture` if there is one, else from `media`; sound comes from `media`.
     """
 
@@ -35,7 +36,7 @@ class Row:
 
 @dataclass(slots=True)
 class Skipped:
-    """What cannot become a sample.
+    """Say why an annotation cannot become a sample.
 
     malformed: a line that breaks its format (where = FILE:LINE); unusable: one that keeps it, and says too little or too
     much (the same); missing: there are no media (where = the row's id).
@@ -47,7 +48,7 @@ class Skipped:
 
 
 class MediaFolder:
-    """Media files below a root, found by the names that people's downloads give them. The root is walked once."""
+    """Find media files below a root by the names that people's downloads give them. The root is walked once."""
 
     def __init__(self, root: Path, cut: bool = False):
         """cut: files named after a whole video hold the annotated interval alone."""
@@ -61,11 +62,11 @@ class MediaFolder:
                     self.by_stem[stem] = path
 
     def find(self, name: str) -> str | None:
-        """The file of that name, with whatever suffix of a video or sound and in whatever folder."""
+        """Return the file of that name, with whatever suffix of a video or sound and in whatever folder."""
         return self.by_stem.get(name)
 
     def find_clip(self, video: str, start: float, end: float) -> tuple[str, float | None, float | None] | None:
-        """(path, start, end within the file) of an interval in seconds: of the whole video, or of a clip cut from it.
+        """Return (path, start, end in the file) of an interval in seconds: of the whole video, or of a clip cut from it.
 
         Cut clips are known by their names: ID_START_END in seconds (plain, with decimals, or six digits) or in
         milliseconds, ID_START, and AudioSet's YID.
@@ -86,33 +87,33 @@ class MediaFolder:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Paths of all files below root, relative to it; links to folders are followed, hidden files left out.
+    """Yield the paths of all files below root, relative to it; links to folders are followed, hidden files left out.
 
     A folder that several names lead to is walked once: two links to the one above them would never come to an end.
     """
-    seen: set[tuple[int, int]] = set()
+    walked: set[tuple[int, int]] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in seen:
+        if (here.st_dev, here.st_ino) in walked:
             folders.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
+        walked.add((here.st_dev, here.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.relpath(os.path.join(folder, name), root) for name in files if not name.startswith("."))
 
 
 def _rank(path: str) -> tuple[int, str]:
-    """Videos before sounds, since they hold both; then by name."""
+    """Return the sort key of a path: videos before sounds, since they hold both; then by name."""
     return (VIDEOS + SOUNDS).index(os.path.splitext(path)[1].lower()), path
 
 
 def inside(path: str) -> str:
-    """The path, if it stays inside the media root; raises ValueError otherwise."""
+    """Return the path, if it stays inside the media root; raises ValueError otherwise."""
     if os.path.isabs(path) or ".." in re.split(r"[/\\]", path):
         raise ValueError(f"{path}: leaves the media root")
     return path
 
 
 def slug(text: str) -> str:
-    """A name fit for a folder."""
+    """Return the text as a name fit for a folder."""
     return re.sub(r"[^A-Za-z0-9_-]+", "_", text).strip("_") or "data"

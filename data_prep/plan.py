@@ -1,4 +1,4 @@
-"""The plan: which row goes into which shard. Rows keep their shard for ever; new ones get new shards behind the old.
+"""Plan which row goes into which shard. Rows always keep their shard; new ones get new shards after the old ones.
 
 OUT/manifest.jsonl: the first line lists the units (one unit is one shard), the others are their rows, in order.
 """
@@ -11,18 +11,18 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clip4vla.config import UserError
-from clip4vla.files import write_text
-from clip4vla.settings import parse_json
-from data_prep.manifest import Row, Skipped
+from clip4vla.config_io import parse_json
+from clip4vla.errors import UserError
+from clip4vla.io.atomic import write_text
+from data_prep.manifest import ManifestRow, Skipped
 
 MANIFEST = "manifest.jsonl"
 Key = tuple[str, str, str]  # source, split, id
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One shard to be: its rows are the `size` bytes from `offset` of the manifest.
+class ShardPlan:
+    """Describe one shard to be: its rows are the `size` bytes from `offset` of the manifest.
 
     first: number of its first row among those of its folder OUT/SOURCE/SPLIT; sample keys begin with it.
     """
@@ -41,35 +41,35 @@ class Unit:
 
     @property
     def folder(self) -> Path:
-        """Where the shard goes."""
+        """Return the folder that the shard goes to."""
         return Path(self.out, self.source, self.split)
 
     @property
     def tar(self) -> Path:
-        """The shard."""
+        """Return the path of the shard."""
         return self.folder / f"{self.source}-{self.split}-{self.number:06d}.tar"
 
     @property
     def note(self) -> Path:
-        """The note that says that the shard is finished."""
+        """Return the path of the note that says that the shard is finished."""
         return self.folder / ".parts" / f"{self.tar.stem}.json"
 
     def text(self) -> bytes:
-        """The rows as the manifest has them, a line each."""
+        """Read the rows as the manifest has them, a line each."""
         with Path(self.out, MANIFEST).open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
 
-    def read(self) -> list[Row]:
-        """The rows; UserError if the manifest is damaged."""
+    def read(self) -> list[ManifestRow]:
+        """Parse the rows; UserError if the manifest is corrupt."""
         try:
             return [_row(line) for line in self.text().splitlines()]
         except (ValueError, TypeError):
             raise _none(self.out) from None
 
 
-def read_plan(out: Path) -> tuple[int, list[Unit]] | None:
-    """(samples_per_shard, units) of the manifest in `out`; None if there is none."""
+def read_plan(out: Path) -> tuple[int, list[ShardPlan]] | None:
+    """Return (samples_per_shard, units) of the manifest in `out`; None if there is none."""
     try:
         with (out / MANIFEST).open("rb") as file:
             line = file.readline()
@@ -85,12 +85,15 @@ def read_plan(out: Path) -> tuple[int, list[Unit]] | None:
     return head["samples_per_shard"], units
 
 
-def _units(out: Path, heads: list, offset: int) -> list[Unit]:
-    """As the first line lists them, the first one's rows at `offset`; ValueError or TypeError if they cannot be units."""
+def _units(out: Path, heads: list, offset: int) -> list[ShardPlan]:
+    """Return the units that the first line lists, the first one's rows at `offset`.
+
+    ValueError or TypeError if malformed.
+    """
     units = []
     for source, split, *numbers, size in heads:
         number, first, rows = numbers
-        unit = Unit(str(out), source, split, number, first, rows, offset, size)
+        unit = ShardPlan(str(out), source, split, number, first, rows, offset, size)
         if any(type(number) is not int or number < 0 for number in (*numbers, size)) or unit.folder.parts[-2:] != (
             source,
             split,
@@ -101,9 +104,9 @@ def _units(out: Path, heads: list, offset: int) -> list[Unit]:
     return units
 
 
-def _row(line: bytes) -> Row:
-    """One line of the manifest; ValueError or TypeError if it cannot be a row."""
-    row = Row(**parse_json(line))
+def _row(line: bytes) -> ManifestRow:
+    """Parse one line of the manifest; ValueError or TypeError if it cannot be a row."""
+    row = ManifestRow(**parse_json(line))
     texts = [row.id, row.item, row.group, row.source, row.split, row.lang, row.audio_type]
     texts += [text for text in (row.picture, row.media, row.label) if text is not None]
     for some in (texts, row.captions, row.caption_langs):
@@ -115,18 +118,18 @@ def _row(line: bytes) -> Row:
 
 
 def _none(out: str | Path) -> UserError:
-    return UserError(f"{Path(out, MANIFEST)}: not a manifest of shard.py: delete it, the next run makes it anew")
+    return UserError(f"{Path(out, MANIFEST)}: not a manifest of shard.py: delete it, the next run makes it again")
 
 
-def make_plan(out: Path, rows: Iterable[Row], skipped: list[Skipped], size: int) -> list[Unit]:
+def make_plan(out: Path, rows: Iterable[ManifestRow], skipped: list[Skipped], size: int) -> list[ShardPlan]:
     """Write the manifest, with shards of `size` rows; rows of the plan before stay where they are.
 
-    So does a row whose media are gone by now, as its shard may be finished; one that the annotations no longer have goes.
+    So does a row whose media are gone by now, as its shard may be finished; a row that left the annotations is dropped.
     """
     new: dict[Key, str] = {(row.source, row.split, row.id): _line(row) for row in rows}
     gone = {item.where for item in skipped if item.why == "missing"}
     before = read_plan(out)
-    filled: list[tuple[Unit, list[str]]] = []
+    filled: list[tuple[ShardPlan, list[str]]] = []
     for unit in before[1] if before and before[0] == size else []:
         lines = []
         for row, line in zip(unit.read(), unit.text().splitlines(), strict=True):
@@ -140,17 +143,17 @@ def make_plan(out: Path, rows: Iterable[Row], skipped: list[Skipped], size: int)
     return after[1]
 
 
-def _line(row: Row) -> str:
+def _line(row: ManifestRow) -> str:
     return json.dumps(asdict(row), ensure_ascii=False, separators=(",", ":"))
 
 
-def _heads(filled: list[tuple[Unit, list[str]]]) -> list[tuple]:
-    """(source, split, number, first, lines) of the units of the plan before."""
+def _heads(filled: list[tuple[ShardPlan, list[str]]]) -> list[tuple]:
+    """Return (source, split, number, first, lines) of the units of the plan before."""
     return [(unit.source, unit.split, unit.number, unit.first, lines) for unit, lines in filled if lines]
 
 
-def _new_units(new: dict[Key, str], filled: list[tuple[Unit, list[str]]], size: int) -> list[tuple]:
-    """The same of what is left over, by folder, in an order that looks random and is the same in every run."""
+def _new_units(new: dict[Key, str], filled: list[tuple[ShardPlan, list[str]]], size: int) -> list[tuple]:
+    """Return (source, split, number, first, lines) of units for new lines, by folder, in a fixed pseudo-random order."""
     folders: dict[tuple[str, str], list[tuple[bytes, str]]] = defaultdict(list)
     number: Counter[tuple[str, str]] = Counter()
     first: Counter[tuple[str, str]] = Counter()

@@ -4,24 +4,25 @@ Table 5   deepspeed launch/ablate.py table5 configs/pretrain/stamps.yaml configs
           rows and seeds are runs below --out; [pretrain.|finetune.]KEY=VALUE words change both stages, or one
 Figure 4  python launch/ablate.py figure4 runs/ablation/type/seed-*/pretrain --out runs/ablation
           text to audio R@k against the mixing ratio of the type tokens: figure4.csv and .png; KEY=VALUE words change data
-types     python launch/ablate.py types runs/demo
-          what the type token tells apart, how verbal each clip is, PCA and t-SNE: RUN/types/
-cost      python launch/ablate.py cost runs/demo
+Types     python launch/ablate.py audio-types runs/demo
+          what the type token tells apart, how verbal each clip is, PCA and t-SNE: RUN/audio_types/
+Cost      python launch/ablate.py cost runs/demo
           hours, clips, parameters and FLOPs from the runs' own logs, beside the paper's (Table 6)
 """
 
 import argparse
 from pathlib import Path
 
-from clip4vla.cli import cli
-from clip4vla.config import RunConfig, UserError
-from clip4vla.settings import load
+from clip4vla.cli import entry_point
+from clip4vla.config import RunConfig
+from clip4vla.config_io import load
+from clip4vla.errors import UserError
 
 
-@cli
+@entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("table5", "figure4", "types", "cost"))
+    parser.add_argument("what", choices=("table5", "figure4", "audio-types", "cost"))
     parser.add_argument("words", nargs="+", metavar="CONFIG.yaml|RUN|KEY=VALUE")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of table5")
     parser.add_argument("--out", default="runs/ablation", help="folder of table5 and figure4")
@@ -30,37 +31,38 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     args.places = [word for word in args.words if "=" not in word]
     args.words = [word for word in args.words if "=" in word]
-    {"table5": table5, "figure4": figure4, "types": types, "cost": cost}[args.what](args)
+    {"table5": table5, "figure4": figure4, "audio-types": types, "cost": cost}[args.what](args)
 
 
 def table5(args: argparse.Namespace) -> None:
     if len(args.places) != 2:
         raise UserError(f"table5: two config files, PRETRAIN.yaml and FINETUNE.yaml, not {len(args.places)}")
-    from clip4vla import ablation, distributed  # after the words are read: a typing error shows at once
+    from clip4vla.distributed import collectives
+    from clip4vla.paper.table5 import Plan, run  # after the words are read: a typing error shows at once
 
-    plan = ablation.Plan(args.places[0], args.places[1], args.words, Path(args.out))
-    table = ablation.run(plan, args.seeds, args.deepspeed_config)
-    if distributed.rank() == 0:
+    plan = Plan(args.places[0], args.places[1], args.words, Path(args.out))
+    table = run(plan, args.seeds, args.deepspeed_config)
+    if collectives.rank() == 0:
         print(table, end="")
 
 
 def figure4(args: argparse.Namespace) -> None:
     configs = [config_of(run, args.words) for run in args.places]
-    from clip4vla import mixing
+    from clip4vla.paper.figure4 import sweep_runs
 
-    mixing.sweep_runs(configs, Path(args.out))
+    sweep_runs(configs, Path(args.out))
 
 
 def types(args: argparse.Namespace) -> None:
     configs = [config_of(run, args.words) for run in args.places]
-    from clip4vla import audio_types
+    from clip4vla.paper import type_token
 
     for cfg in configs:
-        audio_types.analyse(cfg)
+        type_token.analyse(cfg)
 
 
 def cost(args: argparse.Namespace) -> None:
-    from clip4vla import cost
+    from clip4vla.paper import cost
 
     print(cost.table(args.places), end="")
 
@@ -69,7 +71,7 @@ def config_of(run: str, words: list[str]) -> RunConfig:
     """Settings of a run, changed by KEY=VALUE words."""
     if not Path(run, "config.yaml").is_file():
         raise UserError(f"{run}: no run there (it has no config.yaml): name folders that run_dir gave")
-    return load(RunConfig, f"{run}/config.yaml", [*words, f"run_dir={run}", "eval.select="])
+    return load(RunConfig, f"{run}/config.yaml", [*words, f"run_dir={run}", "eval.best_metric="])
 
 
 if __name__ == "__main__":

@@ -1,29 +1,29 @@
-"""Retrieval, captions or labels on data.test by a run's newest checkpoint, or its best by eval.select: metrics, manifest, a page.
+"""Evaluate a run's newest checkpoint, or its best by eval.best_metric, on data.test: metrics, manifest, a page.
 
 laptop    python launch/evaluate.py configs/pretrain/stamps.yaml
-two ranks deepspeed --num_accelerators 2 launch/evaluate.py configs/pretrain/stamps.yaml eval.types=[both,0.3]
+two ranks deepspeed --num_accelerators 2 launch/evaluate.py configs/pretrain/stamps.yaml eval.audio_types=[both,0.3]
 table     python launch/evaluate.py --table RUN [RUN ...] [--csv]: evaluated runs beside the paper's Tables 1 to 4 and 6
 """
 
 import argparse
 import sys
 
-from clip4vla.cli import cli, command_line
+from clip4vla.cli import entry_point, parse_args
 from clip4vla.config import RunConfig
 
 
-@cli
+@entry_point
 def main() -> None:
     if "--table" in sys.argv:
         return print_tables()
-    cfg, _ = command_line(RunConfig, "configs/pretrain/stamps.yaml", __doc__)
-    from clip4vla import stages  # after the settings are read: a typing error shows at once
+    cfg, _ = parse_args(RunConfig, "configs/pretrain/stamps.yaml", __doc__)
+    from clip4vla.training import pipeline  # after the settings are read: a typing error shows at once
 
-    stages.test(cfg)
+    pipeline.test(cfg)
 
 
 def print_tables() -> None:
-    from clip4vla.tables import tables
+    from clip4vla.paper.tables import tables
 
     parser = argparse.ArgumentParser(description="Evaluated runs beside the paper's tables, as Markdown.")
     parser.add_argument("--table", nargs="+", metavar="RUN", required=True, help="run folders")

@@ -9,11 +9,11 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from clip4vla.cli import cli
-from clip4vla.config import UserError
+from clip4vla.cli import entry_point
+from clip4vla.errors import UserError, one_line
 
 
-@cli
+@entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="run folder, checkpoint folder, or URL of a train.mirror")
@@ -22,11 +22,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     parser.add_argument("--onnx", action="store_true", help="the audio and the text tower for onnxruntime too")
     args = parser.parse_args()
-    from clip4vla import model_card, weights
-    from clip4vla.model import Model
-    from clip4vla.settings import read_tree
+    from clip4vla.config_io import read_tree
+    from clip4vla.export import model_card, model_folder
+    from clip4vla.models.model import Model
 
-    weights.must_be_new(args.out)
+    model_folder.must_be_new(args.out)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent) as temporary:  # as large as a checkpoint, if that is remote
         folder = find(args.source, args.step, Path(temporary))
@@ -34,24 +34,24 @@ def main() -> None:
         if not isinstance(step, int | None):
             raise UserError(f"{folder}/config.json: its step is {step!r}, no number: take another checkpoint")
         card = model_card.card(model, run_of(folder), step)
-        said = weights.write(model, args.out, card, args.dtype, step, args.onnx)
-    print(f"{args.out}: {said}, step {step} of {args.source}")
+        summary = model_folder.save_model_folder(model, args.out, card, args.dtype, step, args.onnx)
+    print(f"{args.out}: {summary}, step {step} of {args.source}")
 
 
 def find(source: str, step: int | None, temporary: Path) -> Path:
     """The checkpoint folder; UserError if there is none."""
-    from clip4vla import mirror
-    from clip4vla.checkpoints import newest_checkpoint
+    from clip4vla.checkpoints import remote
+    from clip4vla.checkpoints.lookup import newest_checkpoint
 
     name = f"step-{step:08d}" if step is not None else ""
     if "://" in source:
         try:
-            url = f"{source.rstrip('/')}/{name}" if name else mirror.newest_upload(source)
+            url = f"{source.rstrip('/')}/{name}" if name else remote.newest_upload(source)
             if url:
-                mirror.download(url, temporary / "checkpoint")
+                remote.download(url, temporary / "checkpoint")
                 return temporary / "checkpoint"
         except (OSError, ImportError, ValueError) as error:
-            raise UserError(f"{source}: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(f"{source}: {one_line(error)}") from None
     folder = Path(source, "checkpoints", name) if name else newest_checkpoint(source) or Path(source)
     if "://" in source or not (folder / "model.safetensors").is_file():
         raise UserError(f"{source}: no complete checkpoint{f' of step {step}' if name else ''} there")

@@ -5,29 +5,34 @@ zero-shot  python launch/finetune_classification.py configs/finetune/stamps_clas
 fine-tuned deepspeed launch/finetune_classification.py configs/finetune/esc50_finetuned.yaml          (a run for each fold)
 """
 
-from clip4vla.cli import cli, command_line
-from clip4vla.config import RunConfig, UserError
+from clip4vla.cli import entry_point, parse_args
+from clip4vla.config import RunConfig
+from clip4vla.errors import UserError
 
 
-@cli
+@entry_point
 def main() -> None:
-    cfg, args = command_line(RunConfig, "configs/finetune/stamps_classification.yaml", __doc__, dry_run=True)
+    cfg, args = parse_args(RunConfig, "configs/finetune/stamps_classification.yaml", __doc__, dry_run=True)
     if cfg.eval.task != "classification":
         raise UserError(f"eval.task={cfg.eval.task}: what is done here is evaluated by eval.task=classification")
-    trains = cfg.model.fusion == "classifier"
+    trains = cfg.model.head == "classifier"
     if bool(cfg.loss.label) != trains or bool(cfg.train.max_steps) != trains:
         raise UserError(
-            f"model.fusion={cfg.model.fusion}, loss.label={cfg.loss.label:g}, train.max_steps={cfg.train.max_steps}: fine-tuning "
+            f"model.head={cfg.model.head}, loss.label={cfg.loss.label:g}, train.max_steps={cfg.train.max_steps}: fine-tuning "
             "needs classifier, a weight and steps; a probe or zero-shot, on the weights of init_from, neither weight nor steps"
         )
-    from clip4vla import folds, preflight, stages  # after the settings are read: a typing error shows at once
+    from clip4vla.training import (  # after the settings are read: a typing error shows at once
+        cross_validation,
+        pipeline,
+        preflight,
+    )
 
     if args.dry_run and trains:
-        preflight.check(folds.runs(cfg)[0], args.deepspeed_config)
+        preflight.check(cross_validation.runs(cfg)[0], args.deepspeed_config)
     elif trains:
-        folds.fit_and_test(cfg, args.deepspeed_config)
+        cross_validation.fit_and_test(cfg, args.deepspeed_config)
     else:
-        stages.test(cfg)
+        pipeline.test(cfg)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@ GPUs      deepspeed launch/pretrain.py configs/pretrain/howto_audioset.yaml
 first     the same with --dry-run: checks all of it with one step at full size, and says what to expect
 """
 
-from clip4vla.cli import cli, command_line
+from clip4vla.cli import entry_point, parse_args
 from clip4vla.config import RunConfig
 
 
-@cli
+@entry_point
 def main() -> None:
-    cfg, args = command_line(RunConfig, "configs/pretrain/stamps.yaml", __doc__, dry_run=True)
-    from clip4vla import preflight, train  # after the settings are read: a typing error shows at once
+    cfg, args = parse_args(RunConfig, "configs/pretrain/stamps.yaml", __doc__, dry_run=True)
+    from clip4vla.training import preflight, train  # after the settings are read: a typing error shows at once
 
     (preflight.check if args.dry_run else train.train)(cfg, args.deepspeed_config)
 

@@ -6,10 +6,10 @@ python launch/report.py runs/stamps_retrieval-* --out fusions.html
 
 import argparse
 
-from clip4vla.cli import cli
+from clip4vla.cli import entry_point
 
 
-@cli
+@entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
@@ -17,7 +17,7 @@ def main() -> None:
         "--out", metavar="PAGE.html", default="", help="default: comparison.html in the runs' common folder"
     )
     args = parser.parse_args()
-    from clip4vla.comparison import compare  # after the words are read: a typing error shows at once
+    from clip4vla.report.compare_runs import compare  # after the words are read: a typing error shows at once
 
     print(f"comparison: {compare(args.runs, args.out)}")
 

@@ -14,25 +14,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, run
+from forks import ROOT
+from media_models import SAMPLE, SOUNDS, STILLS, make
 from PIL import Image
+from running import run
 
-from clip4vla import CLIP4VLA, inputs, towers
-from clip4vla.config import DataSources, FramesConfig, MaskConfig, ModelConfig, SpectrogramConfig, UserError
-from clip4vla.loader import Loader
-from clip4vla.media import read_clip
-from clip4vla.order import EvalOrder
-from clip4vla.shards import ShardFolder
-
-SAMPLE = ROOT / "tests/sample"
-SOUNDS = sorted(map(str, SAMPLE.rglob("*.ogg")))
-STILLS = sorted(map(str, SAMPLE.rglob("*.png")))
-
-
-def make(seed=0, **settings) -> CLIP4VLA:
-    torch.manual_seed(seed)
-    cfg = ModelConfig(clip="ViT-B-32-quickgelu", fusion_layers=2, **settings)
-    return CLIP4VLA(TINY, cfg, SpectrogramConfig()).eval()
+from clip4vla import CLIP4VLA
+from clip4vla.config import DataSources, FramesConfig, MaskConfig
+from clip4vla.data import preprocessing
+from clip4vla.data.loader import Loader
+from clip4vla.data.sampler import EvalSampler
+from clip4vla.data.shards import ShardFolder
+from clip4vla.errors import UserError
+from clip4vla.media.av_reader import read_clip
+from clip4vla.models import towers
 
 
 @pytest.fixture(scope="module")
@@ -89,16 +84,16 @@ def test_a_file_has_the_same_vector_alone_and_in_any_batch(model, video, tmp_pat
 
 def shards_vectors(model, folders, tmp_path):
     """{id: (json, members, y^g, z^g)} by the loader, which decodes with DALI."""
-    order = EvalOrder([[shard.samples for shard in folder.shards] for folder in folders], 16)
+    order = EvalSampler([[shard.samples for shard in folder.shards] for folder in folders], 16)
     loader = Loader(
         folders, order, DataSources(), tokenize=towers.tokenizer(model.cfg.clip, 32), mask=MaskConfig(), seed=0,
-        needs=["fbank", "frames"], device=torch.device("cpu"), damage_log=tmp_path / "damaged",
+        needs=["fbank", "frames"], device=torch.device("cpu"), damage_log=tmp_path / "corrupt",
     )  # fmt: skip
     found = {}
     for k, batch in enumerate(loader.batches(0, len(order))):
         with torch.no_grad():
             rows = zip(
-                loader.numbers(k),
+                loader.sample_numbers(k),
                 batch.meta,
                 model.pooled_frames(batch),
                 model.pooled_segments(batch, "both"),
@@ -124,7 +119,7 @@ def test_files_have_the_vectors_that_their_shards_have(codec, least, tmp_path):
     assert len(clips) > 10
     paths = [[str(SAMPLE / meta["media"][kind]) for meta in metas] for kind in ("frames", "audio")]
     read = model.encode(
-        (inputs.of_shard(meta, m, model.spectrogram) for meta, m in zip(metas, members, strict=True)), ["both"]
+        (preprocessing.of_shard(meta, m, model.spectrogram) for meta, m in zip(metas, members, strict=True)), ["both"]
     )
     files = model.encode_video(paths[0]), model.encode_audio(paths[1])
     for got, decoded, rows, error in zip(files, (read["v"], read["both"]), stored, least, strict=True):
@@ -138,16 +133,16 @@ def test_long_sounds_are_heard_window_by_window(model, tmp_path):
     """z^g of the whole is the mean of those of its intervals, each as shard.py takes it; a short tail is left out."""
     spec, token = model.spectrogram, "both"
     path = wav(tmp_path / "long.wav", 3 * 17.92 + 1.0, channels=2)
-    parts = [inputs.read(path, spec, model.frames, "a", 17.92 * i, 17.92 * (i + 1)) for i in range(3)]
+    parts = [preprocessing.read(path, spec, model.frames, "a", 17.92 * i, 17.92 * (i + 1)) for i in range(3)]
     assert [len(part.segments) for part in parts] == [10, 10, 10]
     near(model.encode_audio(path), F.normalize(model.encode(parts, [token])[token].sum(0, keepdim=True), dim=1))
     wave, rate = samples(path)
     near(model.encode_audio(wave, rate), model.encode_audio(path))
-    centre = inputs.read(path, spec, model.frames, "a")
+    centre = preprocessing.read(path, spec, model.frames, "a")
     near(model.encode_audio(path, whole=False), model.encode([centre], [token])[token])
     near(model.encode_audio(wave, rate, whole=False), model.encode_audio(path, whole=False))
     assert (model.encode_audio(path) - model.encode_audio(path, whole=False)).abs().max() > 1e-4
-    windows = list(inputs.windows(wav(tmp_path / "tail.wav", 17.92 + 2.0), spec))
+    windows = list(preprocessing.windows(wav(tmp_path / "tail.wav", 17.92 + 2.0), spec))
     assert [(begin, finish, len(sound.segments)) for begin, finish, sound in windows] == [
         (0, 17.92, 10),
         (17.92, 19.92, 2),
@@ -207,6 +202,7 @@ def test_what_cannot_be_read_is_named_in_one_line(model, tmp_path):
     (tmp_path / "page.png").write_text("no picture")
     cut = Image.open(io.BytesIO(Path(STILLS[0]).read_bytes()[:2000]))
     frames = torch.zeros(13, 3, 224, 224, dtype=torch.uint8)
+    headed = make(head="global_local")
     for call, said in (
         (lambda: model.encode_audio(tmp_path / "gone.wav"), "gone.wav: unreadable media"),
         (lambda: model.encode_audio([SOUNDS[0], tmp_path / "noise.wav"]), "noise.wav: "),
@@ -228,10 +224,10 @@ def test_what_cannot_be_read_is_named_in_one_line(model, tmp_path):
         (lambda: model.encode_video(cut), "a picture: "),
         (lambda: model.classify(STILLS[0], "dog"), "labels are a list of names"),
         (lambda: model.classify(STILLS[0], []), "labels are a list of names"),
-        (lambda: make(fusion="global_local").similarity("a", inputs.Input(frames)), "of 13 frames: the model's head reads 12"),
+        (lambda: headed.similarity("a", preprocessing.ClipInput(frames)), "of 13 frames: the model's head reads 12"),
         (lambda: model.caption(STILLS[0]), "has no captioner"),
         (lambda: model.classify(STILLS[0]), "name the labels"),
-        (lambda: make(fusion="captioner").caption(STILLS[0], beamz=2), "decode.beamz"),
+        (lambda: make(head="captioner").caption(STILLS[0], beamz=2), "decode.beamz"),
         (lambda: CLIP4VLA.from_pretrained(tmp_path), "not a readable checkpoint"),
         (lambda: CLIP4VLA.from_pretrained(tmp_path / "nothing"), "no such folder"),
     ):  # fmt: skip
@@ -247,7 +243,7 @@ def test_a_videos_sound_ends_with_its_pictures_as_in_shards(model, video, tmp_pa
         sound = ["-f", "lavfi", "-i", f"sine=f=440:r=16000:d={seconds},tremolo=f=3"]
         words = ["ffmpeg", "-v", "error", "-t", "3", "-i", video, *sound, "-map", "0:v", "-map", "1:a", str(path)]
         assert subprocess.run(words).returncode == 0
-        shard = inputs.read(path, model.spectrogram, model.frames)
+        shard = preprocessing.read(path, model.spectrogram, model.frames)
         near(model.encode_audio(path), model.encode([shard], ["both"])["both"])
         near(model.encode_audio(path, whole=False), model.encode_audio(path))
 
@@ -258,12 +254,12 @@ def test_nothing_to_compare_and_nothing_to_hear(tmp_path):
         out.setparams((1, 2, 16000, 0, "NONE", ""))
         out.writeframes(bytes(32000))
     for head in ("global_global", "global_local", "local_local"):
-        model = make(fusion=head)
+        model = make(head=head)
         assert model.similarity(["a", "b"], []).shape == (2, 0) and model.similarity([], [SOUNDS[0]]).shape == (0, 1)
         alone, beside = model.similarity("a", silent), model.similarity("a", [silent, SOUNDS[0]])
         assert alone.item() == beside[0, 0].item() == (-torch.inf if head == "local_local" else 0)
     assert (
-        make(fusion="captioner").caption([]) == [] and len(make(fusion="captioner").caption(silent, max_tokens=3)) == 1
+        make(head="captioner").caption([]) == [] and len(make(head="captioner").caption(silent, max_new_tokens=3)) == 1
     )
     assert model.classify([], ["a", "b"]).shape == (0, 2)
     near(model.classify(silent, ["a", "b"], templates="the sound of {}"), torch.full((1, 2), 0.5))
@@ -273,7 +269,7 @@ def test_nothing_to_compare_and_nothing_to_hear(tmp_path):
 def test_half_precision_gives_nearly_the_same(model, dtype, tmp_path):
     model.save_pretrained(tmp_path)
     half = CLIP4VLA.from_pretrained(tmp_path, dtype=dtype)
-    assert half.log_scale.dtype == dtype
+    assert half.logit_scale.dtype == dtype
     for got, want in (
         (half.encode_text("a dog"), model.encode_text("a dog")),
         (half.encode_audio(SOUNDS[:3]), model.encode_audio(SOUNDS[:3])),
@@ -284,7 +280,7 @@ def test_half_precision_gives_nearly_the_same(model, dtype, tmp_path):
 
 @pytest.mark.parametrize("fusion", ["global_global", "global_local", "local_local"])
 def test_similarity_is_the_heads_and_the_same_for_each_pair_alone(fusion):
-    model = make(fusion=fusion)
+    model = make(head=fusion)
     texts, media = (
         ["a dog", "the sound of a camera", "cat"],
         [(STILLS[0], SOUNDS[0]), SOUNDS[1], (STILLS[1], None), (None, SOUNDS[2])],
@@ -302,12 +298,12 @@ def test_similarity_is_the_heads_and_the_same_for_each_pair_alone(fusion):
 
 
 def test_a_caption_is_the_same_alone_and_in_a_batch():
-    model = make(fusion="captioner").double()  # in fp32 rounding chooses between words of a random model
+    model = make(head="captioner").double()  # in fp32 rounding chooses between words of a random model
     media = [(STILLS[i], SOUNDS[i]) for i in range(3)] + [SOUNDS[3]]
-    for how in ({}, {"method": "greedy"}, {"method": "nucleus", "top_p": 0.001}, {"beams": 2, "max_tokens": 5}):
+    for how in ({}, {"method": "greedy"}, {"method": "nucleus", "top_p": 0.001}, {"num_beams": 2, "max_new_tokens": 5}):
         told = model.caption(media, **how)
         assert told == [model.caption(clip, **how)[0] for clip in media] and all(isinstance(text, str) for text in told)
-    short = model.caption(media, method="greedy", max_tokens=3)
+    short = model.caption(media, method="greedy", max_new_tokens=3)
     assert all(long.startswith(text) for long, text in zip(model.caption(media, method="greedy"), short, strict=True))
 
 
@@ -326,7 +322,7 @@ def test_classes_by_name_and_by_a_trained_classifier():
         ]
     )
     near(got.double(), (clips.double() @ names.T / model.cfg.temperature).softmax(1))
-    trained = make(fusion="classifier", labels=["a", "b"])
+    trained = make(head="classifier", labels=["a", "b"])
     got = trained.classify(media)
     y = torch.stack([trained.encode_video(STILLS[0])[0], torch.zeros(64)])
     z = trained.encode_audio([SOUNDS[0], SOUNDS[1]])
@@ -341,7 +337,7 @@ def test_a_saved_model_comes_back_and_the_hub_gives_what_was_pushed(model, tmp_p
     assert torch.equal(CLIP4VLA.from_pretrained(tmp_path / "saved").encode_text("a dog"), text)
     model.save_pretrained(tmp_path / "saved")  # again, over it
     broken = make()
-    broken.log_scale.data.fill_(torch.nan)
+    broken.logit_scale.data.fill_(torch.nan)
     with pytest.raises(UserError, match="not finite"):
         broken.save_pretrained(tmp_path / "saved")  # what is there stays
     (tmp_path / "run/checkpoints").mkdir(parents=True)

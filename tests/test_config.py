@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, run
+from forks import ROOT
+from running import run
 
 from clip4vla.cli import help_text
-from clip4vla.config import OFFICIAL, DataConfig, RunConfig, UserError
-from clip4vla.settings import describe, load, to_dict
+from clip4vla.config import OFFICIAL, DataConfig, RunConfig
+from clip4vla.config_io import describe, load, to_dict
+from clip4vla.errors import UserError
 
 YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
 
@@ -28,11 +30,11 @@ def test_every_shipped_yaml_loads_under_both_presets(path, preset):
 def test_defaults_preset_file_command_line_in_this_order(tmp_path):
     file = tmp_path / "x.yaml"
     file.write_text("preset: official\nmask: {fill: mean}\ntrain: {lr: 1e-3}\n")
-    cfg = load(RunConfig, file, ["train.lr=2e-3", "mask.width=7"])
-    assert cfg.mask.uniform_width is True  # preset
+    cfg = load(RunConfig, file, ["train.lr=2e-3", "mask.length=7"])
+    assert cfg.mask.random_length is True  # preset
     assert cfg.mask.fill == "mean"  # file over preset
-    assert cfg.train.lr == 2e-3 and cfg.mask.width == 7  # command line over file
-    assert cfg.mask.time_share == 0.15  # default
+    assert cfg.train.lr == 2e-3 and cfg.mask.length == 7  # command line over file
+    assert cfg.mask.time_start_prob == 0.15  # default
 
 
 def test_each_official_difference_is_one_named_setting():
@@ -53,7 +55,7 @@ def test_each_official_difference_is_one_named_setting():
         ("train: {max_steps: 1.5}", "train.max_steps must be int, not 1.5"),
         ("train: {max_steps: true}", "train.max_steps must be int, not True"),
         ("train: 3", "train holds settings"),
-        ("model: {fusion: mean}", "model.fusion must be global_global|global_local|local_local"),
+        ("model: {head: mean}", "model.head must be global_global|global_local|local_local"),
         ("- a\n- b", "expected `key: value`"),
         ("a: [", "not valid YAML"),
         ("data: {train: {x: many}}", "data.train.x must be float"),
@@ -75,10 +77,10 @@ def test_forms_of_values(tmp_path):
     cfg = load(
         RunConfig,
         None,
-        ["data.train=a", "data.val=[b, c]", "data.test={d: 0.25}", "eval.types=0.3", "model.audio_type=0.5"],
+        ["data.train=a", "data.val=[b, c]", "data.test={d: 0.25}", "eval.audio_types=0.3", "model.audio_type=0.5"],
     )
     assert cfg.data.train == {"a": 1.0} and cfg.data.val == {"b": 1.0, "c": 1.0} and cfg.data.test == {"d": 0.25}
-    assert cfg.eval.types == ["0.3"] and cfg.model.audio_type == "0.5"
+    assert cfg.eval.audio_types == ["0.3"] and cfg.model.audio_type == "0.5"
     for word, mode in (("off", "off"), ("offline", "offline")):
         assert load(RunConfig, None, [f"track.wandb={word}"]).track.wandb == mode
 

@@ -7,12 +7,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from forks import ROOT
 
-MODULES = sorted((ROOT / "clip4vla").glob("*.py"))
+MODULES = sorted((ROOT / "clip4vla").rglob("*.py"))
+LAYERS = [  # lowest first: a file imports from its own folder and from lower layers
+    ("errors", "config", "config_io"),
+    "io", "distributed", "media", "data", "checkpoints", "models", "losses", "report", "evaluation", "training", "paper",
+    "export",
+    ("api", "cli"),
+    "search", "web",
+]  # fmt: skip
 TRAINING = ("deepspeed", "nvidia", "wandb", "webdataset")
 EXTRAS = (*TRAINING, "faiss", "gradio", "onnxruntime", "onnxscript", "pycocoevalcap", "sklearn", "cairosvg")
-PLAIN = ["api", "inputs", "media", "pictures", "model", "towers", "audio_encoder", "fusion", "captioner", "decoding"]
+PLAIN = ("media", "models", "losses", "api", "data.batch", "data.preprocessing")
+DATA_PREP = {"cli", "config", "config_io", "errors", "io", "media", "data", "models.towers"}
 SLOW = (
     "torch",
     "deepspeed",
@@ -24,10 +32,10 @@ SLOW = (
     "wandb",
     "gradio",
 )
-PLAIN += ["classifier", "losses", "spectrogram", "masking", "batch"]
 
 
 def imported(path: Path, top_level_only: bool = False) -> set[str]:
+    """Modules and names that a file imports, lazily too unless only at its top."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = tree.body if top_level_only else ast.walk(tree)
     names = set()
@@ -35,62 +43,76 @@ def imported(path: Path, top_level_only: bool = False) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
-def test_the_library_imports_neither_launch_nor_data_prep(path):
+def own(path: Path) -> set[str]:
+    """The modules of clip4vla that a file imports, as data.loader."""
+    found = set()
+    for name in imported(path):
+        parts = name.split(".")
+        if name == "clip4vla.CLIP4VLA":
+            found.add("api")
+        elif parts[0] == "clip4vla":
+            is_module = (ROOT / "/".join(parts)).is_dir() or (ROOT / "/".join(parts)).with_suffix(".py").is_file()
+            found.add(".".join(parts[1:] if is_module else parts[1:-1]))
+    return found
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT / "clip4vla").with_suffix("").parts).removesuffix(".__init__")
+
+
+def layer(name: str) -> int:
+    first = name.partition(".")[0]
+    return next(i for i, names in enumerate(LAYERS) if first == names or (isinstance(names, tuple) and first in names))
+
+
+def test_the_root_is_short_and_a_folder_has_few_files():
+    assert len(list((ROOT / "clip4vla").glob("*.py"))) <= 8
+    for folder in (path for path in (ROOT / "clip4vla").rglob("*/") if path.name != "__pycache__"):
+        assert 3 <= len(list(folder.glob("*.py"))) <= 12, folder
+
+
+def test_no_file_is_long():
+    code = [path for folder in ("clip4vla", "data_prep", "launch", "tests") for path in (ROOT / folder).rglob("*.py")]
+    assert not [path for path in code if len(path.read_text(encoding="utf-8").splitlines()) > 400]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module)
+def test_imports_go_to_lower_layers(path):
     assert not [
         name for name in imported(path) if name.split(".")[0] in ("launch", "data_prep", "shard", "annotations")
     ]
+    if path.parent != ROOT / "clip4vla" or path.name != "__init__.py":  # it brings CLIP4VLA at first use
+        assert not [name for name in own(path) if layer(name) > layer(module(path))]
+
+
+def test_no_imports_form_a_circle():
+    left = {module(path): own(path) - {module(path)} for path in MODULES if module(path)}
+    while free := [name for name, needs in left.items() if not needs & set(left)]:
+        left = {name: needs for name, needs in left.items() if name not in free}
+    assert not left
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "data_prep").glob("*.py")), ids=lambda p: p.name)
 def test_data_prep_uses_only_its_part_of_the_library(path):
-    allowed = {
-        "cli",
-        "clips",
-        "config",
-        "files",
-        "settings",
-        "media",
-        "pictures",
-        "pool",
-        "spectrogram",
-        "shards",
-        "towers",
-    }
-    if path.name == "embed.py":  # runs what a pre-training run would
-        allowed |= {
-            "batch",
-            "build",
-            "checkpoints",
-            "distributed",
-            "engine",
-            "loader",
-            "model",
-            "order",
-            "train",
-            "vectors",
-        }
+    allowed = set(DATA_PREP)
+    if path.name in ("embed.py", "embed_shards.py"):  # runs what a pre-training run would
+        allowed |= {"checkpoints", "distributed", "models", "training"}
     if path.name == "check_page.py":  # a page like the others
-        allowed |= {"exhibits", "report"}
-    used = {name.split(".")[1] for name in imported(path) if name.startswith("clip4vla.")}
-    assert used <= allowed
+        allowed |= {"report"}
+    assert not [name for name in own(path) if not {name, name.partition(".")[0]} & allowed]
 
 
-@pytest.mark.parametrize("name", PLAIN)
-def test_model_and_losses_know_no_engine_and_no_loader(name):
-    names = imported(ROOT / f"clip4vla/{name}.py")
-    assert not [
-        n
-        for n in names
-        if n.split(".")[0] in TRAINING or n in ("clip4vla.loader", "clip4vla.engine", "clip4vla.checkpoints")
-    ]
+@pytest.mark.parametrize("path", [p for p in MODULES if module(p).startswith(PLAIN)], ids=module)
+def test_model_and_losses_know_no_engine_and_no_loader(path):
+    assert not [name for name in imported(path) if name.split(".")[0] in TRAINING]
+    assert not own(path) & {"data.loader", "training.engine", "checkpoints.manager"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", MODULES, ids=module)
 def test_packages_of_the_extras_are_imported_where_they_are_used(path):
     assert not [name for name in imported(path, top_level_only=True) if name.split(".")[0] in EXTRAS]
 
@@ -101,25 +123,25 @@ def test_inference_needs_no_package_of_the_extras():  # test_packaging.py has th
     assert done.returncode == 0, done.stderr
 
 
-SCRIPTS = [path for path in sorted((ROOT / "launch").glob("*.py")) if not path.stem.startswith("bench_")]
+SCRIPTS = sorted((ROOT / "launch").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_launch_scripts_are_thin(path):  # bench_*.py are no entry to the library: they hold the other side too
+def test_launch_scripts_are_thin(path):
     assert len(path.read_text().splitlines()) <= 80
 
 
 ENTRIES = [
-    path for folder in ("launch", "data_prep", "clip4vla") for path in sorted((ROOT / folder).glob("*.py"))
-    if "\n@cli\n" in path.read_text()
+    path for folder in ("launch", "data_prep", "clip4vla") for path in sorted((ROOT / folder).rglob("*.py"))
+    if "\n@entry_point\n" in path.read_text()
 ]  # fmt: skip
 MISTYPED = [(path, "--stesp") for path in ENTRIES]
-MISTYPED += [(path, "train.stesp=3") for path in ENTRIES if "command_line(" in path.read_text()]
+MISTYPED += [(path, "train.stesp=3") for path in ENTRIES if " parse_args(" in path.read_text()]
 
 
 def modules(path: Path, word: str) -> tuple[int, set[str]]:
     """Exit code of an entry script that is given this word, and what it imported."""
-    script = ["-m", f"clip4vla.{path.stem}"] if path.parent.name == "clip4vla" else [str(path)]
+    script = ["-m", f"clip4vla.{path.parent.name}"] if path.name == "__main__.py" else [str(path)]
     words = [sys.executable, "-X", "importtime", *script, word]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
@@ -127,7 +149,7 @@ def modules(path: Path, word: str) -> tuple[int, set[str]]:
 
 
 def test_every_entry_script_is_looked_at():
-    assert {"pretrain", "evaluate", "bench", "shard", "check", "embed", "search", "web"} <= {p.stem for p in ENTRIES}
+    assert {"pretrain", "evaluate", "bench", "shard", "check", "embed", "__main__"} <= {p.stem for p in ENTRIES}
 
 
 @pytest.mark.parametrize("path", ENTRIES, ids=lambda p: p.stem)
@@ -153,6 +175,7 @@ TRAINING_NEEDS_NOT = ("matplotlib", "timm", "wandb", "torch._inductor.compile_fx
 
 
 def test_a_training_run_imports_no_plotting_and_nothing_of_timm():
-    code = f"import sys, clip4vla.cli, clip4vla.train, deepspeed; print([n for n in {TRAINING_NEEDS_NOT} if sys.modules.get(n)])"
+    code = "import sys, clip4vla.cli, clip4vla.training.train, deepspeed; "
+    code += f"print([n for n in {TRAINING_NEEDS_NOT} if sys.modules.get(n)])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr

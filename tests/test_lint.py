@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from conftest import ROOT
+from forks import ROOT
 
 
 def test_ruff_and_mypy_find_nothing():

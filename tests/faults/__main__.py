@@ -18,10 +18,10 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path.insert(1, str(ROOT))
+sys.path[1:1] = [str(ROOT), str(ROOT / "tests/helpers")]
 
-from clip4vla.tracking import git_commit  # noqa: E402
-from launch.bench import machine, versions  # noqa: E402
+from clip4vla.report.tracking import git_commit  # noqa: E402
+from launch.bench.common import machine, versions  # noqa: E402
 
 PARTS = sorted(path.stem for path in HERE.glob("[a-z]*.py"))
 

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from clip4vla.config import UserError
-from clip4vla.pool import NO_ITEM, At, work
+from clip4vla.errors import UserError
+from clip4vla.media.worker_pool import NO_ITEM, WorkerStatus, run_units
 
 CHUNK = 125  # cases of a process before its memory is looked at
 
@@ -24,10 +24,10 @@ def trial(
     """
     chunks = [range(first, min(first + CHUNK, cases)) for first in range(0, cases, CHUNK)]
 
-    def chunk(numbers: range, blamed: dict[int, str], at: At) -> dict[str, Any]:
-        return _chunk(do, numbers, seed, blamed, at)
+    def chunk(numbers: range, failed_items: dict[int, str], status: WorkerStatus) -> dict[str, Any]:
+        return _chunk(do, numbers, seed, failed_items, status)
 
-    results = [result for _, result in work(chunks, chunk, 2, limit, lambda places: None)]
+    results = [result for _, result in run_units(chunks, chunk, 2, limit, lambda statuses: None)]
     bad = [line for result in results for line in result["bad"]]
     assert not bad, f"seed {seed}: {len(bad)} of {cases} not survived: " + "\n".join(bad[:20])
     peak, slowest = max(r["mib"] for r in results), max(r["slowest"] for r in results)
@@ -36,20 +36,20 @@ def trial(
     return {"cases": cases, **dict(sorted(outcomes.items())), "slowest_s": slowest, "peak_mib": peak, "bound_mib": mib}
 
 
-def _chunk(do, numbers: range, seed: int, blamed: dict[int, str], at: At) -> dict[str, Any]:
+def _chunk(do, numbers: range, seed: int, failed_items: dict[int, str], status: WorkerStatus) -> dict[str, Any]:
     """Outcomes of some cases in this process; memory is the growth of its largest resident set."""
     multiprocessing.current_process()._config["daemon"] = False  # check.py has processes of its own
     _forget_peak()
     outcomes, bad, slowest, before = Counter[str](), [], 0.0, _resident()
     for number in numbers:
-        if number in blamed:
-            bad.append(f"case {number}: {blamed[number]}")
+        if number in failed_items:
+            bad.append(f"case {number}: {failed_items[number]}")
             continue
         start = time.monotonic()
-        at.start(number)
+        status.start(number)
         outcomes[_outcome(do, number, seed, bad)] += 1
         slowest = max(slowest, time.monotonic() - start)
-    at.start(NO_ITEM)
+    status.start(NO_ITEM)
     grown = (_peak() - before) // 1024
     return {"outcomes": outcomes, "bad": bad, "slowest": round(slowest, 2), "mib": grown}
 

@@ -1,4 +1,4 @@
-"""Shards that change between runs and under a run: what is damaged is named, counted and survived, and mended by check.py."""
+"""Shards that change between runs and under a run: what is corrupt is named, counted and survived, and mended by check.py."""
 
 import os
 import random
@@ -7,14 +7,14 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import run, wait_for
+from running import run, wait_for
 
-from clip4vla.shards import Damaged, ShardFolder
+from clip4vla.data.shards import CorruptSample, ShardFolder
 from faults._disk import refused, well
 from faults._small import Small, damage, losses
 
 KINDS = ("truncated", "flipped", "deleted", "emptied", "another")
-LIMIT = 10  # damaged samples that a run survives: data.max_damage of loader.MIN_READS
+LIMIT = 10  # corrupt samples that a run survives: data.max_corrupt_fraction of loader.MIN_READS
 
 
 def members(tar: Path) -> dict[str, list[tuple[int, int]]]:
@@ -59,19 +59,19 @@ def _another(tar: Path, data: bytearray, places: dict[str, list[tuple[int, int]]
 
 
 def between(folder: Path, small: Small, kind: str, rng: random.Random) -> int:
-    """A shard is damaged before a run begins: how many samples that are."""
+    """A shard is corrupt before a run begins: how many samples that are."""
     shards = small.copy(folder / "data")
     tar = rng.choice(sorted(shards.glob("*/train/*.tar")))
     what, keys = f"{kind} {tar.name}", spoil(tar, kind, rng)
     listed = [{"shard": tar.name, "key": key} for key in keys for _ in range(2)]  # six steps are two epochs
-    well(small.train(folder / "tolerant", "data.max_damage=1", shards=shards), what)
+    well(small.train(folder / "tolerant", "data.max_corrupt_fraction=1", shards=shards), what)
     found = sorted(
         ({"shard": d["shard"], "key": d["key"]} for d in damage(folder / "tolerant")), key=lambda d: d["key"]
     )
-    assert found == listed, f"{what}: {found} listed, and damaged were {listed}"
+    assert found == listed, f"{what}: {found} listed, and corrupt were {listed}"
     done = small.train(folder / "strict", shards=shards)
     if len(listed) > LIMIT:
-        assert "damaged, more than data.max_damage" in refused(done, what)
+        assert "corrupt, more than data.max_corrupt_fraction" in refused(done, what)
     else:
         well(done, what)
     _mended(tar, keys, what)
@@ -89,16 +89,16 @@ def _mended(tar: Path, keys: list[str], what: str) -> None:
     well(run("data_prep/check.py", place, "--repair"), f"{what}, repaired")
     left = ShardFolder.open(str(place))
     places = [(i, e) for i, shard in enumerate(left.shards) for e in range(shard.samples)]
-    assert not any(isinstance(sample, Damaged) for sample in left.read(places)), f"{what}: repaired, and damaged"
+    assert not any(isinstance(sample, CorruptSample) for sample in left.read(places)), f"{what}: repaired, and corrupt"
     dropped = [key for key in keys if f'"{key}"' in (place / "quarantine.jsonl").read_text()]
     assert dropped == keys and len(places) == 18 - len(keys), f"{what}: {dropped} of {keys} in quarantine"
 
 
 def meanwhile(folder: Path, small: Small, kind: str, rng: random.Random) -> int:
-    """A shard is damaged while a run reads it, which goes on: how many readings failed."""
-    shards, words = small.copy(folder / "data"), ("train.max_steps=40", "train.save_every=40", "eval.every=0")
+    """A shard is corrupt while a run reads it, which goes on: how many readings failed."""
+    shards, words = small.copy(folder / "data"), ("train.max_steps=40", "train.save_every=40", "eval.every_steps=0")
     tar = sorted(shards.glob("*/train/*-000000.tar"))[rng.randrange(2)]
-    with small.training(folder / "run", *words, "data.max_damage=1", shards=shards) as begun:
+    with small.training(folder / "run", *words, "data.max_corrupt_fraction=1", shards=shards) as begun:
         wait_for(folder / "run/metrics.jsonl", rng.randrange(3, 10))
         keys = spoil(tar, kind, rng)
         well(begun.wait(120), f"{kind} {tar.name} during a run")
@@ -114,7 +114,7 @@ def made_anew(folder: Path, small: Small, rng: random.Random) -> str:
     """The whole folder is made anew, with another index, while a run reads it: its one line."""
     shards = folder / "data"
     well(small.shard(shards), "shards")
-    words = ("train.max_steps=4000", "train.save_every=4000", "eval.every=0")
+    words = ("train.max_steps=4000", "train.save_every=4000", "eval.every_steps=0")
     with small.training(folder / "run", *words, shards=shards) as begun:
         wait_for(folder / "run/metrics.jsonl", rng.randrange(3, 10))
         well(small.shard(shards, "spectrogram.quality=80", "samples_per_shard=8"), "made anew")

@@ -29,7 +29,7 @@ class Disk:
         """Have so much room left, to the page of 4 KiB."""
         self._remount(f"size={max(self.used() + kib, 4)}k")  # 0 is no bound
 
-    def grow(self) -> None:
+    def start_decoding(self) -> None:
         """Have as much room as anybody needs."""
         self._remount("size=1g")
 

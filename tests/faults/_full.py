@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conftest import ROOT, run, wait_for
+from forks import ROOT
+from running import run, wait_for
 
 from faults._disk import Disk, contents, refused, well
 from faults._small import Command, Small, losses
@@ -29,11 +30,11 @@ def cases(disk: Path, small: Small, scale: float) -> dict[str, Case]:
     """Every command that writes, and at how many sizes of the disk it is tried."""
     out, clip, run_dir, model = disk / "out", disk / "data", disk / "run", small.model()
     small.copy(clip)
-    well(small.train(run_dir, "eval.every=0"), "run")
+    well(small.train(run_dir, "eval.every_steps=0"), "run")
     page, idx, exported, imported = run_dir / "comparison.html", disk / "idx", disk / "exported", disk / "imported"
     whole = lambda place: lambda: contents(place)  # noqa: E731
     embed = lambda: run("data_prep/embed.py", *small.words(disk / "none", shards=clip))  # noqa: E731
-    evaluate = lambda: run("launch/evaluate.py", *small.words(run_dir, "eval.every=0"))  # noqa: E731
+    evaluate = lambda: run("launch/evaluate.py", *small.words(run_dir, "eval.every_steps=0"))  # noqa: E731
     export = lambda: run("launch/export.py", run_dir, exported)  # noqa: E731
     found = {
         "shard": (lambda: small.shard(out), [out], whole(out), 24),
@@ -45,12 +46,12 @@ def cases(disk: Path, small: Small, scale: float) -> dict[str, Case]:
         "convert": (lambda: run("launch/convert.py", small.clip, imported), [imported], whole(imported), 4),
         "search": (lambda: small.build(idx, model), [idx], lambda: _items(idx), 14),
     }  # fmt: skip
-    for name, words in {"train": ["eval.every=3"], "train, in the background": ["train.save_async=true"]}.items():
+    for name, words in {"train": ["eval.every_steps=3"], "train, in the background": ["train.save_async=true"]}.items():
         fresh = disk / "fresh"
         begin = lambda words=words, fresh=fresh: small.train(fresh, *words)  # noqa: E731
         found[name] = (begin, [fresh], lambda fresh=fresh: losses(fresh), 12)
     two = disk / "two"
-    found["train, two ranks"] = (lambda: small.train(two, "eval.every=3", count=2), [two], lambda: losses(two), 6)
+    found["train, two ranks"] = (lambda: small.train(two, "eval.every_steps=3", count=2), [two], lambda: losses(two), 6)
     exact = ("shard", "export", "convert")
     return {name: Case(*case[:3], max(1, round(case[3] * scale)), name in exact) for name, case in found.items()}
 
@@ -63,7 +64,7 @@ def fill(disk: Disk, name: str, case: Case, rng: random.Random) -> dict[str, int
     wanted, need, files = case.result(), disk.used() - before, contents(disk.folder)
     told = {"refused": 0, "enough": 0}
     for number in range(case.sizes):
-        disk.grow()
+        disk.start_decoding()
         _remove(case.made)
         # a third of them where the small files are that come first
         kib = (
@@ -76,7 +77,7 @@ def fill(disk: Disk, name: str, case: Case, rng: random.Random) -> dict[str, int
         if done.returncode:
             refused(done, what)
             _whole(disk.folder, files if case.same else {}, what)
-        disk.grow()
+        disk.start_decoding()
         well(case.command(), f"{what}, then made room")
         assert case.result() == wanted, f"{what}, then made room: another result"
     _remove(case.made)
@@ -85,7 +86,7 @@ def fill(disk: Disk, name: str, case: Case, rng: random.Random) -> dict[str, int
 
 def while_it_logs(disk: Disk, small: Small, rng: random.Random, times: int) -> dict[str, int]:
     """The disk is full from some step on, when the run writes nothing but its logs."""
-    words = ("train.max_steps=60", "train.save_every=60", "eval.every=0")
+    words = ("train.max_steps=60", "train.save_every=60", "eval.every_steps=0")
     other = disk.folder / "logged"
     well(small.train(other, *words), "logs")
     wanted = losses(other)
@@ -96,7 +97,7 @@ def while_it_logs(disk: Disk, small: Small, rng: random.Random, times: int) -> d
             wait_for(other / "metrics.jsonl", step)
             disk.leave(0)
             refused(begun.wait(60), f"full at step {step}")
-        disk.grow()
+        disk.start_decoding()
         well(small.train(other, *words), f"full at step {step}, then made room")
         assert losses(other) == wanted, f"full at step {step}: other losses"
     shutil.rmtree(other)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from conftest import ROOT, deepspeed_command, job
+from forks import ROOT
+from running import deepspeed_command, job
 
 PAUSE, STOP, KILL, TERM = "PAUSE", "STOP", "KILL", "TERM"
 POLL = 0.002  # s between two looks for the moment
@@ -73,7 +74,7 @@ class Started:
             return []
         return found if depth == 1 else [pid for child in found for pid in self.below(child, depth - 1)]
 
-    def over(self) -> bool:
+    def for_folders(self) -> bool:
         """Whether it has ended by itself, or lost a process of its own."""
         if self.launcher:
             return self.launcher.poll() is not None
@@ -222,11 +223,11 @@ def _reached(work: Work, started: Started, states: dict, kill: Kill, began: floa
     """Wait for the kill's moment; whether it came before the end."""
     there = states.get(kill.when, lambda: kill.when == "time")
     while not there():
-        if started.over() or time.monotonic() > began + ENDS:
+        if started.for_folders() or time.monotonic() > began + ENDS:
             return False
         time.sleep(POLL)
     until = (began if kill.when == "time" else time.monotonic()) + kill.delay
-    while not started.over():
+    while not started.for_folders():
         if time.monotonic() >= until and _victims(work, started, kill):
             return True
         time.sleep(POLL)

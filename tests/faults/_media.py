@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from clip4vla import inputs
 from clip4vla.config import FramesConfig, SpectrogramConfig
-from clip4vla.media import duration, listen, read_clip
+from clip4vla.data import preprocessing
+from clip4vla.media.av_reader import duration, iter_audio_windows, read_clip
 from faults._mutate import mutate
 
 SPEC, FRAMES = SpectrogramConfig(), FramesConfig()
@@ -58,9 +58,9 @@ def every_way(path: Path, rng: random.Random) -> str:
     ways = (
         lambda: duration(path),
         lambda: read_clip(path, rng.choice((None, 0.7)), rng.choice((None, 1.2)), rng.choice((None, FRAMES)), 17.92),
-        lambda: inputs.read(path, SPEC, FRAMES, rng.choice(("v", "a", "av"))),
-        lambda: sum(1 for _ in itertools.islice(listen(path, 0.5, 0.1), 100)),
-        lambda: sum(1 for _ in itertools.islice(inputs.windows(path, SPEC), 100)),
+        lambda: preprocessing.read(path, SPEC, FRAMES, rng.choice(("v", "a", "av"))),
+        lambda: sum(1 for _ in itertools.islice(iter_audio_windows(path, 0.5, 0.1), 100)),
+        lambda: sum(1 for _ in itertools.islice(preprocessing.windows(path, SPEC), 100)),
     )
     outcome = "correct"
     for way in ways:

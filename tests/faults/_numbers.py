@@ -11,19 +11,21 @@ from pathlib import Path
 
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "helpers")]
 
 import half  # noqa: E402
+from brute_force import brute_force  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from test_losses import brute_force  # noqa: E402
 
-from clip4vla import accumulation, distributed, train  # noqa: E402
-from clip4vla.batch import SEGMENTS, Batch  # noqa: E402
-from clip4vla.config import RunConfig, UserError  # noqa: E402
-from clip4vla.losses import PAIRS  # noqa: E402
-from clip4vla.settings import load  # noqa: E402
+from clip4vla.config import RunConfig  # noqa: E402
+from clip4vla.config_io import load  # noqa: E402
+from clip4vla.data.batch import SEGMENTS, Batch  # noqa: E402
+from clip4vla.distributed import collectives  # noqa: E402
+from clip4vla.errors import UserError  # noqa: E402
+from clip4vla.losses.objective import PAIRS  # noqa: E402
+from clip4vla.training import train, train_step  # noqa: E402
 
-honest = accumulation.step
+honest = train_step.step
 
 
 class Poison(torch.autograd.Function):
@@ -68,7 +70,7 @@ def spoilt(case: dict):
     steps = iter(range(1, 10**6))
 
     def step(run, micros, cfg):
-        now = next(steps) == case["step"] and distributed.rank() in case["at"]
+        now = next(steps) == case["step"] and collectives.rank() in case["at"]
         hook = None
         if now and case["what"] == "gradient":
             hook = run.module.audio.register_forward_hook(lambda module, args, out: Poison.apply(out))
@@ -90,25 +92,25 @@ def must_equal_brute_force(losses, features, micros, cfg) -> None:
     labels = [
         torch.cat([getattr(m, name) for m in micros]) for name in ("group", "has_text", "has_frames", "has_audio")
     ]
-    group, *has = (distributed.gather(x) for x in labels)
-    everyone = {name: distributed.gather(x).double() for name, x in features.items() if name != "scale"}
+    group, *has = (collectives.all_gather(x) for x in labels)
+    everyone = {name: collectives.all_gather(x).double() for name, x in features.items() if name != "scale"}
     there = dict(zip(("text", "vision", "audio"), has, strict=True))
     there["masked"] = there["audio"]
     for term in ("at", "av", "aa"):
         a, b = PAIRS[term]
         more = {"group": group if cfg.loss.exclude_same_group else None, "intra": term == "aa"}
         want = brute_force(everyone[a], everyone[b], features["scale"].double(), there[a] & there[b], **more)
-        got = distributed.mean(losses[term])
+        got = collectives.all_reduce_mean(losses[term])
         assert torch.allclose(got.double(), want, rtol=1e-4, atol=1e-5), (term, got, want)
 
 
 def ended(case: dict) -> dict:
     """What came of one run."""
     cfg = load(RunConfig, case["words"][0], case["words"][1:])
-    ds = Path(cfg.run_dir + f"-{distributed.rank()}.json")
+    ds = Path(cfg.run_dir + f"-{collectives.rank()}.json")
     ds.parent.mkdir(parents=True, exist_ok=True)
     ds.write_text(json.dumps(case.get("ds", {})), encoding="utf-8")
-    accumulation.step = spoilt(case)
+    train_step.step = spoilt(case)
     said = ""
     try:
         train.train(cfg, str(ds))
@@ -122,5 +124,5 @@ def ended(case: dict) -> dict:
 if __name__ == "__main__":
     half.answer(True)
     found = {case["name"]: ended(case) for case in json.loads(sys.argv[2])}
-    if distributed.rank() == 0:
+    if collectives.rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")

@@ -11,11 +11,12 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import fsspec
-from conftest import ROOT, run, wait_for
+from forks import ROOT
+from running import run, wait_for
 
-from clip4vla.cache import Cache
 from clip4vla.config import DataSources
-from clip4vla.shards import Damaged, ShardFolder
+from clip4vla.data.shards import CorruptSample, ShardFolder
+from clip4vla.io.range_cache import Cache
 from faults._disk import Disk, contents, refused, well
 from faults._small import SPLITS, Small, losses
 
@@ -49,7 +50,7 @@ def read_only(disk: Disk, small: Small) -> dict[str, int]:
         refused(command(), f"read-only: {name}")
     reading = {
         "media": lambda: small.shard(free / "out", f"media_root={place}/media"),
-        "shards": lambda: small.train(free / "run", "eval.every=3", shards=data),
+        "shards": lambda: small.train(free / "run", "eval.every_steps=3", shards=data),
         "search query": lambda: small.search("query", "a dog", "--index", index),
         "check": lambda: run("data_prep/check.py", data, "--report", free / "check.html"),
         "report": lambda: run("launch/report.py", run_dir, "--out", free / "page.html"),
@@ -62,7 +63,7 @@ def read_only(disk: Disk, small: Small) -> dict[str, int]:
     disk.read_only(False)
     disk.leave(0)
     cached(small, place / "another cache")
-    disk.grow()
+    disk.start_decoding()
     shutil.rmtree(free)
     return {"refused": len(refusing), "read": len(reading), "cache": 2}
 
@@ -74,7 +75,7 @@ def cached(small: Small, cache: Path) -> None:
     far = ShardFolder.open("memory://far", DataSources(cache=str(cache)))
     places = [(i, e) for i, shard in enumerate(local.shards) for e in range(shard.samples)]
     found = far.read(places)
-    assert found == local.read(places) and not any(isinstance(sample, Damaged) for sample in found)
+    assert found == local.read(places) and not any(isinstance(sample, CorruptSample) for sample in found)
 
 
 def together(*commands: Callable[[], CompletedProcess]) -> list[CompletedProcess]:
@@ -91,7 +92,7 @@ def together(*commands: Callable[[], CompletedProcess]) -> list[CompletedProcess
 def writers(folder: Path, small: Small) -> dict[str, int]:
     """Each command twice at once: one is well, the other too or it says in one line why not; what is written is as of one."""
     model, data, run_dir = small.model(), small.copy(folder / "data"), folder / "run"
-    well(small.train(run_dir, "eval.every=0"), "run")
+    well(small.train(run_dir, "eval.every_steps=0"), "run")
     twice: dict[str, Callable[[], CompletedProcess]] = {
         "shard": lambda: small.shard(folder / "out"),
         "embed": lambda: run("data_prep/embed.py", *small.words(folder / "none", shards=data)),
@@ -99,7 +100,7 @@ def writers(folder: Path, small: Small) -> dict[str, int]:
         "report": lambda: run("launch/report.py", run_dir),
         "search build": lambda: small.build(folder / "idx", model),
         "export": lambda: run("launch/export.py", run_dir, folder / "exported"),
-        "train": lambda: small.train(folder / "two", "train.timeout=0.02"),
+        "train": lambda: small.train(folder / "two", "train.hang_timeout_minutes=0.02"),
     }
     told = {}
     for name, command in twice.items():
@@ -118,7 +119,7 @@ def _tars(folder: Path) -> dict[str, str]:
 
 def requeued(folder: Path, small: Small) -> int:
     """A run begins while the one before it in the folder is dying: it waits, and goes on from the checkpoint."""
-    words = ("train.max_steps=4000", "train.save_every=10", "eval.every=0")
+    words = ("train.max_steps=4000", "train.save_every=10", "eval.every_steps=0")
     with small.training(folder / "again", *words) as dying:
         wait_for(folder / "again/metrics.jsonl", 12)
         with small.training(folder / "again", *words, "train.max_steps=30") as begun:
@@ -136,10 +137,10 @@ def clock(folder: Path, small: Small, seconds: float) -> dict[str, int | str]:
     future_entries(folder / "cache")
     if FAKETIME is None:
         return {"left out": "libfaketime is not installed (apt-get install faketime)"}
-    words = ("train.max_steps=30", "train.save_every=30", "eval.every=15", "train.timeout=0.5")
+    words = ("train.max_steps=30", "train.save_every=30", "eval.every_steps=15", "train.hang_timeout_minutes=0.5")
     well(small.train(folder / "steady", *words), "steady")
     trained = jumping(
-        folder, ["launch/pretrain.py", *small.words(folder / "run", *words, "train.save_minutes=0.02")], seconds
+        folder, ["launch/pretrain.py", *small.words(folder / "run", *words, "train.save_every_minutes=0.02")], seconds
     )
     assert losses(folder / "run") == losses(folder / "steady"), "a clock that jumps: other losses"
     made = jumping(folder, ["data_prep/shard.py", "configs/data/sample.yaml", f"out={folder / 'out'}"], seconds)

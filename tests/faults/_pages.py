@@ -7,16 +7,16 @@ import shutil
 from pathlib import Path
 
 import yaml
-from conftest import run
-from test_report import rows, summary_row
-from test_web import Browser
+from browser import rows, summary_row
+from gradio_page import Browser
+from running import run
 
-from clip4vla import comparison, report
-from clip4vla.captions_page import Written
-from clip4vla.exhibits import Exhibit
-from clip4vla.predictions_page import Predicted
-from clip4vla.queries_page import Hit, Query
-from clip4vla.web import LONGEST
+from clip4vla.report import compare_runs, page
+from clip4vla.report.preview import ClipPreview
+from clip4vla.report.sections.captioning import CaptionCard
+from clip4vla.report.sections.classification import Predicted
+from clip4vla.report.sections.retrieval import Hit, Query
+from clip4vla.web.app import LONGEST
 from faults._web import APPLE, HOSTILE, SHORT, Server
 
 CLEAN = {" ".join(html.unescape(text).split()) for text in HOSTILE}  # as shard.py stores them
@@ -37,21 +37,21 @@ LOOK = """(() => { const all = [...document.querySelectorAll("*")];
 def write(folder: Path) -> dict[str, Path]:
     """The pages by name; each is written once, with all the texts."""
     pages = {name: folder / f"pages/{name}.html" for name in ("retrieval", "captions", "classification")}
-    exhibits = [Exhibit(text, HOSTILE) for text in SHORT]
+    exhibits = [ClipPreview(text, HOSTILE) for text in SHORT]
     hits = [Hit(i, {SHORT[i]: 1.0}, True, SHORT[i]) for i in range(5)]
     asked = [Query(f"text_to_video/{text}", i, text, 1.0, {text: 1.0}, hits) for i, text in enumerate(SHORT)]
     scores = {f"text_to_video/{text}": summary_row(3.0) for text in SHORT}
     settings = {text: {text: text} for text in HOSTILE}
     curves = {text: rows(3) for text in SHORT[:4]}
-    report.write(pages["retrieval"], SHORT[1], settings, curves, report.retrieval(scores, exhibits, asked))
-    row = {"caption": {"CIDEr": 1.0, "n_clips": 1, "n_references": 1, "left_out": SHORT[2]}}
-    some = [Written(i, text, {text: 1.0}) for i, text in enumerate(SHORT)]
-    report.write(pages["captions"], SHORT[10], settings, {}, report.captions(row, exhibits, some))
+    page.write(pages["retrieval"], SHORT[1], settings, curves, page.retrieval(scores, exhibits, asked))
+    row = {"caption": {"CIDEr": 1.0, "n_clips": 1, "n_references": 1, "excluded": SHORT[2]}}
+    some = [CaptionCard(i, text, {text: 1.0}) for i, text in enumerate(SHORT)]
+    page.write(pages["captions"], SHORT[10], settings, {}, page.captions(row, exhibits, some))
     numbers = {
         "accuracy": 1.0,
         "top5": 1.0,
-        "class_mean": 1.0,
-        "commonest": 1.0,
+        "mean_class_accuracy": 1.0,
+        "majority_baseline": 1.0,
         "n_clips": 9,
         "n_classes": 9,
         "n_folds": 1,
@@ -60,8 +60,8 @@ def write(folder: Path) -> dict[str, Path]:
     matrix = [[int(i == j) for i in range(count)] for j in range(count)]
     label = {"label": numbers | {"classes": HOSTILE, "confusion": matrix}}
     guessed = [Predicted(i, text, [(other, 0.5) for other in HOSTILE[:4]], text) for i, text in enumerate(SHORT)]
-    report.write(pages["classification"], SHORT[11], settings, {}, report.classification(label, exhibits, guessed))
-    pages["comparison"] = comparison.compare([str(_run(folder / "runs", text)) for text in SHORT[:3]])
+    page.write(pages["classification"], SHORT[11], settings, {}, page.classification(label, exhibits, guessed))
+    pages["comparison"] = compare_runs.compare([str(_run(folder / "runs", text)) for text in SHORT[:3]])
     done = run("data_prep/check.py", folder / "out", "--decode", "0")
     assert done.returncode == 0, done.stderr
     return pages | {"check": folder / "out/check.html"}

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clip4vla import inputs
 from clip4vla.config import DataSources, FramesConfig, MaskConfig, SpectrogramConfig
-from clip4vla.loader import Loader
-from clip4vla.order import EvalOrder
-from clip4vla.pictures import read_picture
-from clip4vla.shards import INDEX, ShardFolder, write_index, write_shard
+from clip4vla.data import preprocessing
+from clip4vla.data.loader import Loader
+from clip4vla.data.sampler import EvalSampler
+from clip4vla.data.shards import INDEX, ShardFolder, write_index, write_shard
+from clip4vla.media.images import read_picture
 from faults._mutate import mutate
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><text>%s</text></svg>'
@@ -149,11 +149,11 @@ def shard_of(folder: Path, samples: list[dict[str, bytes]]) -> ShardFolder:
     return ShardFolder.open(str(folder))
 
 
-def loader_of(folder: ShardFolder, log: Path, max_damage: float = 1.0) -> Loader:
+def loader_of(folder: ShardFolder, log: Path, max_corrupt_fraction: float = 1.0) -> Loader:
     """Everything of a folder, BATCH samples at a time."""
-    cfg = DataSources(max_damage=max_damage, decode_threads=1)
+    cfg = DataSources(max_corrupt_fraction=max_corrupt_fraction, decode_threads=1)
     return Loader(
-        [folder], EvalOrder([[s.samples for s in folder.shards]], BATCH), cfg, seed=0, mask=MaskConfig(),
+        [folder], EvalSampler([[s.samples for s in folder.shards]], BATCH), cfg, seed=0, mask=MaskConfig(),
         tokenize=lambda texts: torch.zeros(len(texts), 4, dtype=torch.int64), needs=("frames", "fbank"),
         device=torch.device("cpu"), damage_log=log,
     )  # fmt: skip
@@ -184,7 +184,7 @@ def one_of_a_batch(place: Path, which: int, members: dict[str, bytes]) -> str:
     samples = [{"fbank.jpg": good["fbank.jpg"], "frames.jpg": good["frames.jpg"]} for _ in range(BATCH)]
     kinds = {name.partition(".")[0] for name in members}
     samples[which] = {k: v for k, v in samples[which].items() if k.partition(".")[0] not in kinds} | members
-    return loaded(shard_of(place, samples), which, place / "damaged.jsonl")
+    return loaded(shard_of(place, samples), which, place / "corrupt.jsonl")
 
 
 def loaded(folder: ShardFolder, which: int, log: Path) -> str:
@@ -196,10 +196,10 @@ def loaded(folder: ShardFolder, which: int, log: Path) -> str:
     assert len(batch.frames) == 2 * sum(map(bool, batch.ids)) and len(batch.segments) == sum(map(bool, batch.ids))
     for clip, sample in enumerate(folder.read([(0, n) for n in range(BATCH)])):
         try:
-            inputs.of_shard(meta(str(clip), 2, 1), sample, SPEC)
+            preprocessing.of_shard(meta(str(clip), 2, 1), sample, SPEC)
         except ValueError:
             assert clip == which
-    if not loader.damaged:
+    if not loader.corrupt:
         assert key in batch.ids
         return "correct"
     (row,) = map(json.loads, log.read_text(encoding="utf-8").splitlines())
@@ -218,11 +218,11 @@ def hostile_strips() -> dict[str, dict[str, bytes]]:
         "narrow_segment.png": {"fbank.png": encoded("PNG", "L", (8, 8))},
         "claims_60000_segment.jpg": {"fbank.jpg": jpeg_claiming(60000, 60000)},
         "palette_segment.png": {"fbank.png": encoded("PNG", "P", (SIZE, SIZE))},
-        "turned_frames.jpg": {"frames.jpg": turned(encoded("JPEG", size=(SIZE, 2 * SIZE)))},
+        "turned_frames.jpg": {"frames.jpg": transpose(encoded("JPEG", size=(SIZE, 2 * SIZE)))},
     }  # fmt: skip
 
 
-def turned(data: bytes) -> bytes:
+def transpose(data: bytes) -> bytes:
     """A JPEG with an EXIF orientation of a quarter turn."""
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -7,14 +7,15 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import torch
-from conftest import ROOT, TINY, job, ranks, run, trace
+from forks import ROOT
+from running import TINY, job, ranks, run, trace
 from safetensors.torch import save_file
 
-from clip4vla import towers
+from clip4vla.models import towers
 from faults._disk import well
 
 SPLITS = ("speech_fr/train", "sounds/train", "speech_fr/val", "sounds/val")
-SEARCH = "import sys\nfrom clip4vla.search import main\nmain()\n"
+SEARCH = "import sys\nfrom clip4vla.search.__main__ import main\nmain()\n"
 Command = Callable[[], CompletedProcess]
 
 
@@ -41,7 +42,7 @@ class Small:
             "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={self.clip}", "train.precision=fp32",
             "track.wandb=off", f"data.train=[{train[0]}, {train[1]}]", "train.batch_size=12", "train.max_steps=6",
             "train.log_every=1", "train.save_every=2", "data.decode_threads=1", f"data.val=[{val[0]}, {val[1]}]",
-            f"data.test=[{val[0]}, {val[1]}]", "eval.permutations=0", "eval.bootstrap=0", "data.vectors=off",
+            f"data.test=[{val[0]}, {val[1]}]", "eval.permutations=0", "eval.bootstrap=0", "data.precomputed_embeddings=off",
             f"run_dir={run_dir}", *words,
         ]  # fmt: skip
 
@@ -81,6 +82,6 @@ def losses(run_dir: Path) -> dict[int, tuple[float, ...]]:
 
 
 def damage(run_dir: Path) -> list[dict[str, str]]:
-    """What the run has listed as damaged."""
-    file = run_dir / "damaged-0.jsonl"
+    """What the run has listed as corrupt."""
+    file = run_dir / "corrupt-0.jsonl"
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

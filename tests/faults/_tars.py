@@ -10,10 +10,11 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from clip4vla.config import FramesConfig, UserError
-from clip4vla.shards import HEADER, Damaged, ShardFolder
-from data_prep.check import check, find, inspect
-from data_prep.check_shard import Rules, Task, check_shard
+from clip4vla.config import FramesConfig
+from clip4vla.data.shards import HEADER, CorruptSample, ShardFolder
+from clip4vla.errors import UserError
+from data_prep.check_folders import check, find, inspect
+from data_prep.check_shard import Rules, ShardCheckJob, check_shard
 from faults._mutate import mutate
 from faults._pictures import BATCH, SPEC, loader_of, shard_of, strips
 
@@ -23,13 +24,13 @@ RULES = Rules("s", "t", SPEC, FramesConfig().size)
 
 
 def whole(folder: Path) -> ShardFolder:
-    """A shard of a batch, undamaged."""
+    """A shard of a batch, intact."""
     good = strips()
     return shard_of(folder, [{"fbank.jpg": good["fbank.jpg"], "frames.jpg": good["frames.jpg"]} for _ in range(BATCH)])
 
 
 def mutated(folder: Path):
-    """A case: the tar mutated, anywhere or in its headers; what is read is what was written, or counted as damaged."""
+    """A case: the tar mutated, anywhere or in its headers; what is read is what was written, or counted as corrupt."""
     (folder / "whole").mkdir()
     good = whole(folder / "whole")
     data, samples = (folder / "whole" / TAR).read_bytes(), good.read([(0, n) for n in range(BATCH)])
@@ -62,14 +63,14 @@ def examined(place: Path, samples: list[dict], repairs: bool) -> str:
     """Read by all that reads tars; the reader gives the bytes that were written or none, check finds what it lacks."""
     folder = ShardFolder.open(str(place))
     found = folder.read([(0, n) for n in range(BATCH)])
-    damaged = [n for n, sample in enumerate(found) if isinstance(sample, Damaged)]
-    assert all(found[n] == samples[n] for n in range(BATCH) if n not in damaged)
-    tally, findings = check_shard(Task(place, 0, folder.shards[0], RULES, None))
-    assert findings or not damaged
-    assert len(tally) >= BATCH - len(damaged), findings
+    corrupt = [n for n, sample in enumerate(found) if isinstance(sample, CorruptSample)]
+    assert all(found[n] == samples[n] for n in range(BATCH) if n not in corrupt)
+    tally, findings = check_shard(ShardCheckJob(place, 0, folder.shards[0], RULES, None))
+    assert findings or not corrupt
+    assert len(tally) >= BATCH - len(corrupt), findings
     if repairs:
         repaired(place)
-    return "counted" if damaged or findings else "correct"
+    return "counted" if corrupt or findings else "correct"
 
 
 def repaired(place: Path) -> None:
@@ -155,7 +156,7 @@ def survives(folder: Path, name: str, data: bytes, canary: Path) -> str:
     tar.write_bytes(data + tar.read_bytes())
     before = sorted(path.relative_to(folder.parent) for path in folder.parent.rglob("*"))
     outcome = examined(folder, samples, repairs=False)
-    loader_of(good, folder / "damaged.jsonl").batch(0)
+    loader_of(good, folder / "corrupt.jsonl").batch(0)
     repaired(folder)
     assert not canary.exists(), name
     new = {p.relative_to(folder.parent) for p in folder.parent.rglob("*")} - set(before)

@@ -8,7 +8,7 @@ from typing import Any
 
 from clip4vla.config import DataConfig
 from data_prep.annotations import read
-from data_prep.manifest import Row
+from data_prep.manifest import ManifestRow
 from faults._trees import Damage
 from faults._watch import Target
 
@@ -83,14 +83,14 @@ FORMATS: dict[str, dict[str, Any]] = {
 }
 
 
-def damaged(name: str, data: bytes, damage: Damage) -> bytes:
+def corrupt(name: str, data: bytes, damage: Damage) -> bytes:
     """By what the name says is in the file."""
     kinds = {"json": damage.json, "jsonl": damage.jsonl, "csv": damage.csv, "txt": damage.lines}
     return kinds[name.rpartition(".")[2]](data)
 
 
 def prepare(form: str, root: Path) -> tuple[DataConfig, dict[Path, bytes]]:
-    """Settings, and the undamaged files."""
+    """Settings, and the intact files."""
     media, place = root / "media", root / "annotations"
     media.mkdir()
     place.mkdir()
@@ -112,10 +112,10 @@ def prepare(form: str, root: Path) -> tuple[DataConfig, dict[Path, bytes]]:
 
 
 def case(state: tuple[DataConfig, dict[Path, bytes]], damage: Damage) -> str:
-    """The rows of what one damaged file leaves; each is fit to be written, and lies below the media root."""
+    """The rows of what one corrupt file leaves; each is fit to be written, and lies below the media root."""
     cfg, files = state
     path = damage.rng.choice(list(files))
-    path.write_bytes(damaged(path.name, files[path], damage))
+    path.write_bytes(corrupt(path.name, files[path], damage))
     try:
         rows, skipped = read(cfg)
     finally:
@@ -132,7 +132,7 @@ def vars_of(item: Any) -> dict[str, Any]:
     return {name: getattr(item, name) for name in item.__slots__}
 
 
-def _sound(row: Row) -> None:
+def _sound(row: ManifestRow) -> None:
     tree = vars_of(row)
     json.dumps(tree, ensure_ascii=False).encode()
     texts = [

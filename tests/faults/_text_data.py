@@ -9,16 +9,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from clip4vla import features
 from clip4vla.config import DataConfig, DataSources, MaskConfig
-from clip4vla.loader import Loader
-from clip4vla.order import EvalOrder
-from clip4vla.pictures import jpeg
-from clip4vla.shards import ENTRIES, INDEX, Damaged, ShardFolder, fingerprint, write_index, write_shard
-from clip4vla.towers import tokenizer
-from clip4vla.weights import save_tensors
-from data_prep.check import check
-from data_prep.manifest import Row
+from clip4vla.data.loader import Loader
+from clip4vla.data.sampler import EvalSampler
+from clip4vla.data.shards import ENTRIES, INDEX, CorruptSample, ShardFolder, fingerprint, write_index, write_shard
+from clip4vla.evaluation import features
+from clip4vla.io.safe_load import save_tensors
+from clip4vla.media.images import jpeg
+from clip4vla.models.towers import tokenizer
+from data_prep.check_folders import check
+from data_prep.manifest import ManifestRow
 from data_prep.plan import MANIFEST, make_plan, read_plan
 from faults._trees import Damage
 from faults._watch import Target
@@ -30,7 +30,7 @@ META = {
     "duration": 2.4, "n_frames": 2, "n_segments": 2, "n_rows": ROWS, "has_audio": True, "has_frames": True,
     "media": {"audio": "dog.ogg", "frames": "dog.png"},
 }  # fmt: skip
-ROW = Row("dog", "dog", "dog", "sounds", "train", ["A dog."], ["en"], media="dog.ogg", start=0.0, end=2.5)
+ROW = ManifestRow("dog", "dog", "dog", "sounds", "train", ["A dog."], ["en"], media="dog.ogg", start=0.0, end=2.5)
 
 
 def members(meta: bytes) -> dict[str, bytes]:
@@ -66,7 +66,7 @@ def shard_folder(root: Path) -> Undamaged:
 
 
 def index(state: Undamaged, damage: Damage) -> str:
-    """Samples by a damaged index.json or entries.jsonl, half of the latter with the CRC-32 that index.json then expects."""
+    """Samples by a corrupt index.json or entries.jsonl, half of the latter with the CRC-32 that index.json then expects."""
     place, head, lines = state
     if damage.rng.random() < 0.5:
         head = damage.json(head)
@@ -83,43 +83,43 @@ def index(state: Undamaged, damage: Damage) -> str:
     found = [sample for batch in range(0, len(wanted), 2) for sample in folder.read(wanted[batch : batch + 2])]
     if damage.rng.random() < 0.05:
         check([folder], 0)
-    counted = any(isinstance(sample, Damaged) for sample in found)
+    counted = any(isinstance(sample, CorruptSample) for sample in found)
     return "counted damage" if counted else "samples"
 
 
 def loader(root: Path) -> tuple[Path, Loader]:
     """Where a folder of one sample goes, and a loader of such folders."""
-    cfg = DataSources(max_damage=1e9, decode_threads=1)
+    cfg = DataSources(max_corrupt_fraction=1e9, decode_threads=1)
     folder = ShardFolder.open(str(folder_of(root / "first", [json.dumps(META).encode()])))
     made = Loader(
-        [folder], EvalOrder([[1]], 1), cfg, tokenize=tokenizer("ViT-B-32-quickgelu/openai", 77), mask=MaskConfig(), seed=0,
-        needs=("frames", "fbank"), device=torch.device("cpu"), damage_log=root / "damaged.jsonl",
+        [folder], EvalSampler([[1]], 1), cfg, tokenize=tokenizer("ViT-B-32-quickgelu/openai", 77), mask=MaskConfig(), seed=0,
+        needs=("frames", "fbank"), device=torch.device("cpu"), damage_log=root / "corrupt.jsonl",
     )  # fmt: skip
     made.batch(0)  # its decoders are made once
     return root / "sample", made
 
 
 def sample(state: tuple[Path, Loader], damage: Damage) -> str:
-    """A batch of one sample whose json was damaged before its CRC-32 was taken."""
+    """A batch of one sample whose json was corrupt before its CRC-32 was taken."""
     place, some = state
     some.folders = [ShardFolder.open(str(folder_of(place, [damage.json(json.dumps(META).encode())])))]
-    before = some.damaged
+    before = some.corrupt
     batch = some.batch(0)
-    assert batch.ids == [""] or some.damaged == before, batch.ids
+    assert batch.ids == [""] or some.corrupt == before, batch.ids
     assert all(isinstance(name, str) for name in batch.ids)
-    return "counted damage" if some.damaged > before else "batch"
+    return "counted damage" if some.corrupt > before else "batch"
 
 
-def plan(root: Path) -> tuple[Path, list[Row], bytes]:
+def plan(root: Path) -> tuple[Path, list[ManifestRow], bytes]:
     """A manifest of two shards, and its rows."""
     (root / "link").symlink_to("../canary")
-    rows = [Row(**{name: getattr(ROW, name) for name in ROW.__slots__} | {"id": f"dog{i}"}) for i in range(6)]
+    rows = [ManifestRow(**{name: getattr(ROW, name) for name in ROW.__slots__} | {"id": f"dog{i}"}) for i in range(6)]
     make_plan(root, rows, [], 3)
     return root, rows, (root / MANIFEST).read_bytes()
 
 
-def planned(state: tuple[Path, list[Row], bytes], damage: Damage) -> str:
-    """The units of a damaged manifest, whose shards lie in their folder; and the plan made anew from it."""
+def planned(state: tuple[Path, list[ManifestRow], bytes], damage: Damage) -> str:
+    """The units of a corrupt manifest, whose shards lie in their folder; and the plan made anew from it."""
     out, rows, data = state
     head, *lines = data.splitlines(keepends=True)
     if damage.rng.random() < 0.5:  # the sizes go with the lines
@@ -149,7 +149,7 @@ def kept(root: Path) -> tuple[Path, dict[str, torch.Tensor], bytes]:
 
 
 def feature(state: tuple[Path, dict[str, torch.Tensor], bytes], damage: Damage) -> str:
-    """Features from a damaged file: none, or as many vectors as clips."""
+    """Features from a corrupt file: none, or as many vectors as clips."""
     path, tensors, data = state
     if damage.rng.random() < 0.5:
         path.write_bytes(damage.file(data))

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-JUDGE = Path(__file__).parents[2] / "clip4vla/judge.py"
+JUDGE = Path(__file__).parents[2] / "clip4vla/distributed/watchdog_server.py"
 
 
 def garbage(rng: random.Random) -> bytes:

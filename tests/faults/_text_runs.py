@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from clip4vla import cost, selection
-from clip4vla.checkpoints import saved_as
-from clip4vla.comparison import compare, read, results, settings, training, validation
-from clip4vla.config import FramesConfig, RunConfig, SpectrogramConfig, UserError
-from clip4vla.index import ITEMS, Index, Row, Store
-from clip4vla.indexing import finish
-from clip4vla.search import describe, line
-from clip4vla.settings import load, to_dict
-from clip4vla.tables import tables
+from clip4vla.checkpoints import best
+from clip4vla.checkpoints.lookup import read_metadata
+from clip4vla.config import FramesConfig, RunConfig, SpectrogramConfig
+from clip4vla.config_io import load, to_dict
+from clip4vla.errors import UserError
+from clip4vla.paper import cost
+from clip4vla.paper.tables import tables
+from clip4vla.report.compare_runs import compare, read, results, settings, training, validation
+from clip4vla.search.__main__ import describe, line
+from clip4vla.search.builder import finish
+from clip4vla.search.index import Index
+from clip4vla.search.store import ITEMS, NewItem, Store
 from faults._trees import Damage
 from faults._watch import Target
 
@@ -30,7 +33,7 @@ SCORE = {
     "MeanR": 14.1,
     "n_queries": 990,
     "n_gallery": 985,
-    "p": None,
+    "p_value": None,
 }
 DIRECTIONS = ("text_to_video", "video_to_text", "text_to_video/v", "video_to_text/v")
 SCORES = {name: SCORE | {"ci": {"R@1": [43.1, 49.2]}} for name in DIRECTIONS}
@@ -38,19 +41,19 @@ CAPTION = {"BLEU-4": 41.2, "METEOR": 28.4, "ROUGE-L": 61.0, "CIDEr": 49.9, "n_cl
 LABEL = {
     "accuracy": 86.1,
     "top5": 98.0,
-    "class_mean": 85.0,
-    "deviation": 1.5,
+    "mean_class_accuracy": 85.0,
+    "accuracy_std": 1.5,
     "n_clips": 400,
     "n_classes": 50,
     "n_folds": 5,
 }
 TASKS = {"retrieval": SCORES, "captioning": {"caption": CAPTION}, "classification": {"label": LABEL, "label/a": LABEL}}
 PLACES = ["meta value", "items shown"] * 2 + [
-    "items vector", "items media", "sources place", "sources state", "meta key", "items source", "damaged name",
+    "items vector", "items media", "sources place", "sources state", "meta key", "items source", "corrupt name",
 ]  # fmt: skip
 LOG = [
     {"step": i, "samples": 12 * i, "loss": 2.0 / i, "loss/at": 1.0, "lr": 1e-4, "grad_norm": 3.0, "clips_per_s": 50.0,
-     "data_wait": 0.1, "tflops": 0.01, "memory_gib": 1.5, "cores": 2, "ranks": 1, "alignment": 0.3, "uniformity": -1.0}
+     "data_wait_fraction": 0.1, "tflops": 0.01, "memory_gib": 1.5, "cores": 2, "ranks": 1, "alignment": 0.3, "uniformity": -1.0}
     for i in range(1, 8)
 ]  # fmt: skip
 
@@ -67,7 +70,7 @@ def runs(root: Path) -> dict[str, Run]:
     """A run folder of each task."""
     found = {}
     for task, scores in TASKS.items():
-        tree = to_dict(load(RunConfig, None, [f"eval.task={task}", "eval.select=text_to_video/R@1"]))
+        tree = to_dict(load(RunConfig, None, [f"eval.task={task}", "eval.best_metric=text_to_video/R@1"]))
         sources = {"data/x": {"source": "msrvtt_1ka", "split": "test"}}
         files = {
             "config.yaml": "# git 1a\n# torch 2.0\n" + yaml.safe_dump(tree, sort_keys=False),
@@ -85,7 +88,7 @@ def runs(root: Path) -> dict[str, Run]:
 
 
 def run_folder(state: dict[str, Run], damage: Damage) -> str:
-    """Pages, tables, costs and the best checkpoint of two runs, of which one has a damaged file."""
+    """Pages, tables, costs and the best checkpoint of two runs, of which one has a corrupt file."""
     one = state[damage.rng.choice(list(state))]
     name = damage.rng.choice(list(one.files))
     data = one.files[name]
@@ -113,11 +116,11 @@ def _tried(look: Any) -> str:
 def _looks(folder: Path, other: Path, damage: Damage) -> Iterator[Any]:
     both = list(dict.fromkeys([str(folder), str(other)]))
     cfg = RunConfig(run_dir=str(folder))
-    cfg.eval.select = "text_to_video/R@1"
+    cfg.eval.best_metric = "text_to_video/R@1"
     yield lambda: tables([str(folder)], damage.rng.random() < 0.5)
     yield lambda: _page(read(both), damage)
     yield lambda: str(cost.of_log(str(folder), cost.read_rows(folder)))
-    yield lambda: selection.best(cfg) + str(selection.kept(cfg))
+    yield lambda: best.best(cfg) + str(best.kept(cfg))
     if damage.rng.random() < 0.01:
         yield lambda: str(compare(both, str(folder / "page.html")))
 
@@ -135,10 +138,10 @@ def checkpoint(root: Path) -> Path:
 
 
 def place_of_a_run(place: Path, damage: Damage) -> str:
-    """Where a run goes on from a checkpoint by its damaged config.json: where it was, or not at all."""
+    """Where a run goes on from a checkpoint by its corrupt config.json: where it was, or not at all."""
     told = {"clip": {"embed_dim": 64}, "step": 500, "ranks": 2, "zero_stage": 1, "sample order": "0123456789ab"}
     (place / "config.json").write_bytes(damage.json(json.dumps(told).encode()))
-    assert saved_as(place)["step"] == 500
+    assert read_metadata(place)["step"] == 500
     return "the step"
 
 
@@ -160,7 +163,7 @@ def built(root: Path) -> Built:
     vectors = np.random.default_rng(0).standard_normal((6, 24)).astype(np.float16)
     shown = {"name": "a.png", "captions": ["A dog."], "start": None, "end": 2.5, "key": ""}
     rows = [
-        Row(1 + i % 2, ("v", "a", "va")[i % 3], shown | {"key": "k" * (i == 5)}, vector)
+        NewItem(1 + i % 2, ("v", "a", "va")[i % 3], shown | {"key": "k" * (i == 5)}, vector)
         for i, vector in enumerate(vectors)
     ]
     store.add(rows, [(1, "bad.png", "no picture")], {1: (3, True), 2: (3, True)})
@@ -170,7 +173,7 @@ def built(root: Path) -> Built:
 
 
 def search(state: Built, damage: Damage) -> str:
-    """Opened, asked, described and shown: an index whose bytes, or the values in it, are damaged."""
+    """Opened, asked, described and shown: an index whose bytes, or the values in it, are corrupt."""
     for path in state.folder.glob(f"{ITEMS}*"):
         path.unlink()
     (state.folder / ITEMS).write_bytes(damage.file(state.data) if damage.rng.random() < 0.4 else state.data)
@@ -187,7 +190,7 @@ def search(state: Built, damage: Damage) -> str:
 
 
 def _change(path: Path, damage: Damage) -> None:
-    """One to three values of any table are something else; JSON is damaged as JSON."""
+    """One to three values of any table are something else; JSON is corrupt as JSON."""
     with closing(sqlite3.connect(path)) as db, db:
         for _ in range(damage.rng.choice((1, 1, 2, 3))):
             table, column = damage.rng.choice(PLACES).split()

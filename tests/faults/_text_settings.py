@@ -6,9 +6,10 @@ from typing import Any
 
 import yaml
 
-from clip4vla import classification, engine
 from clip4vla.config import DataConfig, ImportConfig, RunConfig
-from clip4vla.settings import describe, load, to_dict
+from clip4vla.config_io import describe, load, to_dict
+from clip4vla.evaluation import classification
+from clip4vla.training import engine
 from faults._trees import DEEP, DEEPER, DIGITS, LONG, Damage
 from faults._watch import Target
 
@@ -30,7 +31,7 @@ def configs(root: Path) -> tuple[Path, list[tuple[type, bytes, Any]]]:
 
 
 def config(state: tuple[Path, list[tuple[type, bytes, Any]]], damage: Damage) -> str:
-    """Settings of a damaged file and hostile words: each of its type, and the same when they were written and read again."""
+    """Settings of a corrupt file and hostile words: each of its type, and the same when they were written and read again."""
     path, some = state
     cls, data, tree = damage.rng.choice(some)
     path.write_bytes(damage.yaml(data, tree) if damage.rng.random() < 0.7 else data)
@@ -56,7 +57,7 @@ def _leaves(tree: Any) -> list[Any]:
 
 
 def ds(state: tuple[Path, list[tuple[type, bytes, Any]]], damage: Damage) -> str:
-    """DeepSpeed's settings of a damaged file with the YAML's: what the YAML decides is as it says."""
+    """DeepSpeed's settings of a corrupt file with the YAML's: what the YAML decides is as it says."""
     path = state[0].with_name("ds.json")
     data = damage.rng.choice(DS).read_bytes()
     tree = json.loads(data)
@@ -66,7 +67,7 @@ def ds(state: tuple[Path, list[tuple[type, bytes, Any]]], damage: Damage) -> str
     path.write_bytes(damage.json(json.dumps(tree).encode()))
     cfg = RunConfig()
     cfg.train.compile = damage.rng.choice(("off", "inductor"))
-    found = engine.merge(*engine.read_ds_config(str(path)), cfg)
+    found = engine.merge_ds_config(*engine.read_ds_config(str(path)), cfg)
     assert found["train_batch_size"] == cfg.train.batch_size and found["optimizer"]["params"]["lr"] == cfg.train.lr
     json.dumps(found, indent=1).encode()
     return "settings"
@@ -78,7 +79,7 @@ def labels(root: Path) -> Path:
 
 
 def label(path: Path, damage: Damage) -> str:
-    """Classes of a damaged file, and templates: at least two, all different, put into templates as text and nothing else."""
+    """Classes of a corrupt file, and templates: at least two, all different, put into templates as text and nothing else."""
     cfg = RunConfig()
     path.write_bytes(damage.lines(b"a dog\nrain\nclock alarm\ncrying baby\n"))
     cfg.classify.labels = (
@@ -88,7 +89,7 @@ def label(path: Path, damage: Damage) -> str:
     cfg.data.train, cfg.data.test = {"a": 1.0}, {"b": 1.0}
     cfg.classify.method = "zero_shot"
     classification.check(cfg)
-    found = classification.asked(cfg)
+    found = classification.class_names(cfg)
     assert len(set(found)) == len(found) != 1 and all("{}" in template for template in cfg.classify.templates)
     return "classes"
 

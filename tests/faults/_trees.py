@@ -204,11 +204,11 @@ class Damage:
             parent[key] = self.value()
 
     def json(self, data: bytes) -> bytes:
-        """A JSON text with a tree, or its bytes, damaged."""
+        """A JSON text with a tree, or its bytes, corrupt."""
         return self._either(data, lambda: self._dumped(json.loads(data)))
 
     def jsonl(self, data: bytes) -> bytes:
-        """JSON lines of which one or two are damaged, added or gone."""
+        """JSON lines of which one or two are corrupt, added or gone."""
 
         def made() -> bytes:
             lines = [json.loads(line) for line in data.splitlines()]
@@ -220,14 +220,14 @@ class Damage:
         return self._either(data, made)
 
     def yaml(self, data: bytes, tree: Any) -> bytes:
-        """A YAML text (its tree as JSON, which is YAML) damaged, or one with what only YAML has."""
+        """A YAML text (its tree as JSON, which is YAML) corrupt, or one with what only YAML has."""
         if self.rng.random() < 0.2:
             snippet = self.rng.choice(YAMLS).replace("{canary}", self.canary).encode()
             return self.rng.choice((snippet, data + b"\n" + snippet))
         return self._either(data, lambda: self._dumped(tree))
 
     def csv(self, data: bytes) -> bytes:
-        """A table with one to three cells changed, or its bytes damaged."""
+        """A table with one to three cells changed, or its bytes corrupt."""
 
         def made() -> bytes:
             lines = list(csv.reader(io.StringIO(data.decode()), skipinitialspace=True))
@@ -242,7 +242,7 @@ class Damage:
         return self._either(data, made)
 
     def lines(self, data: bytes) -> bytes:
-        """Lines of words with one to three words changed, or the bytes damaged."""
+        """Lines of words with one to three words changed, or the bytes corrupt."""
 
         def made() -> bytes:
             lines = [line.split(" ") for line in data.decode().split("\n")]
@@ -257,7 +257,7 @@ class Damage:
         return _json(self.tree(tree), self.rng.random() < 0.5)
 
     def again(self, data: bytes) -> bytes:
-        """As json, of what may be damaged already."""
+        """As json, of what may be corrupt already."""
         try:
             return self.json(data)
         except (ValueError, RecursionError):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clip4vla.config import UserError
+from clip4vla.errors import UserError
 from faults._trees import Damage
 
 SECONDS = 20  # of a case

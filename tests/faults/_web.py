@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import torch
-from conftest import TINY, run
 from forks import ROOT
+from running import TINY, run
 
-from clip4vla import CLIP4VLA, indexing, web_results
+from clip4vla import CLIP4VLA
 from clip4vla.config import ModelConfig, SpectrogramConfig
+from clip4vla.search import builder
+from clip4vla.web import html
 
 APPLE = ROOT / "tests/sample/food/fruit/apple_red.png"
 RAN = "window.ran=1"  # what a text that became a script would do
@@ -30,7 +32,7 @@ SHORT = [
     "Z" + "\u0351" * 300, "bell\x07 esc\x1b[31m",
 ]  # fmt: skip
 LONG = "x" * 100_000
-HOSTILE = [*SHORT, LONG, web_results.cut(LONG)]  # the last: as the search page shows the one before it
+HOSTILE = [*SHORT, LONG, html.cut(LONG)]  # the last: as the search page shows the one before it
 
 
 def build(folder: Path) -> None:
@@ -50,7 +52,7 @@ def build(folder: Path) -> None:
     torch.manual_seed(0)
     model = CLIP4VLA(TINY, ModelConfig(), SpectrogramConfig()).eval()
     model.save_pretrained(folder / "M")
-    indexing.build(
+    builder.build(
         CLIP4VLA.from_pretrained(folder / "M"), str(folder / "M"), [f"{folder}/out/media/train"], folder / "IDX"
     )
 

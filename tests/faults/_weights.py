@@ -16,11 +16,12 @@ import open_clip
 import torch
 from safetensors.torch import save
 
-from clip4vla import CLIP4VLA, weights
-from clip4vla.checkpoints import _FAILURES
+from clip4vla import CLIP4VLA
+from clip4vla.checkpoints.universal import load_tensors
 from clip4vla.config import ModelConfig, SpectrogramConfig
-from clip4vla.model import Model
-from clip4vla.universal import load_tensors
+from clip4vla.distributed.rank_0 import FAILURES
+from clip4vla.export import model_folder
+from clip4vla.models.model import Model
 from faults._mutate import mutate
 from faults._tars import Code
 
@@ -113,16 +114,16 @@ def mutated(folder: Path):
 
 def brought(path: Path) -> None:
     """As launch/convert.py has it, and as model.clip has it."""
-    model, _, _ = weights.bring(str(path), WORDS)
+    model, _, _ = model_folder.import_weights(str(path), WORDS)
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 def tensors(path: Path, data: bytes) -> str | None:
-    """A file of DeepSpeed's; checkpoints.py makes one line of all _FAILURES."""
+    """A file of DeepSpeed's; checkpoints.py makes one line of all FAILURES."""
     path.write_bytes(data)
     try:
         load_tensors(str(path))
-    except _FAILURES:
+    except FAILURES:
         return "refused"
     return None
 
@@ -260,17 +261,17 @@ CONFIGS: dict[str, Callable[[dict], Any]] = {  # changes to a config.json
     "words for numbers": lambda c: c["clip"].update(embed_dim="x"),
     "another library's text": lambda c: c["clip"]["text_cfg"].update(hf_model_name="../../etc"),
     "another library's vision": lambda c: c["clip"]["vision_cfg"].update(timm_model_name="resnet18", timm_model_pretrained=True),
-    "10^9 blocks": lambda c: c["model"].update(fusion="local_local", fusion_layers=10**9),
-    "10^9 tokens": lambda c: c["model"].update(fusion="local_local", max_tokens=10**9),
-    "10^9 segments": lambda c: c["spectrogram"].update(max_segments=10**9) or c["model"].update(fusion="captioner"),
+    "10^9 blocks": lambda c: c["model"].update(head="local_local", head_layers=10**9),
+    "10^9 tokens": lambda c: c["model"].update(head="local_local", max_tokens=10**9),
+    "10^9 segments": lambda c: c["spectrogram"].update(max_segments=10**9) or c["model"].update(head="captioner"),
     "10^9 queries of a pool": lambda c: c["clip"]["vision_cfg"].update(attentional_pool=True, attn_pooler_queries=10**9),
     "patches of two sides": lambda c: c["clip"]["vision_cfg"].update(patch_size=[1, 32]),
-    "no such head": lambda c: c["model"].update(fusion="x"),
+    "no such head": lambda c: c["model"].update(head="x"),
     "unknown key": lambda c: c["model"].update(evil=1),
     "temperature 0": lambda c: c["model"].update(temperature=0),
     "lists for sections": lambda c: c.update(model=[1]),
     "no clip": lambda c: c.pop("clip"),
-    "labels are numbers": lambda c: c["model"].update(fusion="classifier", labels=[[1]]),
+    "labels are numbers": lambda c: c["model"].update(head="classifier", labels=[[1]]),
     "clip is a file": lambda c: c["model"].update(clip="/etc/passwd"),
     "clip is a web page": lambda c: c["model"].update(clip="hf-hub:../../x/y"),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Disks and file systems: full, read-only, damaged under the reader, with two writers, and with a clock that jumps."""
+"""Disks and file systems: full, read-only, corrupt under the reader, with two writers, and with a clock that jumps."""
 
 import random
 from pathlib import Path
@@ -14,7 +14,7 @@ def campaign(folder: Path, seed: int, scale: float = 1.0) -> dict[str, Any]:
     rng, small, rounds = random.Random(seed), Small(folder / "small"), max(1, round(3 * scale))
     found = mounted(folder, small, rng, scale) if can_mount() else {"left out": "mounting a tmpfs is not permitted"}
     _full.no_stdout(small)
-    found["damaged samples"] = _damage.campaign(folder, small, rng, rounds)
+    found["corrupt samples"] = _damage.campaign(folder, small, rng, rounds)
     found["two writers"] = _others.writers(folder / "writers", small)
     found["clock"] = _others.clock(folder / "clock", small, rng.uniform(0.2, 1.5))
     return found

@@ -1,4 +1,4 @@
-"""Binary files that are damaged or hostile: tars, pictures, media, weights. Every case gives a right result, a damaged sample
+"""Binary files that are corrupt or hostile: tars, pictures, media, weights. Every case gives a right result, a corrupt sample
 that is counted, or one line; none runs code, hangs, or takes more memory than stated."""
 
 import os

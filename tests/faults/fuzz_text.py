@@ -1,6 +1,6 @@
-"""Fuzzing of all that the program reads as text: 1,000 damaged files and more of each kind, one by one, each watched.
+"""Fuzzing of all that the program reads as text: 1,000 corrupt files and more of each kind, one by one, each watched.
 
-A case ends with a correct result, with a skip or a damaged sample that is counted, or with one printable line; it takes less
+A case ends with a correct result, with a skip or a corrupt sample that is counted, or with one printable line; it takes less
 than 20 s, reads and writes nothing outside of its root, starts no process and opens no connection.
 """
 

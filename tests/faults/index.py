@@ -11,8 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from clip4vla.files import write_json
-from clip4vla.shards import write_index, write_shard
+from clip4vla.data.shards import write_index, write_shard
+from clip4vla.io.atomic import write_json
 
 SHARDS, SAMPLES = 10_000, 1_000
 BATCH = 256
@@ -22,9 +22,9 @@ start = time.perf_counter()
 from pathlib import Path
 import torch
 from clip4vla.config import DataSources, MaskConfig
-from clip4vla.loader import Loader
-from clip4vla.order import TrainOrder
-from clip4vla.shards import ShardFolder
+from clip4vla.data.loader import Loader
+from clip4vla.data.sampler import TrainSampler
+from clip4vla.data.shards import ShardFolder
 def memory(name):  # not getrusage: its peak is that of the process which started this one
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
@@ -32,10 +32,10 @@ folder, batch, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 imported, before = time.perf_counter(), memory("VmRSS")
 opened = ShardFolder.open(folder, DataSources(decode_threads=1))
 indexed, after = time.perf_counter(), memory("VmRSS")
-order = TrainOrder([[shard.samples for shard in opened.shards]], [1.0], batch, 0, 8)
+order = TrainSampler([[shard.samples for shard in opened.shards]], [1.0], batch, 0, 8)
 loader = Loader([opened], order, opened.cfg, tokenize=lambda texts: torch.zeros(len(texts), 32, dtype=torch.int64),
                 mask=MaskConfig(), seed=0, needs=("fbank", "frames"), device=torch.device("cpu"),
-                damage_log=Path(folder, "damaged.jsonl"))
+                damage_log=Path(folder, "corrupt.jsonl"))
 seen = set()
 far = len(opened) // batch // 2
 first = None
@@ -47,7 +47,7 @@ for k in range(0, len(opened) // batch, max(1, len(opened) // batch // 200)):
     opened.read([(place.shard, place.entry) for place in order.batch(k)], ("json",))
 print(json.dumps({"samples": len(opened), "open_s": indexed - imported, "first_batch_s": first - imported,
                   "index_bytes": after - before, "peak_bytes": memory("VmHWM"),
-                  "shards_in_use": len(opened.in_use), "damaged": loader.damaged,
+                  "shards_in_use": len(opened.in_use), "corrupt": loader.corrupt,
                   "bytes_in_use": sum(sys.getsizeof(line) for part in opened.in_use.values() for line in part.lines)}))
 """
 OLD = """
@@ -69,7 +69,7 @@ def campaign(folder: Path, seed: int) -> dict:
         found[name] = {"shards": shards, **measured(place)}
         found[name] |= {f"{file}_mb": (place / file).stat().st_size / 1e6 for file in ("index.json", "entries.jsonl")}
     large, one = found["large"], found["one"]
-    assert large["damaged"] == one["damaged"] == 0, found
+    assert large["corrupt"] == one["corrupt"] == 0, found
     a_shard = (large["index_bytes"] - one["index_bytes"]) / (SHARDS - 1)
     tree = folder / "tree.json"
     old = whole_tree(tree, folder / "large", 200)
@@ -84,9 +84,9 @@ def campaign(folder: Path, seed: int) -> dict:
 
 def one_shard(folder: Path, samples: int) -> tuple[Path, dict]:
     """A tar of that many samples, and what write_shard says of it: the sample's clips, over and over under other ids."""
-    from conftest import ROOT
+    from forks import ROOT
 
-    from clip4vla.shards import ShardFolder
+    from clip4vla.data.shards import ShardFolder
 
     done = _run("data_prep/shard.py", "configs/data/sample.yaml", f"out={folder}/few", cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -135,7 +135,7 @@ def measured(folder: Path, batch: int = BATCH, steps: int = 8) -> dict:
 
 def whole_tree(file: Path, folder: Path, shards: int) -> float:
     """Bytes a sample of offsets that are all kept as Python has them from JSON, from some of the shards."""
-    from clip4vla.shards import ShardFolder
+    from clip4vla.data.shards import ShardFolder
 
     opened = ShardFolder.open(str(folder))
     entries = [list(opened.entries(i % len(opened.shards))) for i in range(shards)]

@@ -9,17 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from conftest import ROOT, TINY, ranks, run, trace
+from forks import ROOT
+from running import TINY, ranks, run, trace
 from safetensors.torch import load_file, save_file
 
-from clip4vla.checkpoints import newest_checkpoint
-from clip4vla.towers import build_clip
-from clip4vla.universal import load_tensors
+from clip4vla.checkpoints.lookup import newest_checkpoint
+from clip4vla.checkpoints.universal import load_tensors
+from clip4vla.models.towers import build_clip
 from faults._kills import KILL, PAUSE, STOP, TERM, Kill, Started, Work, nothing_left, plan, storm
 
 SOURCES = ("speech_fr", "sounds")
 BATCH, STEPS, EVERY = 12, 40, 8  # EVERY: steps between evaluations
-TIMEOUT = 0.2  # minutes, train.timeout
+TIMEOUT = 0.2  # minutes, train.hang_timeout_minutes
 TIME_LIMIT = 6.0  # s, shard.py's
 
 
@@ -80,8 +81,8 @@ class Given:
     def __init__(self, folder: Path):
         self.media, self.shards, self.clip = folder / "media", folder / "shards", folder / "clip.safetensors"
         shutil.copytree(ROOT / "tests/sample", self.media)
-        damaged = self.media / "household/rubberduck.ogg"  # something for the quarantine
-        damaged.write_bytes(damaged.read_bytes()[:100])
+        corrupt = self.media / "household/rubberduck.ogg"  # something for the quarantine
+        corrupt.write_bytes(corrupt.read_bytes()[:100])
         _done(run("data_prep/shard.py", *self.sharding(self.shards)))
         torch.manual_seed(0)
         save_file(build_clip(TINY).state_dict(), self.clip)
@@ -93,8 +94,14 @@ class Given:
 
     def sharding(self, out: Path) -> list[str]:
         """Words of shard.py."""
-        words = [f"media_root={self.media}", f"out={out}", "samples_per_shard=4", "workers=2", "max_damage=0.5"]
-        return ["configs/data/sample.yaml", *words, f"time_limit={TIME_LIMIT}"]
+        words = [
+            f"media_root={self.media}",
+            f"out={out}",
+            "samples_per_shard=4",
+            "workers=2",
+            "max_failed_fraction=0.5",
+        ]
+        return ["configs/data/sample.yaml", *words, f"decode_timeout={TIME_LIMIT}"]
 
     def training(self, run_dir: Path) -> list[str]:
         """Words of pretrain.py."""
@@ -103,8 +110,8 @@ class Given:
             "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={self.clip}", "train.precision=fp32",
             f"data.train={{{train[0]}: 0.5, {train[1]}: 0.5}}", f"data.val=[{val[0]}, {val[1]}]", "data.decode_threads=1",
             f"train.batch_size={BATCH}", f"train.max_steps={STEPS}", "train.log_every=1", "train.save_every=2",
-            f"train.timeout={TIMEOUT}", f"eval.every={EVERY}", "eval.permutations=0", "eval.bootstrap=0",
-            "track.wandb=off", "track.samples=true", "data.vectors=off", f"run_dir={run_dir}",
+            f"train.hang_timeout_minutes={TIMEOUT}", f"eval.every_steps={EVERY}", "eval.permutations=0", "eval.bootstrap=0",
+            "track.wandb=off", "track.log_sample_ids=true", "data.precomputed_embeddings=off", f"run_dir={run_dir}",
         ]  # fmt: skip
 
     def embedding(self, shards: Path) -> list[str]:
@@ -257,7 +264,7 @@ def whole(checkpoint: Path) -> None:
 
 
 class Sharding(Work):
-    """shard.py on media of which one is damaged."""
+    """shard.py on media of which one is corrupt."""
 
     name = "shards"
 

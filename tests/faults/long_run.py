@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import ROOT, Job, job, run
+from forks import ROOT, Job
 from matplotlib.figure import Figure
+from running import job, run
 
 STEPS = 20_000
-EVERY = {"train.log_every": 20, "train.save_every": 500, "eval.every": 1000}
+EVERY = {"train.log_every": 20, "train.save_every": 500, "eval.every_steps": 1000}
 MOST_MIB, MOST_CPU = 20.0, 0.02
 CONSTANT = ("files", "threads", "children")
 PLOT = ROOT / "docs/faults_long_run.png"
@@ -143,7 +144,7 @@ def written(run_dir: Path, steps: int) -> dict[str, float]:
 
 
 def _picture(rows: list[dict], samples: Samples) -> bytes:
-    from clip4vla.exhibits import encoded
+    from clip4vla.report.preview import to_bytes
 
     steps = np.interp(samples["time"], [row["time"] for row in rows], [row["step"] for row in rows])
     plot = Figure(figsize=(8, 6.4), dpi=130, layout="constrained")
@@ -162,4 +163,4 @@ def _picture(rows: list[dict], samples: Samples) -> bytes:
     speed.legend(frameon=False)
     for axes in (memory, counts):
         axes.set_ylim(bottom=0)
-    return encoded(lambda buffer: plot.savefig(buffer, format="png"))
+    return to_bytes(lambda buffer: plot.savefig(buffer, format="png"))

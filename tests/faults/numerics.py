@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from conftest import ranks, run
+from running import ranks, run
 
 from faults.long_run import SMALL
 
@@ -56,7 +56,7 @@ def _broken() -> list[Case]:
         found.append(Case(f"vector {name}", "vector", CLIP, *how, at=[1]))
         found.append(Case(f"gradient {name}", "gradient", unsound, *how, at=[1]))
         found.append(Case(f"explodes {name}", "nothing", BROKEN, *how, more=["train.lr=1e30"]))
-    pieces = ["train.accumulate=3"]
+    pieces = ["train.gradient_accumulation_steps=3"]
     found.append(Case("vector accumulated", "vector", CLIP, at=[1], more=pieces))
     found.append(Case("gradient accumulated", "gradient", unsound, at=[1], more=pieces))
     found.append(Case("infinite norm", line=rf"^step \d: the loss is \S+e\+30{UNSOUND}", more=["loss.at=1e30"]))
@@ -73,7 +73,13 @@ def _odd() -> list[Case]:
     for what, at, pieces in product(("no audio", "no text", "no frames"), ([0], [0, 1]), (1, 3)):
         some = "one" if at == [0] else "all"
         found.append(
-            Case(f"{what} on {some} x{pieces}", what, at=at, more=[f"train.accumulate={pieces}"], compared=True)
+            Case(
+                f"{what} on {some} x{pieces}",
+                what,
+                at=at,
+                more=[f"train.gradient_accumulation_steps={pieces}"],
+                compared=True,
+            )
         )
     for what, kind in product(("silence", "hum", "no rows", "hidden", "alike"), ("fp32", "bf16")):
         found.append(Case(f"{what} {kind}", what, precision=kind, compared=True))
@@ -97,7 +103,7 @@ def _run(folder: Path, shards: Path, case: Case, seed: int) -> dict[str, Any]:
         "configs/pretrain/sample.yaml", "init_from=[]", f"model.clip={folder}/small.json", "track.wandb=off",
         f"data.train=[{shards}/speech_fr/train, {shards}/sounds/train]", "train.batch_size=12", "data.decode_threads=1",
         f"run_dir={folder}/{case.name.replace(' ', '-')}", f"seed={seed}", f"train.max_steps={case.steps}",
-        f"train.save_every={2 if case.steps == STEPS else case.steps}", "train.log_every=5", "train.keep=9",
+        f"train.save_every={2 if case.steps == STEPS else case.steps}", "train.log_every=5", "train.keep_last=9",
         f"train.precision={case.precision}", *case.more,
     ]  # fmt: skip
     ds: dict[str, Any] = {"zero_optimization": {"stage": case.stage, "stage3_param_persistence_threshold": 0}}

@@ -177,7 +177,7 @@ def requests(server: Server, rng: random.Random) -> Iterator:
 
 
 def uploads(server: Server, rng: random.Random) -> Iterator:
-    """Files under names of others, damaged, too large, and none at all; the page then asks with them."""
+    """Files under names of others, corrupt, too large, and none at all; the page then asks with them."""
     sound = APPLE.with_suffix(".ogg")
     files = [
         APPLE.read_bytes(),

@@ -1,0 +1,244 @@
+"""Read settings from defaults, presets, YAML files and the command line, strictly.
+
+Order of precedence, lowest first: config.py's defaults, the preset, the YAML file, `key=value` words of the command line.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import reprlib
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, Union
+
+import yaml
+
+from clip4vla.config import OFFICIAL, DataConfig, ImportConfig, RunConfig
+from clip4vla.errors import UserError, one_line
+
+Config = TypeVar("Config", RunConfig, DataConfig, ImportConfig)
+DEEPEST = 100  # levels of a file's lists and mappings
+MOST = 10_000_000  # values in a file, those that YAML's aliases repeat counted each time
+LONGEST = 1 << 19  # characters of a YAML file: its parser takes a second for 100 KB
+_shown = reprlib.Repr()  # YAML's aliases can make a value too long to be printed
+_shown.maxstring = _shown.maxother = 200
+_shown.maxlist, _shown.maxdict, _shown.maxlevel = 12, 12, 3
+
+
+def load(cls: type[Config], path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read the settings of a YAML file with `a.b=value` overrides; raises UserError that names file, key and nearest key."""
+    layers = [(str(path), _read_yaml(path))] if path else []
+    layers += [(f"command line: {word}", _override(word)) for word in overrides]
+    config = cls()
+    preset = next((tree["preset"] for _, tree in reversed(layers) if "preset" in tree), config.preset)
+    if preset == "official":
+        keys = {name for name, _, _ in describe(cls)}
+        layers = [("preset official", _override(k, v)) for k, v in OFFICIAL.items() if k in keys] + layers
+    for where, tree in layers:
+        _merge(config, tree, where, "")
+    return config
+
+
+def from_tree(cls: type[Any], tree: dict[str, Any], where: str | Path, prefix: str) -> Any:
+    """Make a section of the settings from names and values, by the same rules as `load`."""
+    config = cls()
+    _merge(config, tree, str(where), prefix)
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Turn settings into a plain nested dictionary, fit for YAML."""
+    return dataclasses.asdict(config)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turn nested dictionaries into one with dotted keys; an empty dictionary stays as a value."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
+    """List (dotted key, `type = default`, meaning) of every setting."""
+    rows, default = [], cls()
+    for item in dataclasses.fields(cls):
+        value = getattr(default, item.name)
+        if dataclasses.is_dataclass(value):
+            rows += describe(type(value), f"{prefix}{item.name}.")
+        else:
+            rows.append((prefix + item.name, f"{_type_name(item.type)} = {value!r}", item.metadata["help"]))
+    return rows
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    try:
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {one_line(error, 300)}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot read this config file ({getattr(error, 'strerror', error)})") from None
+    if not isinstance(tree, dict | types.NoneType):
+        raise UserError(f"{path}: expected `key: value` lines, found {type(tree).__name__}")
+    return tree or {}
+
+
+class _Loader(yaml.SafeLoader):
+    """Data alone, as SafeLoader; merge keys of merge keys of merge keys end before they fill the memory."""
+
+    pairs = 0
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        self.pairs += len(node.value)
+        if self.pairs > LONGEST:
+            raise yaml.YAMLError("<< brings too much")
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse a YAML text, data alone; yaml.YAMLError if it is not YAML, is too long, or nested too deeply."""
+    if len(text) > LONGEST:
+        raise yaml.YAMLError(f"{len(text)} characters, {LONGEST} at most")
+    try:
+        tree = yaml.load(text, _Loader)
+        _check_size(tree)
+        if "\\" in text:  # half characters
+            json.dumps(tree, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # PyYAML passes on whatever int(), datetime() and deep nesting raise
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+    return tree
+
+
+def parse_json(text: str | bytes, most: float = MOST) -> Any:
+    """Parse a JSON text; ValueError if it is not JSON, nested too deeply, or has half characters, which cannot be written."""
+    text = text if isinstance(text, str) else text.decode("utf-8-sig")
+    try:
+        tree = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {DEEPEST} levels") from None
+    _check_size(tree, most)
+    try:
+        if "\\u" in text:
+            json.dumps(tree, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("its text or path is not valid Unicode") from None
+    return tree
+
+
+class _Size(NamedTuple):
+    """Counts what a list or mapping holds, itself included."""
+
+    values: int
+    levels: int
+
+
+def _check_size(tree: Any, most: float = MOST) -> None:
+    """Raise ValueError for a tree of more than `most` values or DEEPEST levels; what YAML's aliases share counts each time."""
+    _measure([tree], 0, {}, most)
+
+
+def _measure(tree: dict | list, depth: int, measured: dict[int, _Size], most: float) -> _Size:
+    """Measure a list or mapping that lies `depth` levels deep; `measured` remembers the sizes of all by id()."""
+    if depth > DEEPEST:
+        raise ValueError(f"nested deeper than {DEEPEST} levels")
+    values = levels = 1
+    for item in tree.values() if isinstance(tree, dict) else tree:
+        if not isinstance(item, dict | list):
+            values += 1
+            continue
+        inner = measured.get(id(item)) or _measure(item, depth + 1, measured, most)
+        values += inner.values
+        levels = max(levels, inner.levels + 1)
+    if depth + levels > DEEPEST + 1 or values > most:
+        raise ValueError(f"{values} values in {depth + levels} levels: {most} in {DEEPEST} at most")
+    measured[id(tree)] = _Size(values, levels)
+    return measured[id(tree)]
+
+
+def read_tree(path: Path, parse: Callable[[str], Any] = parse_json) -> dict[str, Any]:
+    """Read the names and values in a file that the program wrote; UserError if it cannot be read."""
+    try:
+        tree = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        kind = "valid YAML" if isinstance(error, yaml.YAMLError) else "readable"
+        raise UserError(f"{path}: not {kind} ({error}); correct it or write it again") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected names with values, found {type(tree).__name__}; write it again")
+    return tree
+
+
+def _override(word: str, value: Any = None) -> dict[str, Any]:
+    key, sign, text = word.partition("=")
+    if value is None:
+        if not sign:
+            raise UserError(f"command line: {word!r} is neither a .yaml file nor KEY=VALUE")
+        try:
+            value = parse_yaml(text)
+        except yaml.YAMLError:
+            raise UserError(f"command line: {word}: the value is not valid YAML") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _merge(config: Any, tree: dict[str, Any], where: str, prefix: str) -> None:
+    hints = typing.get_type_hints(type(config))
+    known = {item.name: item for item in dataclasses.fields(config)}
+    for key, value in tree.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key)[:100], hints, n=1, cutoff=0) or sorted(hints)[:1]
+            raise UserError(f"{where}: unknown key {prefix}{key}; the nearest is {prefix}{near[0]} (see --help)")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: {prefix}{key} holds settings, not {_shown.repr(value)}")
+            _merge(getattr(config, key), value, where, f"{prefix}{key}.")
+        else:
+            value, low = _coerce(value, hints[key], where, prefix + key), known[key].metadata["low"]
+            if low is not None and not value >= low:
+                raise UserError(f"{where}: {prefix}{key} must be at least {low}, not {value}")
+            setattr(config, key, value)
+
+
+def _coerce(value: Any, kind: Any, where: str, key: str) -> Any:
+    """Convert a value to the field's type, or raise UserError; `1e-4` is a string to YAML and a number to everybody else."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal and isinstance(value, bool):  # YAML 1.1 reads on, off, yes and no so
+        value = next((word for word in (("yes", "on") if value else ("no", "off")) if word in args), value)
+    if origin is Literal and value in args:
+        return value
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            if not math.isnan(number := float(value)):
+                return number
+        except (ValueError, OverflowError):
+            pass
+    if kind is str and value is None:  # KEY= on the command line
+        return ""
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if origin is list and isinstance(value, list | str | int | float):
+        items = value if isinstance(value, list) else [value]
+        return [_coerce(item, args[0], where, key) for item in items]
+    names = [value] if isinstance(value, str) else value
+    if origin is dict and isinstance(names, dict | list) and all(isinstance(name, str) for name in names):
+        shares = names if isinstance(names, dict) else dict.fromkeys(names, 1.0)
+        return {name: _coerce(share, args[1], where, f"{key}.{name}") for name, share in shares.items()}
+    raise UserError(f"{where}: {key} must be {_type_name(kind)}, not {_shown.repr(value)}")
+
+
+def _type_name(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return "|".join(map(str, typing.get_args(kind)))
+    if typing.get_origin(kind) is Union:
+        return " or ".join(map(_type_name, typing.get_args(kind)))
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)

@@ -1,0 +1,1 @@
+"""Shards to a Batch: formats, the order of samples, decoding, packing."""

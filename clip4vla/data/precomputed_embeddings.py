@@ -1,0 +1,82 @@
+"""Open frozen vectors: the embeddings of a shard folder's texts and frames, made once by data_prep/embed.py.
+
+FOLDER/clip/ is a shard folder itself: a tar for each shard, of the same name, with the same keys in the same order. Its only
+member KEY.clip.f16 is little-endian float16, (captions + n_frames) x D: every caption's vector, then every frame's, of unit
+length. index.json names the towers (their identity) and, for each tar, the shard it belongs to (`of`, that one's sha256).
+"""
+
+import itertools
+from collections.abc import Callable
+
+from clip4vla.config import RunConfig
+from clip4vla.data.shards import INDEX, ShardFolder
+from clip4vla.errors import UserError
+from clip4vla.io import remote
+
+FOLDER = "clip"
+MEMBER = "clip.f16"
+REMEDY = "run data_prep/embed.py again, or set data.precomputed_embeddings=off"
+
+
+def open_vectors(
+    folders: list[ShardFolder], cfg: RunConfig, trained: str, towers_sha256: Callable[[], str]
+) -> list[ShardFolder] | None:
+    """Open the vectors of each folder, or return None where data.precomputed_embeddings or this run's towers rule them out.
+
+    trained: the towers that train, joined by +. towers_sha256 gives the towers' hash, of weights that are not rounded yet.
+    Raises UserError for vectors of other towers or of other shards.
+    """
+    reason = obstacle(folders, cfg, trained)
+    if reason and cfg.data.precomputed_embeddings == "require":
+        raise UserError(f"data.precomputed_embeddings=require: {reason}, or take auto")
+    if reason:
+        return None
+    opened = [ShardFolder.open(f"{folder.url}/{FOLDER}", folder.cfg) for folder in folders]
+    ours = towers_sha256()
+    for folder, vectors in zip(folders, opened, strict=True):
+        _must_fit(folder, vectors, ours)
+    return opened
+
+
+def obstacle(folders: list[ShardFolder], cfg: RunConfig, trained: str) -> str:
+    """Say why this run cannot use vectors; "" if it can."""
+    if cfg.data.precomputed_embeddings == "off":
+        return "data.precomputed_embeddings=off"
+    for tower in ("text", "vision"):
+        if tower in trained.split("+"):
+            return f"the {tower} tower trains (model.trainable_towers={trained}), so its vectors change"
+    if cfg.loss.caption:
+        return "loss.caption reads every word, and vectors are of whole captions"
+    if cfg.data.languages:
+        return f"data.languages={cfg.data.languages} takes some captions, and vectors are of all"
+    if cfg.loss.tm and (cfg.model.head, cfg.model.text_tokens) == ("local_local", "all"):
+        return "model.head=local_local reads every word, and vectors are of whole captions"
+    if not (cfg.loss.at or cfg.loss.av or cfg.loss.tv or cfg.loss.tm):
+        return "no loss needs text or vision"
+    for folder in folders:
+        try:
+            there = remote.exists(folder.fs, f"{folder.path}/{FOLDER}/{INDEX}", folder.cfg)
+        except OSError as error:
+            raise UserError(
+                f"cannot read {folder.url}/{FOLDER}/{INDEX}: {error}; or set data.precomputed_embeddings=off"
+            ) from None
+        if not there:
+            return f"{folder.url} has none: run data_prep/embed.py"
+    return ""
+
+
+def _must_fit(folder: ShardFolder, vectors: ShardFolder, ours: str) -> None:
+    """Raise UserError unless the vectors are those of these towers for these very shards."""
+    theirs = vectors.fingerprint["clip"]
+    if theirs["identity"] != ours:
+        raise UserError(
+            f"{vectors.url}: vectors of other towers: {theirs['identity'][:8]} ({theirs['name']}, max_tokens "
+            f"{theirs['max_tokens']}) there and {ours[:8]} in this run; {REMEDY}"
+        )
+    for shard, made in itertools.zip_longest(folder.shards, vectors.shards):
+        if not shard or not made or (shard.name, shard.sha256) != (made.name, made.of):
+            there = f"{made.name}, {made.of[:8]}" if made else "none"
+            here = f"{shard.name}, {shard.sha256[:8]}" if shard else "none"
+            raise UserError(
+                f"{vectors.url}: vectors of other shards: made for {there}; the folder has {here}; {REMEDY}"
+            )

@@ -1,0 +1,90 @@
+"""Check a sample's metadata: its json as shards.py describes it, and whether its pictures agree with it."""
+
+import io
+import json
+from typing import Any
+
+from PIL import Image
+
+TYPES = {"vb": 0, "nb": 1, "both": 2}
+CAPTIONS = 1000  # of a clip
+LONGEST = 100_000  # characters of a caption, of which CLIP reads 77 tokens
+COUNTS = {"frames": "n_frames", "fbank": "n_segments"}  # in a clip's json, of the tiles in its strip
+FIELDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("id", "item", "group", "source", "split", "lang", "audio_type"), (str,)),
+    **dict.fromkeys(("captions", "caption_langs"), (list,)),
+    **dict.fromkeys(("start", "end"), (int, float, type(None))),
+    **dict.fromkeys(("n_frames", "n_segments", "n_rows"), (int,)),
+    **dict.fromkeys(("has_audio", "has_frames"), (bool,)),
+    "label": (str, type(None)),
+    "duration": (int, float),
+    "media": (dict,),
+}
+
+
+def parse(data: bytes) -> dict[str, Any]:
+    """Parse a sample's json; raises ValueError with the reason if it is not of the form that it should have."""
+    try:
+        clip = json.loads(data)
+        json.dumps(clip, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"json is not JSON: {error}") from None
+    validate(clip)
+    return clip
+
+
+def validate(clip: Any) -> None:
+    """Raise ValueError with the reason for what is no sample's json."""
+    if reason := _fields(clip) or _values(clip):
+        raise ValueError(reason)
+
+
+def _fields(clip: Any) -> str:
+    if not isinstance(clip, dict) or set(FIELDS) - set(clip):
+        lacks = sorted(set(FIELDS) - set(clip)) if isinstance(clip, dict) else "every field"
+        return f"json lacks {lacks}"
+    for name, kinds in FIELDS.items():
+        if type(clip[name]) not in kinds:
+            return f"json: {name} is {clip[name]!r:.60}"
+    return ""
+
+
+def _values(clip: dict[str, Any]) -> str:
+    texts = [*clip["captions"], *clip["caption_langs"]]
+    if not all(isinstance(text, str) for text in texts) or len(texts) != 2 * len(clip["captions"]):
+        return "json: captions and caption_langs are not two equally long lists of text"
+    if len(clip["captions"]) > CAPTIONS:
+        return f"json: {len(clip['captions'])} captions, {CAPTIONS} at most"
+    if (longest := max(map(len, texts), default=0)) > LONGEST:
+        return f"json: a caption of {longest} characters, {LONGEST} at most"
+    if any(not isinstance(clip["media"].get(name, 0), str | None) for name in ("audio", "frames")):
+        return "json: media is not two paths"
+    if clip["audio_type"] not in TYPES:
+        return f"json: audio_type is {clip['audio_type']!r:.60}"
+    if clip["has_frames"] != (clip["n_frames"] > 0) or clip["n_frames"] < 0:
+        return f"json: has_frames is {clip['has_frames']}, n_frames {clip['n_frames']}"
+    if not 0 <= clip["duration"] < 1e9 or clip["has_audio"] > (clip["duration"] > 0):
+        return f"json: has_audio is {clip['has_audio']}, duration {clip['duration']}"
+    if (
+        min(clip["n_rows"], clip["n_segments"]) < 0
+        or len({clip["has_audio"], clip["n_rows"] > 0, clip["n_segments"] > 0}) > 1
+    ):
+        return f"json: has_audio is {clip['has_audio']}, n_segments {clip['n_segments']}, n_rows {clip['n_rows']}"
+    return ""
+
+
+def check_fit(clip: dict[str, Any], kind: str, strip: bytes | None, tile: tuple[int, int]) -> None:
+    """Raise ValueError unless a strip holds the tiles (height, width) that the json counts; only its header is read."""
+    count = clip[COUNTS[kind]]
+    if (strip is None) != (count == 0):
+        raise ValueError(f"{kind}: {'there' if count == 0 else 'not there'}, and {COUNTS[kind]} is {count}")
+    if strip is not None and (size := _size(kind, strip)) != (tile[1], count * tile[0]):
+        raise ValueError(f"{kind} is {size[0]} x {size[1]}, by its json {tile[1]} x {count * tile[0]}")
+
+
+def _size(kind: str, strip: bytes) -> tuple[int, int]:
+    try:
+        with Image.open(io.BytesIO(strip), formats=["JPEG", "PNG"]) as image:
+            return image.size
+    except Exception as error:  # Pillow raises whatever its parsers raise
+        raise ValueError(f"{kind} cannot be read: {error}") from None

@@ -1,0 +1,1 @@
+"""Collectives of the ranks, and the watchdog that ends a run in which a rank hangs."""

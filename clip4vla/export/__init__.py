@@ -1,0 +1,1 @@
+"""Weights in and out: model folders, the official names, ONNX."""

@@ -1,0 +1,1 @@
+"""Compute the losses: InfoNCE over all ranks, and the objective of a run."""

@@ -1,0 +1,311 @@
+"""NCE_at, NCE_av, NCE_aa, equations (1)-(5), exact over the clips of all ranks, in tiles of bounded memory.
+
+Every rank holds b rows of the global batch of N. Features are gathered once, without gradient; a rank computes its own rows
+of the similarity matrix in tiles and keeps their log-sum-exps. Those of the columns are put together from all ranks' rows by
+two all-reduces of N numbers. The gradient of a rank's own rows needs the gathered features and log-sum-exps, and nothing of
+other ranks' gradients: no N x N matrix, no N x D gradient traffic. In one process a term takes 4 products of N x N x D (one
+forward, three backward), where the matrix kept in memory takes 6; on several ranks it takes 5.
+Only scores that a head has computed already (nce_from_scores) are gathered as N x N numbers.
+The engine averages gradients over ranks, so values are scaled by the world size: their mean over ranks is the loss.
+
+Names: a query is a row of this rank, whose logits with the keys, the rows of all ranks, make one row of the matrix. The
+positive pair of local row i is column first + i. Notation: b local rows, N rows of all ranks, D width, T terms.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from clip4vla.distributed import collectives
+
+# elements of the similarity matrix held at once: as many as fit into a CPU's cache, and enough to keep a GPU busy
+TILE = {"cpu": 1 << 20, "cuda": 1 << 25}
+
+
+class Term(NamedTuple):
+    """Names the two features, by number, that one InfoNCE compares, and how.
+
+    valid (b,) bool: rows that take part, as queries and as negatives; the mean is over those of all ranks, 0 without any.
+    intra: adds exp(a_i . a_k), k != i, to the denominator of row a_i, and exp(b_i . b_k) to that of b_i: (3) and (4).
+    one_way: the rows of a are the queries and those of b the keys; else the mean of both directions.
+    """
+
+    a: int
+    b: int
+    valid: Tensor
+    intra: bool = False
+    one_way: bool = False
+
+
+def info_nce(
+    a: Tensor, b: Tensor, scale: Tensor, valid: Tensor, group: Tensor | None = None, intra: bool = False
+) -> Tensor:
+    """Compute one Term between a and b, unit vectors (b, D) of this rank; logits are scale * cosine.
+
+    group (b,) int64: other rows of the same group are no negatives.
+    """
+    return multi_info_nce([a, b], scale, [Term(0, 1, valid, intra)], group)[0]
+
+
+def nce_from_scores(
+    scores: Tensor, scale: Tensor, valid: Tensor, group: Tensor | None = None, one_way: bool = False
+) -> Tensor:
+    """Compute what info_nce does from given scores (b, N) of local rows and the columns of all ranks; gathers them."""
+    logits = scale * collectives.all_gather_with_grad(scores.to(torch.promote_types(scores.dtype, torch.float32)))
+    valid_all = collectives.all_gather(valid)
+    # not -inf: the rows of what does not take part would be NaN, and so their gradient
+    logits = logits.masked_fill(_excluded_pairs(valid_all, group), torch.finfo(logits.dtype).min)
+    first = collectives.rank() * len(valid)
+    local_rows = slice(first, first + len(valid))
+    row_losses = [-logits[local_rows].log_softmax(1).diagonal(first)]
+    if not one_way:
+        row_losses.append(-logits[:, local_rows].T.log_softmax(1).diagonal(first))
+    row_loss = torch.stack(row_losses).mean(0).masked_fill(~valid, 0)
+    return collectives.world_size() * row_loss.sum() / valid_all.sum().clamp(min=1)
+
+
+def _excluded_pairs(valid_all: Tensor, group: Tensor | None) -> Tensor:
+    """Mark pairs (N, N) that are in no denominator: of rows that are not valid, or of two rows of one group."""
+    excluded = ~(valid_all[:, None] & valid_all)
+    if group is not None:
+        groups = collectives.all_gather(group)
+        same_row = torch.eye(len(groups), dtype=torch.bool, device=groups.device)
+        excluded |= (groups[:, None] == groups) & ~same_row
+    return excluded
+
+
+def multi_info_nce(
+    features: list[Tensor], scale: Tensor, terms: list[Term], group: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Compute the value of each term over features (b, D), which are gathered once; see info_nce."""
+    dtype = torch.promote_types(features[0].dtype, torch.float32)
+    return _InfoNCE.apply(scale.to(dtype), terms, group, *(x.to(dtype) for x in features))
+
+
+class _InfoNCE(torch.autograd.Function):
+    """Computes multi_info_nce with a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx, scale, terms, group, *local):
+        with torch.autocast(local[0].device.type, enabled=False):
+            gathered = _gather_features(local)
+            valid = collectives.all_gather(torch.stack([term.valid for term in terms], 1))  # N T
+            groups = None if group is None else _Groups(group, collectives.all_gather(group))
+            ctx.terms = [
+                _ContrastiveTerm(local, gathered, scale, groups, term, term_valid)
+                for term, term_valid in zip(terms, valid.T, strict=True)
+            ]
+            values = tuple(term.value() for term in ctx.terms)
+        ctx.save_for_backward(scale, *local)
+        return values
+
+    @staticmethod
+    def backward(ctx, *value_grads):
+        scale, *local = ctx.saved_tensors
+        feature_grads = [torch.zeros_like(x) for x in local]
+        with torch.autocast(local[0].device.type, enabled=False):
+            for term, value_grad in zip(ctx.terms, value_grads, strict=True):
+                term.add_gradient(feature_grads, value_grad * collectives.world_size() * scale)
+            # every logit is scale times a product of two features: summed over ranks, each pair is counted from both sides
+            products = sum(_row_dots(x, grad).sum() for x, grad in zip(local, feature_grads, strict=True))
+            scale_grad = products / (2 * scale)
+        return scale_grad, None, None, *feature_grads
+
+
+def _gather_features(local: tuple[Tensor, ...]) -> list[Tensor]:
+    """Gather each feature's rows (N, D) of all ranks from (b, D), in one collective."""
+    if collectives.world_size() == 1:
+        return list(local)
+    widths = [x.shape[1] for x in local]
+    return [x.contiguous() for x in collectives.all_gather(torch.cat(local, 1)).split(widths, 1)]
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply (b, D) and (b, D) row by row to dot products (b,), without a copy of them."""
+    return (a[:, None] @ b[:, :, None]).flatten()
+
+
+class _Groups(NamedTuple):
+    """Holds the group number of each row."""
+
+    local: Tensor  # b int64
+    gathered: Tensor  # N int64
+
+
+class _LogSumExp:
+    """Accumulates the log-sum-exps of n sets of logits that arrive in tiles: their maxima, and sums of exp(logit - maximum)."""
+
+    def __init__(self, n: int, like: Tensor):
+        self.max = like.new_full((n,), torch.finfo(like.dtype).min)
+        self.sum = torch.zeros_like(self.max)
+
+    def add(self, logits: Tensor, sets: slice, dim: int) -> None:
+        """Add a tile of logits to these sets, each of which has its logits along `dim`."""
+        old_max = self.max[sets]
+        new_max = torch.maximum(old_max, logits.amax(dim))
+        tile_sum = (logits - new_max.unsqueeze(dim)).exp_().sum(dim)
+        self.sum[sets] = self.sum[sets] * (old_max - new_max).exp() + tile_sum
+        self.max[sets] = new_max
+
+    def add_other_ranks(self) -> None:
+        """Add what the other ranks have accumulated for the same sets: two all-reduces of n numbers."""
+        if collectives.world_size() > 1:
+            max_of_all = collectives.all_reduce_max(self.max)
+            self.sum = collectives.all_reduce_sum(self.sum * (self.max - max_of_all).exp())
+            self.max = max_of_all
+
+    def minus(self, pos_logits: Tensor, sets: slice) -> Tensor:
+        """Subtract pos_logits (m,) from the log-sum-exps of these m sets: without the digits that large sums would lose."""
+        return (self.max[sets] - pos_logits) + self.sum[sets].log()
+
+
+@dataclass(eq=False)
+class _Side:
+    """Holds one feature of a term, whose rows are the queries of one direction and the keys of the other."""
+
+    local: Tensor  # b D
+    gathered: Tensor  # N D
+    share: float  # of the loss with these rows as queries, in the loss of the term
+    # (N,), set by value(): of each row as query, log of (denominator / exp(positive logit) / weight in the loss)
+    log_denominator: Tensor
+
+
+class _ContrastiveTerm:
+    """Computes one term on this rank: the local rows of both features against the rows of all ranks, tile by tile."""
+
+    def __init__(self, local, gathered, scale: Tensor, groups: _Groups | None, term: Term, valid: Tensor):
+        self.term, self.scale, self.groups = term, scale, groups
+        self.valid = valid  # N bool
+        self.num_local = len(term.valid)
+        self.first = collectives.rank() * self.num_local
+        self.has_invalid = valid.device.type != "cpu" or not bool(valid.all())  # on a GPU asking would cost a wait
+        self.weight = valid.to(scale.dtype) / valid.sum().clamp(min=1)  # (N,) of each row in the mean
+        share_a, share_b = (1.0, 0.0) if term.one_way else (0.5, 0.5)
+        unset = torch.zeros_like(self.weight)
+        self.a = _Side(local[term.a], gathered[term.a], share_a, unset)
+        self.b = _Side(local[term.b], gathered[term.b], share_b, unset)
+        self.pos_logits = unset  # (N,), set by value()
+        # (b,), filled tile by tile by value(); 0 for rows that are not valid
+        self.local_pos_logits = torch.zeros_like(self.local_rows(self.weight))
+
+    def local_rows(self, x: Tensor) -> Tensor:
+        """Select this rank's (b,) of the (N,) numbers of all ranks."""
+        return x[self.first : self.first + self.num_local]
+
+    def value(self) -> Tensor:
+        """Compute the loss times the world size, and keep the denominators of all ranks' rows for the gradient."""
+        loss_a, loss_b = self._cross_entropies()
+        *losses, self.pos_logits = collectives.all_gather(torch.stack([loss_a, loss_b, self.local_pos_logits], 1)).T
+        for side, loss in zip((self.a, self.b), losses, strict=True):
+            log_weight = (side.share * self.weight).log()
+            side.log_denominator = (loss - log_weight).masked_fill(~self.valid, torch.inf)
+        row_loss = torch.stack([self.a.share * loss_a, self.b.share * loss_b]).sum(0)
+        row_loss = row_loss.masked_fill(~self.term.valid, 0)
+        return collectives.world_size() * (self.local_rows(self.weight) * row_loss).sum()
+
+    def _cross_entropies(self) -> tuple[Tensor, Tensor]:
+        """Compute the losses (b,) of local rows of a and of b as queries: log-sum-exp minus positive logit."""
+        by_row, by_column = self._logsumexps()
+        loss_a = by_row.minus(self.local_pos_logits, slice(None))
+        loss_b = by_column.minus(self.local_pos_logits, slice(self.first, self.first + self.num_local))
+        if self.term.intra:
+            loss_a = torch.logaddexp(loss_a, self._intra_logsumexp(self.a).minus(self.local_pos_logits, slice(None)))
+            loss_b = torch.logaddexp(loss_b, self._intra_logsumexp(self.b).minus(self.local_pos_logits, slice(None)))
+        return loss_a, loss_b
+
+    def _logsumexps(self) -> tuple[_LogSumExp, _LogSumExp]:
+        """Accumulate the logits of a with b by local row of a (b,) and, over all ranks, by row of b (N,).
+
+        Keeps the positive logits, too.
+        """
+        by_row, by_column = _LogSumExp(self.num_local, self.weight), _LogSumExp(len(self.valid), self.weight)
+        for rows, columns, logits in self._tiles(self.a, self.b):
+            positives = self._positives(logits, rows, columns)
+            self.local_pos_logits[self._positive_rows(rows, columns)] = positives.nan_to_num(neginf=0.0)
+            by_row.add(logits, rows, 1)
+            by_column.add(logits, columns, 0)
+        by_column.add_other_ranks()
+        return by_row, by_column
+
+    def _intra_logsumexp(self, side: _Side) -> _LogSumExp:
+        """Accumulate the logits of local rows (b,) with the other rows of the same feature."""
+        by_row = _LogSumExp(self.num_local, self.weight)
+        for rows, _, logits in self._tiles(side, side):
+            by_row.add(logits, rows, 1)
+        return by_row
+
+    def _tiles(self, query: _Side, key: _Side) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield (local rows of query, columns: rows of key, their logits); excluded pairs have -inf."""
+        size = TILE[self.weight.device.type]
+        height = min(self.num_local, max(1, math.isqrt(size) // 2))
+        width = max(1, size // height)
+        for top in range(0, self.num_local, height):
+            rows = slice(top, min(self.num_local, top + height))
+            scaled = self.scale * query.local[rows]
+            for left in range(0, len(self.valid), width):
+                columns = slice(left, min(len(self.valid), left + width))
+                logits = scaled @ key.gathered[columns].T
+                self._exclude(logits, rows, columns, intra=query is key)
+                yield rows, columns, logits
+
+    def _exclude(self, logits: Tensor, rows: slice, columns: slice, intra: bool) -> None:
+        """Set a tile's logits to -inf in place where a pair is in no denominator."""
+        positives = self._positives(logits, rows, columns)
+        if self.groups is not None:
+            kept = positives.clone()
+            logits.masked_fill_(self.groups.local[rows, None] == self.groups.gathered[columns], -torch.inf)
+            positives.copy_(kept)
+        if self.has_invalid:
+            logits.masked_fill_(~self.valid[columns], -torch.inf)
+            logits.masked_fill_(~self.term.valid[rows, None], -torch.inf)
+        if intra:
+            positives.fill_(-torch.inf)
+
+    def _positives(self, tile: Tensor, rows: slice, columns: slice) -> Tensor:
+        """View the elements of a tile that pair a clip with itself, those of _positive_rows."""
+        return tile.diagonal(self.first + rows.start - columns.start)
+
+    def _positive_rows(self, rows: slice, columns: slice) -> slice:
+        """Find the local rows whose positive pair lies in a tile; none if stop equals start."""
+        start = max(rows.start, columns.start - self.first)
+        stop = min(rows.stop, columns.stop - self.first)
+        return slice(start, max(start, stop))
+
+    def add_gradient(self, feature_grads: list[Tensor], factor: Tensor) -> None:
+        """Add factor times the gradient of the value by scale * local rows to `feature_grads` (b, D), in place."""
+        grad_a, grad_b = feature_grads[self.term.a], feature_grads[self.term.b]
+        if collectives.world_size() == 1:  # the keys are local rows too: one pass gives both gradients
+            self._add_gradient(self.a, self.b, factor, grad_a, grad_b)
+        else:
+            self._add_gradient(self.a, self.b, factor, grad_a)
+            self._add_gradient(self.b, self.a, factor, grad_b)
+        if self.term.intra:
+            self._add_gradient(self.a, self.a, factor, grad_a)
+            self._add_gradient(self.b, self.b, factor, grad_b)
+
+    def _add_gradient(
+        self, query: _Side, key: _Side, factor: Tensor, query_grad: Tensor, key_grad: Tensor | None = None
+    ) -> None:
+        """Add the gradient through all logits of local query rows to query_grad (b, D) and, if given, key_grad (b, D)."""
+        for rows, columns, logits in self._tiles(query, key):
+            logit_grads = self._logit_gradients(query, key, rows, columns, logits).mul_(factor)
+            query_grad[rows].addmm_(logit_grads, key.gathered[columns])
+            if key_grad is not None:
+                key_grad[columns].addmm_(logit_grads.T, query.local[rows])
+
+    def _logit_gradients(self, query: _Side, key: _Side, rows: slice, columns: slice, logits: Tensor) -> Tensor:
+        """Compute the loss's gradient by a tile's logits, which it overwrites.
+
+        A logit is in the denominator of its row, as query, and in that of its column, as query of the other direction.
+        """
+        row_denominator = self.local_rows(query.log_denominator)[rows, None]
+        grads = (logits - self.local_pos_logits[rows, None]).sub_(row_denominator).exp_()
+        grads += logits.sub_(self.pos_logits[columns]).sub_(key.log_denominator[columns]).exp_()
+        if query is not key:
+            positives = self._positives(grads, rows, columns)
+            positives -= self.local_rows(self.weight)[self._positive_rows(rows, columns)]
+        return grads

@@ -1,0 +1,1 @@
+"""Files of sound and pictures to frames and log-mel spectrograms."""

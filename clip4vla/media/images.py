@@ -1,0 +1,81 @@
+"""Read still pictures to pixels, and encode pixels as JPEG and PNG; what is wrong with a file is a ValueError that says it."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from clip4vla.errors import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".svg")
+ORIENTATION = 0x0112  # in EXIF
+BAND = 256  # rows that are laid on white at once
+UNREADABLE = "unreadable picture: "
+
+
+def read_picture(path: Path, size: int) -> np.ndarray:
+    """Read a picture to (size, size, 3) uint8 as `fitted` does; one of more than 178,956,970 pixels is refused by its header."""
+    try:
+        with Image.open(io.BytesIO(_render_svg(path, size)) if path.suffix.lower() == ".svg" else path) as image:
+            return fitted(image, size)
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        raise ValueError("not a picture that Pillow can read") from None
+    except Exception as error:  # Pillow raises whatever its parsers raise
+        reason = str(error).removeprefix(UNREADABLE)
+        raise ValueError(f"{UNREADABLE}{' '.join(reason.split())[:200] or type(error).__name__}") from None
+
+
+def fitted(image: Image.Image, size: int) -> np.ndarray:
+    """Fit a picture into (size, size, 3) uint8: upright, transparency on white, aspect ratio kept, padded with white."""
+    image.load()
+    if image.getexif().get(ORIENTATION, 1) != 1:  # not otherwise: it would copy
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would cut them off at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    flat = Image.new("RGB", image.size)
+    for top in range(0, image.height, BAND):  # three copies of a large picture would fill the memory
+        band = image.crop((0, top, image.width, min(top + BAND, image.height))).convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        flat.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    return np.asarray(ImageOps.pad(flat, (size, size), Image.Resampling.BICUBIC, color="white"))
+
+
+def _render_svg(path: Path, size: int) -> bytes:
+    """Draw an SVG file to PNG bytes, twice as wide as needed; it may hold entities and pictures, but fetches none."""
+    try:
+        from cairosvg.surface import PNGSurface
+        from cairosvg.url import fetch
+    except ImportError:
+        raise UserError("drawings (.svg) need cairosvg: pip install 'clip4vla[train]' or 'clip4vla[web]'") from None
+
+    def fetch_embedded(url: str, kind: str) -> bytes:
+        if not url.startswith("data:"):
+            raise ValueError(f"the drawing refers to {url}")
+        return fetch(url, kind)
+
+    try:
+        data = path.read_bytes()
+        return PNGSurface.convert(bytestring=data, unsafe=True, url_fetcher=fetch_embedded, output_width=2 * size)
+    except OSError as error:
+        raise ValueError(f"{UNREADABLE}{error.strerror or error}") from None
+    except Exception as error:  # cairosvg raises whatever its parsers and cairo raise
+        raise ValueError(f"unreadable drawing: {type(error).__name__}: {error}") from None
+
+
+def jpeg(pixels: np.ndarray, quality: int, subsampling: str = "4:2:0") -> bytes:
+    """Encode pixels (H, W, 3) or (H, W, 1) uint8 as JPEG bytes."""
+    return _encode(pixels, "JPEG", quality=quality, subsampling=subsampling)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Encode pixels (H, W, 3) or (H, W, 1) uint8 as PNG bytes."""
+    return _encode(pixels, "PNG", optimize=False)
+
+
+def _encode(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(out, kind, **options)
+    return out.getvalue()

@@ -1,0 +1,1 @@
+"""The networks: towers, audio encoder, fusion heads, captioner, classifier."""

@@ -1,0 +1,285 @@
+"""Heads that compare captions with the frames and segments of clips: the three fusions of Figure 3.
+
+GlobalToGlobal   sentence vector x^g with the mean of the pooled vision and audio vectors
+GlobalToLocal    x^g with a Video Temporal Encoding Module over frames and segments, pooled
+LocalToLocal     a Fine-grained Cross-modality Fusion Module over words, frames and segments; its first output gives the score
+
+Notation: B clips, C captions, n vectors of one kind (the most of any clip or caption here), T of all kinds, D width.
+A key mask is True where there is a vector, and False where there is padding.
+"""
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from clip4vla.config import ModelConfig
+from clip4vla.errors import UserError
+
+TEXT, VISION, AUDIO = range(3)  # rows of the type embedding
+TOKENS = {"cpu": 1 << 12, "cuda": 1 << 17}  # in a tile of caption-clip pairs
+
+
+class PaddedSequence(NamedTuple):
+    """Holds vectors (B, n, D), not normalised, of one kind: the words of captions, or the frames or segments of clips."""
+
+    kind: int
+    vectors: Tensor
+    mask: Tensor  # B n bool: False where a vector is padding
+
+    def select(self, rows: Tensor) -> "PaddedSequence":
+        """Return these rows, cut after the longest of them."""
+        mask = self.mask[rows]
+        length = int(mask.sum(1).max()) if len(rows) else 0
+        return PaddedSequence(self.kind, self.vectors[rows, :length], mask[:, :length])
+
+
+def pad_packed(kind: int, packed: Tensor, owner: Tensor, count: int, most: int | None = None) -> PaddedSequence:
+    """Unpack vectors (N, D) of ascending owner (N,) into `count` rows of `most` positions each (default: as needed).
+
+    Vectors of owner `count` are padding (Batch.padded), and dropped.
+    """
+    lengths = owner.bincount(minlength=count + 1)
+    most = int(lengths[:count].max()) if most is None else most
+    starts = lengths.cumsum(0) - lengths
+    position = torch.arange(len(owner), device=owner.device) - starts[owner]
+    kept = owner < count
+    vectors = packed.new_zeros(count, most, packed.shape[1])
+    vectors = vectors.index_put((owner[kept], position[kept]), packed[kept])
+    return PaddedSequence(kind, vectors, torch.arange(most, device=owner.device) < lengths[:count, None])
+
+
+def ensure_nonempty(part: PaddedSequence) -> PaddedSequence:
+    """Add one position of padding to a sequence (B, 0, D), which an encoder cannot read; return others as they are."""
+    if part.mask.shape[1]:
+        return part
+    vectors = part.vectors.new_zeros(len(part.mask), 1, part.vectors.shape[2])
+    return PaddedSequence(part.kind, vectors, part.mask.new_zeros(len(part.mask), 1))
+
+
+def mean_pool_padded(part: PaddedSequence) -> Tensor:
+    """Pool vectors (B, n, D) to unit vectors (B, D), fp32: the mean of unit vectors, normalised; zero where all is padding."""
+    unit = F.normalize(part.vectors.float(), dim=-1)
+    return F.normalize((unit * part.mask[..., None]).sum(1), dim=-1)
+
+
+def mean(vectors: list[Tensor], how: str) -> Tensor:
+    """Average unit vectors (B, D) of several kinds to (B, D), over the kinds that a clip has (the others are zero).
+
+    how: `normalized` brings the mean to unit length, so that scores are cosines; `raw` leaves it (the authors' code).
+    """
+    stacked = torch.stack(vectors)
+    if how == "normalized":
+        return F.normalize(stacked.sum(0), dim=-1)
+    kinds = stacked.any(-1).sum(0)
+    return stacked.sum(0) / kinds.clamp(min=1)[:, None]
+
+
+class GlobalToGlobal(nn.Module):
+    """Averages the vectors of a clip, without parameters."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.how = cfg.media_mean
+
+    def forward(self, parts: list[PaddedSequence]) -> Tensor:
+        """Pool the parts (B, n, D) to media vectors (B, D), which are compared with x^g."""
+        return mean([mean_pool_padded(part) for part in parts], self.how)
+
+
+class FusionTransformer(nn.Module):
+    """Encodes sequences of vectors of several kinds, each with an embedding of its position in its kind and of its kind.
+
+    Its blocks start as copies of the text tower's first ones if that has the same width and enough of them, else fresh.
+    """
+
+    def __init__(self, text: TextTransformer, cfg: ModelConfig, dim: int, segments: int, words: int):
+        super().__init__()
+        if dim % 64:
+            raise UserError(
+                f"model.head={cfg.head}: the head needs a width that divides by 64, and model.clip's is {dim}"
+            )
+        self.max_positions = {TEXT: words, VISION: cfg.max_frames, AUDIO: segments}  # of each kind
+        total = sum(self.max_positions.values())
+        text_blocks = text.transformer.resblocks
+        if text.transformer.width == dim and len(text_blocks) >= cfg.head_layers:
+            self.blocks = nn.ModuleList(copy.deepcopy(block) for block in text_blocks[: cfg.head_layers])
+            copied = text.positional_embedding.detach()[:total]
+        else:
+            self.blocks = _fresh_blocks(text_blocks[0], dim, cfg.head_layers)
+            copied = torch.zeros(0, dim)
+        fresh = 0.01 * torch.randn(total - len(copied), dim)
+        self.positional_embedding = nn.Parameter(torch.cat([copied, fresh]))
+        self.type_embedding = nn.Parameter(0.01 * torch.randn(3, dim))
+        self.dropout = nn.Dropout(cfg.head_dropout)
+
+    def embed(self, parts: list[PaddedSequence]) -> list[PaddedSequence]:
+        """Add the embeddings of positions and kinds to parts (B, n, D); each kind has its own range of positions."""
+        out, start = [], 0
+        for part in parts:
+            length = part.vectors.shape[1]
+            assert length <= self.max_positions[part.kind], part.vectors.shape
+            positions = self.positional_embedding[start : start + length]
+            vectors = part.vectors.to(positions.dtype) + positions + self.type_embedding[part.kind]
+            out.append(part._replace(vectors=vectors))
+            start += self.max_positions[part.kind]
+        return out
+
+    def forward(self, x: Tensor, key_mask: Tensor, first_only: bool = False, attn_mask: Tensor | None = None) -> Tensor:
+        """Encode embedded x (B, T, D) to outputs (B, T, D), or (B, 1, D) of the first position alone.
+
+        key_mask (B, T) bool: False at padding, which no position attends to.
+        attn_mask (T, T) bool: True where a position (row) does not attend to another (column), as in torch.
+        """
+        ignored = _ignored_keys(key_mask, attn_mask)
+        x = self.dropout(x)
+        for block in self.blocks[:-1]:
+            x = _run_block(block, x, x, ignored)
+        queries = x[:, :1] if first_only else x
+        return _run_block(self.blocks[-1], queries, x, ignored)
+
+
+class GlobalToLocal(nn.Module):
+    """Video Temporal Encoding Module: encodes frames and segments together, and averages the outputs."""
+
+    def __init__(self, text: TextTransformer, cfg: ModelConfig, dim: int, segments: int):
+        super().__init__()
+        self.how = cfg.media_mean
+        self.encoder = FusionTransformer(text, cfg, dim, segments, words=0)
+
+    def forward(self, parts: list[PaddedSequence]) -> Tensor:
+        """Encode the parts (B, n, D) and pool them by kind to media vectors (B, D), which are compared with x^g."""
+        media = concat(self.encoder.embed(parts))
+        outputs = self.encoder(media.vectors, media.mask).split([part.mask.shape[1] for part in parts], 1)
+        encoded = [part._replace(vectors=output) for part, output in zip(parts, outputs, strict=True)]
+        return mean([mean_pool_padded(part) for part in encoded], self.how)
+
+
+class LocalToLocal(nn.Module):
+    """Fine-grained Cross-modality Fusion Module: scores a caption and a clip by encoding their vectors together."""
+
+    def __init__(self, text: TextTransformer, cfg: ModelConfig, dim: int, segments: int):
+        super().__init__()
+        self.eos = cfg.text_tokens == "eos"
+        self.encoder = FusionTransformer(text, cfg, dim, segments, words=1 if self.eos else cfg.max_tokens)
+        self.score = nn.Linear(dim, 1)
+
+    def words(self, sentence: Tensor, words: PaddedSequence | None) -> PaddedSequence:
+        """Choose the vectors of captions to encode: all word outputs (C, n, D), or the unit vector of x^g (C, D) alone."""
+        if self.eos:
+            vectors = F.normalize(sentence, dim=-1)[:, None]  # as the authors do
+            return PaddedSequence(TEXT, vectors, torch.ones_like(vectors[..., 0], dtype=torch.bool))
+        assert words is not None
+        return words
+
+    def forward(self, words: PaddedSequence, parts: list[PaddedSequence]) -> Tensor:
+        """Score all pairs of C captions and B clips: (C, B), to be divided by the temperature like cosines.
+
+        Pairs are encoded in tiles of captions and clips of similar length, so that little of a tile is padding. A tile's
+        activations are computed again for the gradient: only its inputs stay in memory.
+        """
+        caption_order = words.mask.sum(1).argsort()
+        clip_order = torch.stack([part.mask.sum(1) for part in parts]).sum(0).argsort()
+        height, width = self._tile_size(words.mask.device)
+        rows = []
+        for captions in caption_order.split(height):
+            tiles = [
+                self._score_recomputed(words.select(captions), [part.select(clips) for part in parts])
+                for clips in clip_order.split(width)
+            ]
+            rows.append(torch.cat(tiles, 1))
+        return torch.cat(rows)[caption_order.argsort()][:, clip_order.argsort()]
+
+    def _tile_size(self, device: torch.device) -> tuple[int, int]:
+        """Choose how many captions and clips a tile has; the same on all ranks, as ZeRO-3 gathers weights for each tile."""
+        tokens = TOKENS.get(device.type, TOKENS["cpu"])
+        pairs = max(1, tokens // sum(self.encoder.max_positions.values()))
+        captions = max(1, math.isqrt(pairs))
+        return captions, pairs // captions
+
+    def _score_recomputed(self, words: PaddedSequence, parts: list[PaddedSequence]) -> Tensor:
+        """Score a tile (c, b), whose activations are computed again in the backward pass."""
+        if not torch.is_grad_enabled():
+            return self._score_tile(words, parts)
+        return checkpoint(self._score_tile, words, parts, use_reentrant=False)
+
+    def _score_tile(self, words: PaddedSequence, parts: list[PaddedSequence]) -> Tensor:
+        """Score all pairs of c captions and b clips at once: (c, b)."""
+        words, *parts = self.encoder.embed([words, *parts])
+        media = concat(parts)
+        x = _pair_up(words.vectors, media.vectors)  # cb T D
+        key_mask = _pair_up(words.mask, media.mask)  # cb T
+        first = self.encoder(x, key_mask, first_only=True)[:, 0]
+        return self.score(first).float().view(len(words.mask), len(media.mask))
+
+
+Head = GlobalToGlobal | GlobalToLocal | LocalToLocal
+
+
+def build(text: TextTransformer, cfg: ModelConfig, dim: int, segments: int) -> Head:
+    """Build the head that cfg.head names, for vectors of width `dim` and clips of up to `segments` segments."""
+    if cfg.head == "global_global":
+        return GlobalToGlobal(cfg)
+    if cfg.head == "global_local":
+        return GlobalToLocal(text, cfg, dim, segments)
+    return LocalToLocal(text, cfg, dim, segments)
+
+
+def concat(parts: list[PaddedSequence]) -> PaddedSequence:
+    """Concatenate sequences (B, n, D) of several kinds to one (B, T, D), which is given the kind of the first."""
+    vectors = torch.cat([part.vectors for part in parts], 1)
+    return PaddedSequence(parts[0].kind, vectors, torch.cat([part.mask for part in parts], 1))
+
+
+def _pair_up(words: Tensor, media: Tensor) -> Tensor:
+    """Concatenate each of (c, L, ...) with each of (b, M, ...) to (c * b, L + M, ...); the clip changes fastest."""
+    c, b = len(words), len(media)
+    words = words[:, None].expand(c, b, *words.shape[1:])
+    media = media[None].expand(c, b, *media.shape[1:])
+    return torch.cat([words, media], 2).flatten(0, 1)
+
+
+def _ignored_keys(key_mask: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """Combine the masks to the keys that are ignored, True: (B, T) by all positions, or with attn_mask (B, T, T).
+
+    A softmax over no key would be NaN: where all is padding it attends to the padding, with attn_mask each to itself.
+    """
+    if attn_mask is None:
+        ignored = ~key_mask
+        return ignored & ~ignored.all(-1, keepdim=True)
+    ignored = ~key_mask[:, None] | attn_mask
+    no_key_left = ignored.all(-1, keepdim=True)
+    itself = torch.eye(key_mask.shape[1], dtype=torch.bool, device=key_mask.device)
+    return ignored & ~(no_key_left & itself)
+
+
+def _run_block(block: ResidualAttentionBlock, x: Tensor, sequence: Tensor, ignored: Tensor) -> Tensor:
+    """Run a block of CLIP's for x (B, q, D), the first positions of `sequence` (B, T, D), all of which are keys.
+
+    ignored: keys that are not attended to, (B, T) by any position or (B, q, T) by each.
+    """
+    keys = block.ln_1(sequence)
+    queries = keys[:, : x.shape[1]]
+    if ignored.ndim == 2:
+        attended, _ = block.attn(queries, keys, keys, need_weights=False, key_padding_mask=ignored)
+    else:
+        by_head = ignored.repeat_interleave(block.attn.num_heads, 0)
+        attended, _ = block.attn(queries, keys, keys, need_weights=False, attn_mask=by_head)
+    x = x + block.ls_1(attended)
+    return x + block.ls_2(block.mlp(block.ln_2(x)))
+
+
+def _fresh_blocks(like: ResidualAttentionBlock, dim: int, layers: int) -> nn.ModuleList:
+    """Make blocks of width `dim` as open_clip initialises them, with the activation of another block."""
+    blocks = [ResidualAttentionBlock(dim, dim // 64, act_layer=type(like.mlp.gelu)) for _ in range(layers)]
+    for block in blocks:
+        nn.init.normal_(block.attn.in_proj_weight, std=dim**-0.5)
+        nn.init.normal_(block.attn.out_proj.weight, std=(2 * dim * layers) ** -0.5)
+        nn.init.normal_(block.mlp.c_fc.weight, std=(2 * dim) ** -0.5)
+        nn.init.normal_(block.mlp.c_proj.weight, std=(2 * dim * layers) ** -0.5)
+    return nn.ModuleList(blocks)

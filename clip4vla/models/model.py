@@ -1,0 +1,369 @@
+"""Encode text, vision and audio by towers into one space, and pool frames and segments into clips."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from clip4vla.config import FramesConfig, LossConfig, MaskConfig, ModelConfig, SpectrogramConfig
+from clip4vla.config_io import from_tree, parse_json, to_dict
+from clip4vla.data.batch import Batch
+from clip4vla.distributed import collectives
+from clip4vla.errors import UserError, one_line
+from clip4vla.media.masking import masked_view
+from clip4vla.media.spectrogram import decode, normalise
+from clip4vla.models import fusion, towers
+from clip4vla.models.audio_encoder import AudioEncoder, type_token_weights
+from clip4vla.models.captioner import CaptionDecoder, Captioner
+from clip4vla.models.classifier import Classifier, in_words, label_of
+
+TEXTS = 256  # of a pass through the text tower
+
+
+FORMAT = 2  # of config.json
+FORMAT_1 = {  # its settings, by today's names
+    "fusion": "head",
+    "fusion_layers": "head_layers",
+    "fusion_dropout": "head_dropout",
+    "words": "text_tokens",
+    "mean": "media_mean",
+    "normalise": "spectrogram_norm",
+    "pretrain_type": "pretrain_audio_type",
+    "train_towers": "trainable_towers",
+}
+
+
+class Model(nn.Module):
+    """Holds the three towers and the head, and computes what the losses need.
+
+    clip: open_clip configuration of the towers; spectrogram, frames: as the shards it is trained on were made.
+    """
+
+    head: Any  # as cfg.head names it: a Classifier, a Captioner, or one of fusion.py's
+
+    def __init__(
+        self,
+        clip: dict[str, Any],
+        cfg: ModelConfig,
+        spectrogram: SpectrogramConfig,
+        frames: FramesConfig | None = None,
+    ):
+        super().__init__()
+        self.clip_config, self.cfg, self.spectrogram = clip, cfg, spectrogram
+        self.frames = frames or FramesConfig()
+        built = towers.build_clip(clip)
+        self.text, self.vision = built.text, built.visual
+        self.audio = AudioEncoder(built.visual, cfg.position_init)
+        self.init_head()
+        self.logit_scale = nn.Parameter(
+            torch.tensor([math.log(1 / cfg.temperature)])
+        )  # 1-d: DeepSpeed broadcasts no scalars
+        self.image_statistics = towers.image_statistics(cfg.clip)
+
+    def load_clip(self) -> bool:
+        """Fill text and vision from the weights that cfg.clip names; False if it names none."""
+        with torch.device("meta"):  # shapes alone: random weights would take a second, and the file's take their place
+            built = towers.build_clip(self.clip_config)
+        loaded = towers.load_clip_weights(built, self.cfg.clip)
+        if loaded:
+            self.text.load_state_dict(built.text.state_dict())
+            self.vision.load_state_dict(built.visual.state_dict())
+        return loaded
+
+    def start_audio(self) -> None:
+        """Initialise the audio tower from the vision tower (or leave it fresh), as cfg.audio_init says."""
+        if self.cfg.audio_init == "vision":
+            self.audio = AudioEncoder(self.vision, self.cfg.position_init)
+
+    def init_head(self) -> None:
+        """Make the head that cfg.head names; all but the classifier start from the text tower as it is now."""
+        dim = self.clip_config["embed_dim"]
+        if self.cfg.head == "classifier":
+            self.head = Classifier(self.cfg, dim)
+            return
+        start = Captioner if self.cfg.head == "captioner" else fusion.build
+        self.head = start(self.text, self.cfg, dim, self.spectrogram.max_segments)
+
+    def must_have_positions(self) -> None:
+        """Raise UserError if captions may be longer than the text tower can read."""
+        room = self.text.context_length
+        if self.cfg.max_tokens > room:
+            raise UserError(
+                f"model.max_tokens={self.cfg.max_tokens}: the text tower of model.clip reads {room} at most"
+            )
+
+    def freeze(self) -> None:
+        """Leave trainable: the towers of cfg.trainable_towers less cfg.freeze_layers, the head, a temperature that is learned."""
+        wanted = self.cfg.trainable_towers.split("+")
+        for name in wanted:
+            if name not in ("text", "vision", "audio"):
+                raise UserError(f"model.trainable_towers: {name!r} is none of text, vision, audio (joined by +)")
+        for name in ("text", "vision", "audio"):
+            getattr(self, name).requires_grad_(name in wanted)
+        for name, blocks in self.cfg.freeze_layers.items():
+            if name not in wanted:
+                raise UserError(f"model.freeze_layers: {name!r} is none of the towers of model.trainable_towers")
+            towers.freeze_first(self.audio.trunk if name == "audio" else getattr(self, name), blocks, name)
+        self.logit_scale.requires_grad_(self.cfg.learn_temperature)
+
+    def encode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode tokens (B, L) to (x^g (B, D) at [EOS], all token outputs (B, L, D)), not normalised."""
+        return towers.encode_text(self.text, tokens)
+
+    def encode_texts_chunked(
+        self, texts: list[str], tokenize: Callable[[list[str]], Tensor], together: bool = False
+    ) -> Iterator[tuple[Tensor, fusion.PaddedSequence]]:
+        """Encode n <= TEXTS texts at a time, so that memory is bounded: (x^g (n, D), not normalised, word outputs (n, L, D)).
+
+        tokenize: see towers.tokenizer. together: all ranks call this, each with its own texts, and run as many passes (ZeRO-3).
+        """
+        passes = -(-len(texts) // TEXTS)
+        for k in range(max(collectives.all_gather_objects(passes)) if together else passes):
+            some = texts[k * TEXTS : (k + 1) * TEXTS]
+            tokens = tokenize(some or [""]).to(self.logit_scale.device)
+            sentence, words = self.encode_tokens(tokens)
+            if some:
+                yield sentence, fusion.PaddedSequence(fusion.TEXT, words, towers.token_mask(self.text, tokens))
+
+    def encode_texts(self, texts: list[str], tokenize: Callable[[list[str]], Tensor], together: bool = False) -> Tensor:
+        """Encode any number of texts to x^g (N, D), unit length, fp32; tokenize, together: see encode_texts_chunked."""
+        none = self.logit_scale.new_zeros(0, self.clip_config["embed_dim"])
+        chunks = [sentence for sentence, _ in self.encode_texts_chunked(texts, tokenize, together)]
+        return F.normalize(torch.cat([none, *chunks]).float(), dim=-1)
+
+    def class_vectors(
+        self, tokenize: Callable[[list[str]], Tensor], classes: Sequence[str], templates: Sequence[str]
+    ) -> Tensor:
+        """Encode classes to unit vectors (K, D): the mean over a class's sentences, each brought to unit length first."""
+        texts = [template.replace("{}", in_words(label)) for label in classes for template in templates]
+        sentences = self.encode_texts(texts, tokenize)
+        return F.normalize(sentences.view(len(classes), len(templates), -1).mean(1), dim=-1)
+
+    def encode_frames(self, frames: Tensor) -> Tensor:
+        """Encode RGB frames (F, 3, 224, 224) in 0..255 to vectors (F, D), not normalised."""
+        if not len(frames):  # open_clip's tower fails on none, and under ZeRO-3 all ranks must run it
+            return self.encode_frames(frames.new_zeros(1, *frames.shape[1:]))[:0]
+        mean, std = (255 * torch.tensor(x, device=frames.device).view(3, 1, 1) for x in self.image_statistics)
+        return towers.encode_images(self.vision, ((frames.float() - mean) / std).to(self.vision.conv1.weight.dtype))
+
+    def encode_segments(self, segments: Tensor, mix: Tensor) -> Tensor:
+        """Encode normalised segments (S, C, 224, 224) to vectors (S, D), not normalised; mix: see type_token_weights."""
+        return self.audio(segments.to(self.audio.type_embedding.dtype), mix.to(segments.device))
+
+    def segment_vectors(self, batch: Batch, audio_type: str) -> Tensor:
+        """Encode a batch's segments under a type token to vectors (S, D), not normalised."""
+        segments = normalise(decode(batch.segments, self.spectrogram), batch.segment_rows, self.cfg.spectrogram_norm)
+        return self.encode_segments(segments, type_token_weights(audio_type, batch.segment_type))
+
+    def frame_vectors(self, batch: Batch) -> Tensor:
+        """Encode a batch's frames to vectors (F, D), or take embed.py's if it has them."""
+        return self.encode_frames(batch.frames) if batch.frame_vectors is None else batch.frame_vectors
+
+    def caption_vectors(self, batch: Batch, tokens: Tensor) -> tuple[Tensor, fusion.PaddedSequence | None]:
+        """Encode tokens (B, L) to x^g (B, D), not normalised, and all word outputs; or take embed.py's x^g alone, if there."""
+        if batch.text_vectors is not None:
+            return batch.text_vectors, None
+        sentence, words = self.encode_tokens(tokens)
+        return sentence, fusion.PaddedSequence(fusion.TEXT, words, towers.token_mask(self.text, tokens))
+
+    def pooled_segments(self, batch: Batch, audio_type: str) -> Tensor:
+        """Encode and pool a batch's segments under a type token to z^g (B, D), unit length; zero where a clip has no audio."""
+        return pool(self.segment_vectors(batch, audio_type), batch.segment_clip, len(batch))
+
+    def pooled_frames(self, batch: Batch) -> Tensor:
+        """Encode and pool a batch's frames to y^g (B, D), unit length; zero where a clip has no frames."""
+        return pool(self.frame_vectors(batch), batch.frame_clip, len(batch))
+
+    def forward(self, batch: Batch, loss: LossConfig, mask: MaskConfig) -> dict[str, Tensor]:
+        """Compute what the losses with a weight need, and `scale` = 1 / temperature.
+
+        That is: unit vectors (B, D) text, vision, audio, masked; media (B, D) as the head gives them, or its scores (B, N)
+        of own captions and the clips of all ranks; or, of each clip (B,), the negative log-likelihood `nll` of its caption's
+        words or of its label.
+        """
+        # logit_scale may be bf16
+        fixed = torch.full_like(self.logit_scale, 1 / self.cfg.temperature, dtype=torch.float32)
+        features = {"scale": self.logit_scale.float().exp() if self.cfg.learn_temperature else fixed}
+        if loss.at or loss.tv or loss.tm or loss.caption:
+            tokens, chosen = self.caption_targets(batch, loss) if loss.caption else (batch.tokens, None)
+            with torch.set_grad_enabled(self._trains(self.text)):
+                sentence, words = self.caption_vectors(batch, tokens)
+            features["text"] = F.normalize(sentence.float(), dim=-1)
+        frames = None
+        if "vision" in needed_towers(loss, self.cfg.modalities):
+            with torch.set_grad_enabled(self._trains(self.vision)):
+                frames = self.frame_vectors(batch)
+                if loss.av or loss.tv:
+                    features["vision"] = pool(frames, batch.frame_clip, len(batch))
+        if loss.at or loss.av or loss.aa:
+            features |= self._audio_views(batch, loss, mask)
+        if loss.tm:
+            parts = self.media(
+                batch,
+                frames,
+                fixed=isinstance(self.head, fusion.LocalToLocal) and collectives.world_size() > 1,
+            )
+            features |= self._compared(sentence, words, parts)
+        if loss.caption:
+            assert words is not None and chosen is not None
+            features["nll"] = self.caption_nll(tokens, chosen, words.vectors, self.media(batch, frames), loss)
+        if loss.label:
+            logits, right = self.head(self.media(batch, frames)), self.label_targets(batch)
+            smooth: dict[str, Any] = {"label_smoothing": loss.label_smoothing, "ignore_index": -1}
+            features["nll"] = F.cross_entropy(logits, right, reduction="none", **smooth)
+        return features
+
+    def media(
+        self, batch: Batch, frames: Tensor | None = None, audio_type: str = "", fixed: bool = False
+    ) -> list[fusion.PaddedSequence]:
+        """Encode what the head reads of the clips: sequences (B, n, D) of frames and of segments, as cfg.modalities says.
+
+        frames (F, D): if they are there already; audio_type: not cfg.audio_type's tokens. fixed: the same size in any batch.
+        """
+        parts, room = [], (self.cfg.max_frames, self.spectrogram.max_segments) if fixed else (None, None)
+        if "v" in self.cfg.modalities:
+            frames = self.frame_vectors(batch) if frames is None else frames
+            parts.append(fusion.pad_packed(fusion.VISION, frames, batch.frame_clip, len(batch), room[0]))
+        if "a" in self.cfg.modalities:
+            segments = self.segment_vectors(batch, audio_type or self.cfg.audio_type)
+            parts.append(fusion.pad_packed(fusion.AUDIO, segments, batch.segment_clip, len(batch), room[1]))
+        return parts
+
+    def _compared(self, sentence: Tensor, words: fusion.PaddedSequence | None, parts: list) -> dict[str, Tensor]:
+        if not isinstance(self.head, fusion.LocalToLocal):
+            return {"media": self.head(parts)}
+        everyone = [
+            fusion.PaddedSequence(p.kind, collectives.all_gather_with_grad(p.vectors), collectives.all_gather(p.mask))
+            for p in parts
+        ]
+        return {"scores": self.head(self.head.words(sentence, words), everyone)}
+
+    def caption_targets(self, batch: Batch, loss: LossConfig) -> tuple[Tensor, Tensor]:
+        """Select (tokens (B, L) of the captions, the positions (B, L - 1) in them whose next token is learnt)."""
+        tokens = batch.tokens
+        if loss.train_on_padding:
+            tokens = F.pad(tokens, (0, self.cfg.max_tokens - tokens.shape[1]))
+        there = towers.token_mask(self.text, tokens)[:, 1:]
+        return tokens, (there | loss.train_on_padding) & batch.has_text[:, None]
+
+    def label_targets(self, batch: Batch) -> Tensor:
+        """Number the class (B,) of each clip, -1 where cfg.labels lacks its label or it has nothing of cfg.modalities."""
+        there = (batch.has_frames & ("v" in self.cfg.modalities)) | (batch.has_audio & ("a" in self.cfg.modalities))
+        numbers = {label: i for i, label in enumerate(self.cfg.labels)}
+        named = torch.tensor([numbers.get(label_of(clip), -1) for clip in batch.meta], device=there.device)
+        return named.masked_fill(~there, -1)
+
+    def num_targets(self, batch: Batch, loss: LossConfig) -> Tensor:
+        """Count the words, or labels, that this batch teaches; a scalar."""
+        return (self.caption_targets(batch, loss)[1] if loss.caption else self.label_targets(batch) >= 0).sum()
+
+    def caption_nll(self, tokens: Tensor, chosen: Tensor, read: Tensor, parts: list, loss: LossConfig) -> Tensor:
+        """Compute the captions' negative log-likelihood (B,) (7), summed over chosen positions; read (B, L, D): word outputs."""
+        words = fusion.PaddedSequence(fusion.TEXT, read[:, :-1], towers.token_mask(self.text, tokens)[:, 1:])
+        scores = self.head(words, parts, chosen, self.text.token_embedding.weight)
+        each = F.cross_entropy(scores, tokens[:, 1:][chosen], label_smoothing=loss.label_smoothing, reduction="none")
+        return each.new_zeros(len(tokens)).index_add(0, chosen.nonzero()[:, 0], each)
+
+    def start_decoding(self, parts: list[fusion.PaddedSequence], copies: int) -> CaptionDecoder:
+        """Start captions, `copies` of each clip, for generation.generate to lengthen; parts: see media()."""
+        return CaptionDecoder(self.text, self.head, parts, copies)
+
+    def _audio_views(self, batch: Batch, loss: LossConfig, mask: MaskConfig) -> dict[str, Tensor]:
+        """Encode the segments to z^g (B, D) and, for NCE_aa, that of the masked view, in one pass through the tower."""
+        decibels = decode(batch.segments, self.spectrogram)
+        views = [normalise(decibels, batch.segment_rows, self.cfg.spectrogram_norm)]
+        if loss.aa:
+            hidden = batch.hidden_rows[:, :, None] | batch.hidden_channels[:, None, :]
+            views.append(masked_view(decibels, batch.segment_rows, hidden, mask, self.cfg.spectrogram_norm))
+        mix = type_token_weights(self.cfg.pretrain_audio_type, batch.segment_type)
+        mix = mix.expand(len(decibels), -1, -1).repeat(len(views), 1, 1)
+        vectors = self.encode_segments(torch.cat(views), mix).chunk(len(views))
+        pooled = [pool(v, batch.segment_clip, len(batch)) for v in vectors]
+        return dict(zip(("audio", "masked"), pooled, strict=False))
+
+    def _trains(self, tower: nn.Module) -> bool:
+        return torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
+
+    def config(self) -> dict[str, Any]:
+        """Collect everything that from_checkpoint needs beside the weights."""
+        settings = {"model": self.cfg, "spectrogram": self.spectrogram, "frames": self.frames}
+        return {"format": FORMAT, "clip": self.clip_config} | {name: to_dict(cfg) for name, cfg in settings.items()}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        if f"{prefix}log_scale" in state_dict:  # its name in format 1
+            state_dict[f"{prefix}logit_scale"] = state_dict.pop(f"{prefix}log_scale")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path) -> Self:
+        """Load the model of a checkpoint folder (model.safetensors and config.json), in fp32, in evaluation mode."""
+        try:
+            model = cls._of_folder(Path(folder))
+        except UserError:
+            raise
+        except Exception as error:  # safetensors, open_clip and torch raise many kinds for what is corrupt
+            raise UserError(f"{folder}: not a readable checkpoint ({one_line(error)})") from None
+        return model.eval()
+
+    @classmethod
+    def _of_folder(cls, folder: Path) -> Self:
+        file, weights = folder / "config.json", load_file(folder / "model.safetensors")
+        tree = _upgraded({"frames": {}} | parse_json(file.read_bytes()), file)  # version 0.1.0 did not write frames
+        cfg = from_tree(ModelConfig, tree["model"], file, "model.")
+        spectrogram = from_tree(SpectrogramConfig, tree["spectrogram"], file, "spectrogram.")
+        head = cfg.head not in ("global_global", "classifier")
+        positions = cfg.max_tokens + cfg.max_frames + spectrogram.max_segments
+        towers.check_size_claims(tree["clip"], weights, cfg.head_layers * head, positions * head)
+        with towers.Undrawn():
+            model = cls(tree["clip"], cfg, spectrogram, from_tree(FramesConfig, tree["frames"], file, "frames."))
+        model.load_state_dict(weights)
+        return model
+
+
+def _upgraded(tree: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Upgrade a config.json of format 1 to the names of FORMAT; UserError for a later format."""
+    number = tree.pop("format", 1)
+    if number not in (1, FORMAT):
+        raise UserError(f"{file}: format={number}: this version reads {FORMAT} at most; install a newer clip4vla")
+    if number == 1:
+        tree["model"] = {FORMAT_1.get(name, name): value for name, value in tree["model"].items()}
+        if tree["model"].get("media_mean") == "unit":
+            tree["model"]["media_mean"] = "normalized"
+    return tree
+
+
+def must_have_room(cfg: ModelConfig, fingerprint: dict[str, Any]) -> None:
+    """Raise UserError if a head has too few positions for the frames of shards with this fingerprint."""
+    frames = fingerprint["frames"]["max_frames"]
+    if cfg.head != "global_global" and frames > cfg.max_frames:
+        raise UserError(f"model.max_frames={cfg.max_frames}: the shards have up to {frames} frames in a clip")
+
+
+def uses_head(loss: LossConfig) -> bool:
+    """Tell whether any of these losses runs the head."""
+    return bool(loss.tm or loss.caption or loss.label)
+
+
+def needed_towers(loss: LossConfig, modalities: str) -> list[str]:
+    """List the towers that these losses run, with media of these modalities."""
+    needs = {
+        "text": loss.at or loss.tv or loss.tm or loss.caption,
+        "vision": loss.av or loss.tv or (uses_head(loss) and "v" in modalities),
+        "audio": loss.at or loss.av or loss.aa or (uses_head(loss) and "a" in modalities),
+    }
+    return [name for name, needed in needs.items() if needed]
+
+
+def pool(vectors: Tensor, clip: Tensor, clips: int) -> Tensor:
+    """Pool vectors (n, D) to unit vectors (clips, D), fp32: to unit length, mean by clip number (n,), to unit length again.
+
+    Vectors of clip number `clips` are padding (Batch.padded).
+    """
+    unit = F.normalize(vectors.float(), dim=-1)
+    total = unit.new_zeros(clips + 1, unit.shape[1]).index_add(0, clip, unit)[:clips]
+    return F.normalize(total, dim=-1)

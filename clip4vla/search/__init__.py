@@ -1,0 +1,1 @@
+"""Search over media: `python -m clip4vla.search`."""

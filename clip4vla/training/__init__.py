@@ -1,0 +1,1 @@
+"""Train, and set up and check a training run."""

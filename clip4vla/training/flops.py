@@ -1,0 +1,230 @@
+"""Count what one step costs a rank: its useful FLOPs, and the bytes that it sends into collectives.
+
+A product of (m, k) by (k, n) is 2 m k n FLOPs. Useful is what the gradient of the batch takes once, of what is packed:
+
+    a transformer, t tokens   2 t * (elements of its weight matrices) + 4 * layers * t^2 * width  (QK^T and AV)
+    a frame, a segment        convolution of its P patches, transformer over P + [CLS] + type tokens, projection; where [CLS] is
+                              pooled, the last block gives that alone
+    a caption                 transformer over its tokens up to [EOS], projection
+    a tower                   once if it is frozen, three times if it trains (its convolution twice: pixels get no gradient),
+                              not at all where frozen vectors stand for it; segments again for their masked view
+    a similarity matrix       3 * 2 b N D; one for each term, two more for NCE_aa
+    a head                    transformer over the frames and segments of each clip; or over those and the words of each pair of
+                              a caption and a clip of the global batch, whose last block gives the first place alone; of
+                              average length; or over words, frames and segments, and the scores of all tokens at each
+                              word; or a linear layer; it always trains
+
+Left out: norms, activations and softmax. Not useful: padding, activations and tiles computed again, the second forward pass
+of accumulation. MFU = useful FLOPs / (seconds * FLOP/s of a large bf16 matrix product, measured when the run starts).
+"""
+
+import math
+from typing import Any
+
+import torch
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from clip4vla.config import RunConfig
+from clip4vla.data.batch import Batch
+from clip4vla.distributed import collectives
+from clip4vla.losses import objective
+from clip4vla.models.audio_encoder import type_token_weights
+from clip4vla.models.classifier import Classifier
+from clip4vla.models.fusion import GlobalToGlobal, LocalToLocal
+from clip4vla.models.model import Model, needed_towers, uses_head
+from clip4vla.models.towers import pools_first
+
+
+def shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of the whole parameter, also where ZeRO-3 has split it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def elements(module: nn.Module, trained: bool = False) -> int:
+    """Count the elements of a module's parameters, or of those that train."""
+    return sum(math.prod(shape(p)) for p in module.parameters() if p.requires_grad or not trained)
+
+
+def towers_run(cfg: RunConfig, vectors: bool) -> list[str]:
+    """List the towers that a step runs; vectors: precomputed embeddings replace text and vision."""
+    needed = needed_towers(cfg.loss, cfg.model.modalities)
+    return [name for name in needed if name == "audio" or not vectors]
+
+
+class FlopCounter:
+    """Counts the useful FLOPs of a run's steps."""
+
+    def __init__(self, model: Model, cfg: RunConfig):
+        self.cfg, self.loss, self.head = cfg, cfg.loss, model.head
+        self.dim = model.clip_config["embed_dim"]
+        # parts of a global batch that are compared each on its own; 1: the whole batch is
+        self.batch_parts = cfg.train.gradient_accumulation_steps if cfg.train.negatives == "micro" else 1
+        self.per_segment = self._segment_flops(model)
+        self.per_frame = _picture(model.vision, 3, 0)
+        passes = 3 if elements(model.text, trained=True) else 1
+        per_token, per_token_pair = _transformer(model.text.transformer.resblocks)
+        self.per_token, self.per_token_pair = passes * per_token, passes * per_token_pair
+        width = model.text.transformer.width
+        self.per_caption = passes * 2 * width * self.dim
+        embedding = model.text.token_embedding.weight  # of the captioner too, whose gradient it may not need
+        self.per_word_scores = 2 * width * (3 * self.dim + (2 + embedding.requires_grad) * shape(embedding)[0])
+
+    def _segment_flops(self, model: Model) -> float:
+        """Count the FLOPs of a segment in all views that the loss and the head need."""
+        audio_types: list[str] = []  # of each view
+        if self.loss.aa or self.loss.at or self.loss.av:
+            audio_types.append(self.cfg.model.pretrain_audio_type)
+        if self.loss.aa:
+            audio_types.append(self.cfg.model.pretrain_audio_type)  # masked
+        if uses_head(self.loss) and "a" in self.cfg.model.modalities:
+            audio_types.append(self.cfg.model.audio_type)
+        channels = 1 if model.spectrogram.channels == "mono" else 3
+        total = 0.0
+        for audio_type in audio_types:
+            type_tokens = type_token_weights(audio_type, torch.zeros(1, dtype=torch.int64)).shape[1]
+            total += _picture(model.audio.trunk, channels, type_tokens)
+        return total
+
+    def flops(self, micros: list[Batch]) -> float:
+        """Count the useful FLOPs of one step's micro-batches on this rank."""
+        towers = towers_run(self.cfg, micros[0].text_vectors is not None)
+        total = self._similarity_flops(sum(map(len, micros))) + self._head_flops(micros)
+        for micro in micros:
+            if "audio" in towers:
+                total += self.per_segment * _count_owned(micro.segment_clip, micro)
+            if "vision" in towers:
+                total += self.per_frame * _count_owned(micro.frame_clip, micro)
+            if "text" in towers:
+                total += self._caption_flops(micro.tokens)
+        return total
+
+    def _caption_flops(self, tokens: Tensor) -> float:
+        """Count the FLOPs of the text tower for captions, tokens (B, L), 0 after [EOS]."""
+        length = (tokens != 0).sum(1)
+        blocks = self.per_token * int(length.sum()) + self.per_token_pair * int(length.square().sum())
+        return blocks + self.per_caption * len(tokens)
+
+    def _similarity_flops(self, rows: int) -> float:
+        """Count the FLOPs of the losses' similarity matrices, of `rows` rows on this rank and the columns of all ranks."""
+        loss = self.loss
+        matrices = bool(loss.at) + bool(loss.av) + 3 * bool(loss.aa) + bool(loss.tv)
+        if loss.tm and not isinstance(self.head, LocalToLocal):
+            matrices += 1
+        return matrices * 6 * rows * (rows * collectives.world_size() / self.batch_parts) * self.dim
+
+    def _head_flops(self, micros: list[Batch]) -> float:
+        """Count the FLOPs of the head."""
+        if not uses_head(self.loss) or isinstance(self.head, GlobalToGlobal):
+            return 0.0
+        clips = sum(map(len, micros))
+        if isinstance(self.head, Classifier):
+            return 3 * 2 * clips * math.prod(shape(self.head.linear.weight))
+        media_length = self._count_media(micros) / clips  # frames and segments, on average
+        words = sum(int((micro.tokens != 0).sum()) for micro in micros) / clips
+        if isinstance(self.head, LocalToLocal):
+            length = media_length + (1 if self.head.eos else words)
+            pairs = clips * clips * collectives.world_size() / self.batch_parts
+            return 3 * pairs * _first_place(self.head.encoder.blocks, length)
+        written = max(0, words - 1) if self.loss.caption else 0
+        length = media_length + written
+        per_token, per_token_pair = _transformer(self.head.encoder.blocks)
+        encoder = 3 * (per_token * length + per_token_pair * length**2)
+        return clips * (encoder + self.per_word_scores * written)
+
+    def _count_media(self, micros: list[Batch]) -> int:
+        """Count the frames and segments that the head reads."""
+        count = 0
+        for micro in micros:
+            if "v" in self.cfg.model.modalities:
+                count += _count_owned(micro.frame_clip, micro)
+            if "a" in self.cfg.model.modalities:
+                count += _count_owned(micro.segment_clip, micro)
+        return count
+
+
+def _count_owned(owner: Tensor, micro: Batch) -> int:
+    """Count the frames or segments, of clip owner (n,), that are no padding."""
+    return int((owner < len(micro)).sum())
+
+
+def _transformer(blocks: nn.ModuleList) -> tuple[float, float]:
+    """Count forward FLOPs of a sequence: (for each token, for each pair of tokens)."""
+    weights = sum(math.prod(shape(p)) for p in blocks.parameters() if len(shape(p)) == 2)
+    each: list[Any] = list(blocks)
+    return 2 * weights, 4 * sum(block.attn.embed_dim for block in each)
+
+
+def _first_place(blocks: nn.ModuleList, tokens: float) -> float:
+    """Count forward FLOPs of a sequence of `tokens` tokens, of which the last block computes the first one's output alone."""
+    per_token, per_pair = _transformer(blocks[:-1])
+    last: Any = blocks[-1]
+    width = last.attn.embed_dim
+    keys_and_values = 4 * width * (width + 1) * tokens
+    return per_token * tokens + per_pair * tokens**2 + keys_and_values + _transformer(blocks[-1:])[0] - 4 * width**2
+
+
+def _picture(tower: VisionTransformer, channels: int, extra: int) -> float:
+    """Count FLOPs of one picture of `channels` channels, with `extra` tokens after the patches; with gradients if it trains."""
+    patches = math.prod(tower.grid_size)
+    width, _, *patch = shape(tower.conv1.weight)
+    first = 2 * patches * width * channels * math.prod(patch)
+    blocks, tokens = tower.transformer.resblocks, patches + 1 + extra
+    per_token, per_pair = _transformer(blocks)
+    if pools_first(tower):
+        rest = _first_place(blocks, tokens)
+    else:
+        rest = per_token * tokens + per_pair * tokens**2
+    if tower.proj is not None:
+        rest += 2 * math.prod(shape(tower.proj))
+    return 2 * first + 3 * rest if elements(tower, trained=True) else first + rest
+
+
+def bytes_sent(model: Model, cfg: RunConfig, stage: int, width: int, vectors: bool) -> int:
+    """Count bytes that a rank passes into collectives in one step (all-gathers and reductions: their input); 0 on one rank.
+
+    The losses' are those of losses/objective.py. T trained parameters of `width` bytes give T w of gradients, under ZeRO-2
+    and 3 for each micro-batch; ZeRO-1 and 2 gather T w / W of new weights; ZeRO-3 gathers A w / W of the A parameters of
+    the towers that run: once a micro-batch as long as A fits into stage3_max_live_parameters and
+    stage3_max_reuse_distance; where all micro-batches are embedded first, twice, and what trains a third time (to 3%:
+    DeepSpeed also fetches ahead in vain).
+    The few bytes of norms, overflows and agreements are left out.
+    """
+    world, micros = collectives.world_size(), cfg.train.gradient_accumulation_steps
+    if world == 1:
+        return 0
+    gradients = elements(model, trained=True) * width
+    batch, dim = cfg.train.batch_size, model.clip_config["embed_dim"]
+    scored = bool(cfg.loss.tm) and isinstance(model.head, LocalToLocal)
+    total = objective.bytes_sent(cfg.loss, batch // world, batch, dim, scored) + gradients * (
+        micros if stage >= 2 else 1
+    )
+    total += _sequence_bytes(model, cfg, batch, width) if scored else 0
+    if stage < 3:
+        return total + (gradients // world if stage else 0)
+    run = towers_run(cfg, vectors) + ["head"] * uses_head(cfg.loss)
+    weights = sum(elements(getattr(model, name)) for name in run) * width
+    twice = micros > 1 and cfg.train.negatives == "global" and bool(objective.required_features(cfg.loss))
+    return total + micros * (2 * weights + gradients if twice else weights) // world
+
+
+def _sequence_bytes(model: Model, cfg: RunConfig, n: int, width: int) -> int:
+    """Count bytes that local_local gathers: own clips' vectors and their mask, and the gradient of all ranks' vectors."""
+    room = {"v": cfg.model.max_frames, "a": model.spectrogram.max_segments}
+    places = sum(room[kind] for kind in cfg.model.modalities)
+    vectors = places * model.clip_config["embed_dim"] * width
+    return n // collectives.world_size() * (vectors + places) + n * vectors
+
+
+def matrix_rate(device: torch.device, side: int = 8192, repeats: int = 20) -> float:
+    """Measure FLOP/s of bf16 products of (side, side) matrices on a GPU, in about a tenth of a second."""
+    x = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(3):
+        x @ x
+    start.record()
+    for _ in range(repeats):
+        x @ x
+    end.record()
+    end.synchronize()
+    return repeats * 2 * side**3 / (start.elapsed_time(end) / 1000)

@@ -1,0 +1,82 @@
+"""HowTo100M: clips of ten seconds and five words from lines of narration."""
+
+import hashlib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_prep import annotation_io
+from data_prep.annotation_io import RowsOrSkipped
+from data_prep.manifest import ManifestRow, MediaFolder, Skipped
+
+MIN_SECONDS, MIN_WORDS = 10, 5  # of a clip of HowTo100M
+
+
+def howto100m(place: Path, media: MediaFolder, clips_per_video: int = 0) -> RowsOrSkipped:
+    """Narrated videos: clips of >= 10 s and >= 5 words, merged from neighbouring lines of the narration.
+
+    clips_per_video > 0: at most that number of clips a video, spread evenly. Split: val if sha256(id) mod 1000 is 0, else train.
+    HowTo100M_v1.csv says which videos are wanted; others in caption.json (9 GB, so it is streamed) are passed over.
+    """
+    table, talks = annotation_io.require_files(place, "HowTo100M_v1.csv", "caption.json")
+    videos: dict[str, tuple[str, str, str]] = {}
+    for where, line in annotation_io.read_csv(table, "video_id", "category_1"):
+        video = line["video_id"]
+        path = media.find(video)
+        if not video or video in videos:
+            yield Skipped("malformed", where, f"duplicate of {videos[video][0]}" if video else "no video_id")
+        elif path:
+            videos[video] = where, path, sys.intern(line["category_1"])
+        else:
+            yield annotation_io.missing(video, video)
+    for video, talk in annotation_io.stream_json(talks):
+        if video in videos:
+            yield from _narrated(f"{talks.name}: {video}", video, talk, *videos.pop(video)[1:], clips_per_video)
+    yield from (Skipped("unusable", where, f"no lines in {talks.name}") for where, _, _ in videos.values())
+
+
+def _narrated(where: str, video: str, talk: Any, path: str, category: str, count: int) -> RowsOrSkipped:
+    """The clips of one video; talk = {"start": [..], "end": [..], "text": [..]} in seconds."""
+    try:
+        lines = list(zip(talk["start"], talk["end"], talk["text"], strict=True))
+        lines = sorted((float(start), float(end), annotation_io.clean(text)) for start, end, text in lines)
+        good = [line for line in lines if 0 <= line[0] <= line[1] < math.inf]
+        clips = list(enumerate(merge([line for line in good if line[2]])))
+    except annotation_io.MISTAKES as error:
+        yield Skipped("malformed", where, f"not start, end and text of equal length: {annotation_io.reason(error)}")
+        return
+    if len(good) < len(lines):
+        yield Skipped("malformed", where, f"{len(lines) - len(good)} of {len(lines)} lines end before they start")
+    if not clips:
+        yield Skipped("unusable", where, f"less than {MIN_SECONDS} s or {MIN_WORDS} words in all")
+    if 0 < count < len(clips):
+        clips = [clips[(2 * i + 1) * len(clips) // (2 * count)] for i in range(count)]  # middles of equal parts
+    split = "train" if int(hashlib.sha256(video.encode()).hexdigest(), 16) % 1000 else "val"
+    for number, (start, end, text) in clips:
+        more: dict[str, Any] = {"media": path, "audio_type": "vb", "label": category or None}
+        name = f"{video}_{number}"
+        yield ManifestRow(name, video, name, "howto100m", split, [text], ["en"], start=start, end=end, **more)
+
+
+def merge(lines: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Neighbouring (start, end, text) joined until a clip has >= 10 s and >= 5 words.
+
+    A last remainder that is too short is joined to the clip before it, or dropped if there is none. ValueError if the
+    text of a clip grows too long for a caption.
+    """
+    clips: list[list[tuple[float, float, str]]] = []
+    rest: list[tuple[float, float, str]] = []
+    first, last, words = 0.0, 0.0, 0
+    for start, end, text in lines:
+        if not rest:
+            first, last, words = start, end, 0
+        last, words = max(last, end), words + len(text.split())  # lines overlap on YouTube: the last need not end last
+        rest.append((start, end, text))
+        if last - first >= MIN_SECONDS and words >= MIN_WORDS:
+            clips.append(rest)
+            rest = []
+    if clips:
+        clips[-1] += rest
+    texts = [annotation_io.bounded(" ".join(text for _, _, text in clip)) for clip in clips]
+    return [(clip[0][0], max(end for _, end, _ in clip), text) for clip, text in zip(clips, texts, strict=True)]

@@ -1,0 +1,44 @@
+"""Scripts of one rank: training with files of bounded size, and long work of rank 0."""
+
+LIMITED = """
+import os, resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+if os.environ.get("RANK", "0") == sys.argv[1]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+sys.argv = ["launch/pretrain.py", *(word.replace("{RANK}", os.environ.get("RANK", "0")) for word in sys.argv[3:])]
+sys.path.insert(0, "launch")
+runpy.run_path("launch/pretrain.py", run_name="__main__")
+"""
+LONG = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, ".")
+from clip4vla.distributed import collectives
+from clip4vla.checkpoints import remote, universal
+from clip4vla.distributed.rank_0 import run_on_rank_0
+from clip4vla.distributed.watchdog import watch
+
+def work(passed):
+    parts, pieces = [], []
+
+    def noting(places):
+        def tell(place):
+            places.append(place)
+            passed(place)
+
+        return tell
+
+    universal.convert(Path(sys.argv[1]), noting(parts))
+    remote.download(sys.argv[2], Path(sys.argv[3]), passed=noting(pieces))
+    for second in range(8):
+        time.sleep(1)
+        passed(f"second {second}")
+    return sum("converting" in part for part in parts), sum("syncing" in part for part in parts), len(pieces)
+
+watch.enabled = True
+collectives.setup(minutes=0.03)
+before = watch.n_progress
+print(*run_on_rank_0(work)[0], watch.n_progress - before, watch.phase, sep=",")
+collectives.barrier()
+watch.stop()
+"""
