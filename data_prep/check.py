@@ -39,9 +39,9 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Check, perhaps repair, print and write the page."""
     args = _arguments()
-    from data_prep.check_folders import inspect  # after the words are read: a typing error shows at once
-    from data_prep.check_page import drawn, summary, write_page
-    from data_prep.check_shard import ClipStats
+    from data_prep.checks.folders import inspect  # after the words are read: a typing error shows at once
+    from data_prep.checks.page import drawn, summary, write_page
+    from data_prep.checks.shard import ClipStats
 
     decode = None if args.repair else args.decode
     reports = inspect(args.folders, decode, args.repair)

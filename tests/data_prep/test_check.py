@@ -48,9 +48,9 @@ from clip4vla.config import SpectrogramConfig
 from clip4vla.data.shards import INDEX, ShardFolder, write_index, write_shard
 from clip4vla.media.spectrogram import log_mel
 from data_prep.check import main
-from data_prep.check_folders import inspect
-from data_prep.check_page import griffin_lim, remarks, summary
-from data_prep.check_shard import ClipStats
+from data_prep.checks.folders import inspect
+from data_prep.checks.page import griffin_lim, remarks, summary
+from data_prep.checks.shard import ClipStats
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from pathlib import Path
 from clip4vla.config import FramesConfig
 from clip4vla.data.shards import HEADER, CorruptSample, ShardFolder
 from clip4vla.errors import UserError
-from data_prep.check_folders import check, find, inspect
-from data_prep.check_shard import Rules, ShardCheckJob, check_shard
+from data_prep.checks.folders import check, find, inspect
+from data_prep.checks.shard import Rules, ShardCheckJob, check_shard
 from faults._mutate import mutate
 from faults._pictures import BATCH, SPEC, loader_of, shard_of, strips
 

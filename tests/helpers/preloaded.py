@@ -10,8 +10,8 @@ PACKAGES = """torch deepspeed deepspeed.runtime.zero.muon.original_muon open_cli
     webdataset torchaudio soundfile setuptools matplotlib.axes matplotlib.figure""".split()
 OURS = """clip4vla.training.train clip4vla.training.preflight clip4vla.evaluation.runner clip4vla.evaluation.captioning
     clip4vla.evaluation.classification clip4vla.evaluation.text_video clip4vla.evaluation.zero_shot
-    clip4vla.training.pipeline data_prep.build_shards data_prep.check_folders
-    data_prep.check_page data_prep.embed_shards""".split()
+    clip4vla.training.pipeline data_prep.build_shards data_prep.checks.folders
+    data_prep.checks.page data_prep.embed_shards""".split()
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 for name in [*PACKAGES, *OURS]:

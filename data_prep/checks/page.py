@@ -24,7 +24,7 @@ from clip4vla.io.atomic import write_text
 from clip4vla.media.spectrogram import decode, mel_filters
 from clip4vla.report.page import HEAD
 from clip4vla.report.preview import data_uri, grey, ogg, original_sound, spectrogram_jpeg, to_bytes
-from data_prep.check_shard import ClipStats, Finding
+from data_prep.checks.shard import ClipStats, Finding
 
 SHOWN = 10  # findings of a folder that are printed; the page has them all
 REPEATS = ("audio", "picture")

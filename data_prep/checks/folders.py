@@ -19,8 +19,8 @@ from clip4vla.config import SpectrogramConfig
 from clip4vla.data.shards import ENTRIES, INDEX, Shard, ShardFolder, write_index, write_shard
 from clip4vla.errors import UserError
 from clip4vla.io.atomic import write_json, write_text
-from data_prep.check_page import REPEATS, FolderReport
-from data_prep.check_shard import (
+from data_prep.checks.page import REPEATS, FolderReport
+from data_prep.checks.shard import (
     HASHES,
     ClipStats,
     Finding,
