@@ -301,8 +301,10 @@ def test_a_caption_is_the_same_alone_and_in_a_batch():
     model = make(head="captioner").double()  # in fp32 rounding chooses between words of a random model
     media = [(STILLS[i], SOUNDS[i]) for i in range(3)] + [SOUNDS[3]]
     for how in ({}, {"method": "greedy"}, {"method": "nucleus", "top_p": 0.001}, {"num_beams": 2, "max_new_tokens": 5}):
-        told = model.caption(media, **how)
-        assert told == [model.caption(clip, **how)[0] for clip in media] and all(isinstance(text, str) for text in told)
+        captions = model.caption(media, **how)
+        assert captions == [model.caption(clip, **how)[0] for clip in media] and all(
+            isinstance(text, str) for text in captions
+        )
     short = model.caption(media, method="greedy", max_new_tokens=3)
     assert all(long.startswith(text) for long, text in zip(model.caption(media, method="greedy"), short, strict=True))
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ PACKAGES = (
 
 
 def count(text: str) -> int:
-    """The type of an argument that counts something: a whole number from 1."""
+    """Parse an argument that counts something: a whole number from 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1")
     return int(text)
@@ -30,14 +31,14 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its cores, and how many processes wanted to run when the figures were done."""
+    """Return the processor, its cores, and how many processes wanted to run when the figures were done."""
     info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
     models = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
     return {"cpu": [*models, platform.machine()][0], "cores": os.cpu_count(), "load": os.getloadavg()[0]}
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Find a TCP port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -54,3 +55,15 @@ def run_ranks(work: Callable[..., None], processes: int, *args: Any) -> None:
         start_processes(work, args, processes, start_method="forkserver")
     finally:
         os.dup2(stdout, 1)
+        os.close(stdout)
+
+
+def timed_on_all_ranks(action: Any) -> float:
+    """Measure the seconds until all ranks have done it."""
+    from clip4vla.distributed import collectives  # the command line is read before torch is imported
+
+    collectives.barrier()
+    start = time.perf_counter()
+    action()
+    collectives.barrier()
+    return time.perf_counter() - start

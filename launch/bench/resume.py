@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from clip4vla.config_io import load
 from clip4vla.distributed import collectives
 from clip4vla.training import engine, train_step
 from clip4vla.training.run_setup import prepare, train_loader
-from launch.bench.common import count, free_port, run_ranks
+from launch.bench.common import count, free_port, run_ranks, timed_on_all_ranks
 from launch.bench.step import configure
 
 
@@ -64,22 +63,13 @@ def _rank(rank: int, ranks: int, port: int, folder: str, rounds: int) -> None:
     seconds: dict[str, list[float]] = {"save": [], "load": [], "dd": [], "bytes": []}
     for step in range(1, rounds + 1):
         one = Path(cfg.run_dir, "checkpoints", f"step-{step:08d}")
-        seconds["save"].append(_timed(lambda step=step: checkpoints.save(step)))
-        seconds["load"].append(_timed(lambda one=one: checkpoints.load(one)))
+        seconds["save"].append(timed_on_all_ranks(lambda step=step: checkpoints.save(step)))
+        seconds["load"].append(timed_on_all_ranks(lambda one=one: checkpoints.load(one)))
         seconds["bytes"].append(sum(file.stat().st_size for file in one.rglob("*")))
-        seconds["dd"].append(_timed(lambda: _dd(folder, int(seconds["bytes"][-1]))))
+        seconds["dd"].append(timed_on_all_ranks(lambda: _dd(folder, int(seconds["bytes"][-1]))))
     if rank == 0:
         torch.save(seconds, Path(folder, "seconds.pt"))
     collectives.barrier()
-
-
-def _timed(action: Any) -> float:
-    """Seconds until all ranks have done it."""
-    collectives.barrier()
-    start = time.perf_counter()
-    action()
-    collectives.barrier()
-    return time.perf_counter() - start
 
 
 def _dd(folder: str, size: int) -> None:

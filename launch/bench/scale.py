@@ -21,7 +21,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from clip4vla.distributed import collectives
 from clip4vla.losses.contrastive import info_nce
 from clip4vla.training import engine, flops, train_step
 from clip4vla.training.run_setup import prepare, train_loader
-from launch.bench.common import count, free_port, run_ranks
+from launch.bench.common import count, free_port, run_ranks, timed_on_all_ranks
 from launch.bench.step import configure
 
 DIM = 512  # of the space
@@ -102,13 +101,15 @@ def _parts(run: Any, batches: list[Batch], cfg: RunConfig) -> dict[str, float]:
     work = flops.FlopCounter(run.module, cfg)
     seconds: dict[str, list[float]] = {"step": [], "towers": [], "optimizer": []}
     for batch in batches:
-        seconds["step"].append(_timed(lambda batch=batch: train_step.step(run, [batch], cfg)))
-        seconds["towers"].append(_timed(lambda batch=batch: run.backward(_sum(run(batch, cfg.loss, cfg.mask)))))
-        seconds["optimizer"].append(_timed(run.step))
+        seconds["step"].append(timed_on_all_ranks(lambda batch=batch: train_step.step(run, [batch], cfg)))
+        seconds["towers"].append(
+            timed_on_all_ranks(lambda batch=batch: run.backward(_sum(run(batch, cfg.loss, cfg.mask))))
+        )
+        seconds["optimizer"].append(timed_on_all_ranks(run.step))
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
     a, b = (F.normalize(torch.randn(2048, DIM), dim=-1).requires_grad_() for _ in range(2))
     everyone = torch.ones(2048, dtype=torch.bool)
-    loss = min(_timed(lambda: info_nce(a, b, torch.ones(1), everyone).sum().backward()) for _ in range(3))
+    loss = min(timed_on_all_ranks(lambda: info_nce(a, b, torch.ones(1), everyone).sum().backward()) for _ in range(3))
     clips = sum(map(len, batches))
     segments = torch.cat([batch.segment_clip.bincount(minlength=len(batch)) for batch in batches]).double()
     return medians | {
@@ -132,18 +133,9 @@ def _sum(features: dict[str, Tensor]) -> Tensor:
 def _network(size: float) -> dict[str, float]:
     """bandwidth (bytes/s of a ring) and latency (s), from an all-reduce of the gradients' size and one of a number."""
     small, large = torch.zeros(1), torch.zeros(int(size) // 2, dtype=torch.bfloat16)
-    latency = statistics.median(_timed(lambda: dist.all_reduce(small)) for _ in range(20))
-    seconds = statistics.median(_timed(lambda: dist.all_reduce(large)) for _ in range(3))
+    latency = statistics.median(timed_on_all_ranks(lambda: dist.all_reduce(small)) for _ in range(20))
+    seconds = statistics.median(timed_on_all_ranks(lambda: dist.all_reduce(large)) for _ in range(3))
     return {"bandwidth": size / (seconds - latency), "latency": latency}  # 2 (W - 1) / W is 1 for two ranks
-
-
-def _timed(action: Any) -> float:
-    """Seconds until all ranks have done it."""
-    collectives.barrier()
-    start = time.perf_counter()
-    action()
-    collectives.barrier()
-    return time.perf_counter() - start
 
 
 def model(world: int, clips: int, costs: dict[str, float]) -> dict[str, float]:

@@ -59,7 +59,7 @@ def zero(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory):
-    """launch/pretrain.py whose files can have no more than so many bytes on one rank, as if its disk were full; {RANK} is it."""
+    """launch/pretrain.py whose files have at most that many bytes on one rank, as if its disk were full; {RANK} is it."""
     script = tmp_path_factory.mktemp("script") / "limited.py"
     script.write_text(LIMITED)
     return script
@@ -128,14 +128,14 @@ def test_bf16_with_all_towers_goes_on_with_one_rank_instead_of_two(words, zero, 
 )
 def test_what_a_damaged_config_json_says_is_not_gone_on_with(tmp_path, change):
     """One flipped bit makes step 500 another: the steps between would never be trained."""
-    told = {"step": 500, "ranks": 2, "zero_stage": 1, "sample order": "0" * 12}
+    metadata = {"step": 500, "ranks": 2, "zero_stage": 1, "sample order": "0" * 12}
     (checkpoint := tmp_path / "step-00000500").mkdir()
-    text = "{" if change == "no json" else json.dumps({} if change == "no key" else told | change)
+    text = "{" if change == "no json" else json.dumps({} if change == "no key" else metadata | change)
     (checkpoint / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"step-00000500: cannot be continued from \(.*\); remove it"):
         read_metadata(checkpoint)
-    (checkpoint / "config.json").write_text(json.dumps(told))
-    assert read_metadata(checkpoint) == told
+    (checkpoint / "config.json").write_text(json.dumps(metadata))
+    assert read_metadata(checkpoint) == metadata
 
 
 def test_a_state_without_zero_goes_on_without_zero_alone():

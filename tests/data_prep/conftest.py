@@ -33,7 +33,7 @@ def prepare(tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """The command in this process (importing torch anew takes seconds): its exit code and its error line."""
+    """The command in this process (importing torch again takes seconds): its exit code and its error line."""
 
     def call(out, *words, **more):
         monkeypatch.setattr(sys, "argv", ["shard.py", *settings(out, *words, **more)])

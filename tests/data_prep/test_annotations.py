@@ -271,8 +271,8 @@ def test_a_clip_keeps_its_first_thousand_captions_and_the_lines_of_others_are_co
 
 
 def test_the_captions_of_one_line_are_a_thousand_at_most(prepare):
-    told = {f"{lang}Cap": [f"{lang} {i}" for i in range(600)] for lang in ("en", "ch")}
-    clip = {"videoID": "v_000001_000011"} | told
+    captions = {f"{lang}Cap": [f"{lang} {i}" for i in range(600)] for lang in ("en", "ch")}
+    clip = {"videoID": "v_000001_000011"} | captions
     rows, skipped = prepare("vatex", {"vatex_training_v1.0.json": [clip]}, ["v_000001_000011.mp4"])
     assert Counter(rows[0].caption_langs) == {"en": 600, "zh": 400} and rows[0].captions[-1] == "ch 399"
     assert [item.why for item in skipped] == ["unusable"]

@@ -55,7 +55,7 @@ from data_prep.checks.shard import ClipStats
 
 @pytest.fixture
 def command(monkeypatch, capfd):
-    """The command in this process (importing torch anew takes seconds): exit code, stdout and stderr."""
+    """The command in this process (importing torch again takes seconds): exit code, stdout and stderr."""
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["check.py", *map(str, words)])

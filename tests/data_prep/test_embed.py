@@ -150,8 +150,10 @@ def not_finite(folder: Path, entry: int) -> str:
         for key, sample in zip(keys, opened.read([(0, e) for e in range(len(keys))], ("clip",)), strict=True)
     }
     content[keys[entry]] = b"\0\x7e" + content[keys[entry]][2:]
-    anew = write_shard(folder / opened.shards[0].name, [(key, {"clip.f16": data}) for key, data in content.items()])
-    tree["shards"][0] |= anew
+    rewritten = write_shard(
+        folder / opened.shards[0].name, [(key, {"clip.f16": data}) for key, data in content.items()]
+    )
+    tree["shards"][0] |= rewritten
     indexes.write(folder, tree)
     return keys[entry]
 
@@ -315,7 +317,7 @@ def test_killed_and_finished_by_two_ranks_the_bytes_are_those_of_one_undisturbed
 
 
 def rewrite(folder: Path) -> Path:
-    """Make the first shard of a folder anew, without its last sample; returns it."""
+    """Make the first shard of a folder again, without its last sample; returns it."""
     opened = ShardFolder.open(str(folder))
     tree = indexes.read(folder)
     first, *others = tree["shards"]
@@ -333,7 +335,7 @@ def rewrite(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def refused(made, plain, clip, tmp_path_factory):
-    """What commands say that cannot, or must not, use the vectors that are there; then embed.py mends what is stale."""
+    """What commands say that cannot, or must not, use the vectors that are there; then embed.py repairs what is stale."""
     out, tmp = made[0], tmp_path_factory.mktemp("refused")
     for name in ("rewritten", "others"):
         shutil.copytree(out, tmp / name)

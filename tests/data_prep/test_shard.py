@@ -247,9 +247,9 @@ def test_dry_run_tells_and_writes_nothing(run, tmp_path):
     assert "media/train: 9 clips found" in said and "1 missing, the first: absent.wav" in said
     assert "1 malformed, the first: captions.csv:12" in said and "9 of 9 clips" in said and "in about 3 shards" in said
     assert run(out, "max_failed_fraction=1", media=media, dataset="folder")[0] == 0
-    told = float(said.split("clips: ")[1].split(" GB")[0]) * 1e9
+    estimate = float(said.split("clips: ")[1].split(" GB")[0]) * 1e9
     made = sum(path.stat().st_size for path in out.rglob("*.tar"))
-    assert 0.5 * made < told < 1.1 * made  # tars of a few samples are mostly their 10 KB blocks
+    assert 0.5 * made < estimate < 1.1 * made  # tars of a few samples are mostly their 10 KB blocks
 
 
 def test_videos_give_frames_and_sound_of_the_same_interval(run, tmp_path):

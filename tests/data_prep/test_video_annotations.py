@@ -136,15 +136,15 @@ def test_cut_files_named_after_the_whole_video(prepare):
 
 
 def test_activitynet_joins_sentences_to_a_paragraph(prepare):
-    told = {
+    activity = {
         "duration": 82.73,
         "timestamps": [[0.83, 19.86], [17.37, 60.81]],
         "sentences": ["A  man.", " He &lt; she. "],
     }
     files = {
-        "train.json": {"v_QOlSCBRmfWY": told, "v_v_b-": told, "v_gone": told, "v_x": {"duration": 3.0}},
-        "val_1.json": {"v__valid": told},
-        "val_2.json": {"v__valid": told | {"sentences": ["", " "]}},
+        "train.json": {"v_QOlSCBRmfWY": activity, "v_v_b-": activity, "v_gone": activity, "v_x": {"duration": 3.0}},
+        "val_1.json": {"v__valid": activity},
+        "val_2.json": {"v__valid": activity | {"sentences": ["", " "]}},
     }
     rows, skipped = prepare("activitynet", files, ["v_QOlSCBRmfWY.mp4", "v_b-.mkv", "_valid.webm"])
     assert [(row.id, row.split, row.media, row.captions) for row in rows] == [

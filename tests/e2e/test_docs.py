@@ -246,7 +246,7 @@ def do(folder: Path, words: list[str], ranks: int = 1) -> str:
 
 def follow(folder: Path, page: str, smaller: dict[str, str], only: str = "") -> dict[str, str]:
     """Run the commands of a page's blocks that hold `only`, in order, each with the words that make it small; what they print."""
-    told = {}
+    printed = {}
     for command in commands(page, blocks_only=True):
         words = shlex.split(command.line, comments=True)
         if only not in command.line or PLACEHOLDER.fullmatch(words[-1]):
@@ -255,12 +255,12 @@ def follow(folder: Path, page: str, smaller: dict[str, str], only: str = "") -> 
         if words[1] == "-c":
             done = subprocess.run([shutil.which("python3"), *words[1:]], cwd=folder, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
-            told[command.line] = done.stdout
+            printed[command.line] = done.stdout
             continue
         first = next(i for i, word in enumerate(words) if word.endswith(".py"))
         ranks = int(words[words.index("--num_accelerators") + 1]) if words[0] == "deepspeed" else 1
-        told[command.line] = do(folder, [*words[first:], *extra], ranks)
-    return told
+        printed[command.line] = do(folder, [*words[first:], *extra], ranks)
+    return printed
 
 
 SMALL = "model.clip=tiny.json train.max_steps=2 train.log_every=1 track.wandb=off train.precision=fp32 data.decode_threads=1"
@@ -271,17 +271,17 @@ def sample(tmp_path_factory):
     """A copy in which the commands of data.md on the sample have run; what each printed."""
     folder = checkout(tmp_path_factory.mktemp("docs") / "clip4vla")
     smaller = {"launch/pretrain.py": SMALL, "embed.py": "model.clip=tiny.json"}
-    told = follow(folder, "data.md", smaller, "sample") | follow(folder, "data.md", {}, "data/parts --repair")
-    return folder, told
+    printed = follow(folder, "data.md", smaller, "sample") | follow(folder, "data.md", {}, "data/parts --repair")
+    return folder, printed
 
 
 def test_data_preparation_on_the_sample_is_as_its_page_says(sample):
-    folder, told = sample
-    assert "core hours" in told["python data_prep/shard.py configs/data/sample.yaml --dry-run"]
+    folder, printed = sample
+    assert "core hours" in printed["python data_prep/shard.py configs/data/sample.yaml --dry-run"]
     assert (folder / "data/sample.html").is_file()
     assert (folder / "data/sample/speech_fr/train/clip/index.json").is_file()
     tars = [*(folder / "data/parts/speech_fr/train").glob("*.tar")]
-    assert len(tars) == 3 and all("page:" in text for line, text in told.items() if "check.py" in line)
+    assert len(tars) == 3 and all("page:" in text for line, text in printed.items() if "check.py" in line)
 
 
 def test_performance_on_the_sample_is_as_its_page_says(sample):
@@ -313,8 +313,10 @@ def test_the_guide_to_a_data_set_gives_shards(tmp_path):
     shutil.copy(sounds[1], media / "d_f_5.ogg")
     lines = ["abc,30,playing harp,train", "d_f,5,dog barking,test", "gone,1,dog barking,test", "abc,40,dog barking,dev"]
     (media.parent / "vggsound.csv").write_text("\n".join(lines) + "\n")
-    told = follow(copy, "extending.md", {"shard.py": "max_failed_fraction=0.3", "check.py": "--decode all"}, "vggsound")
-    assert len(told) == 3 and "vggsound/train: 1 clips found" in [*told.values()][0]
+    printed = follow(
+        copy, "extending.md", {"shard.py": "max_failed_fraction=0.3", "check.py": "--decode all"}, "vggsound"
+    )
+    assert len(printed) == 3 and "vggsound/train: 1 clips found" in [*printed.values()][0]
     skipped = [json.loads(line) for line in (copy / "data/shards/vggsound/skipped.jsonl").read_text().splitlines()]
     assert {item["why"]: item["where"] for item in skipped} == {"missing": "gone_1_11", "malformed": "vggsound.csv:4"}
     counts = json.loads((copy / "data/shards/vggsound/vggsound/test/index.json").read_text())["counts"]
@@ -331,8 +333,8 @@ def test_the_guide_to_a_fusion_gives_a_head_that_learns(sample, tmp_path):
     plain = few.split() + ["configs/finetune/stamps_retrieval.yaml", "model.head=global_global"]
     for script in ("launch/finetune_retrieval.py", "launch/evaluate.py"):
         do(copy, [script, *plain, "run_dir=runs/stamps_retrieval"])
-    told = follow(copy, "extending.md", {"stamps_retrieval.yaml": few}, "weighted")
-    assert "runs/weighted (weighted)" in [*told.values()][-1]
+    printed = follow(copy, "extending.md", {"stamps_retrieval.yaml": few}, "weighted")
+    assert "runs/weighted (weighted)" in [*printed.values()][-1]
     weights = load_file(copy / "runs/weighted/checkpoints/step-00000002/model.safetensors")["head.weights"]
     assert weights[0] == 0 and (weights[1:] != 0).all()
     first = [trace(copy / "runs" / name)[1] for name in ("weighted", "stamps_retrieval")]
@@ -344,8 +346,8 @@ def test_the_guide_to_a_loss_gives_its_value_on_any_ranks(sample, tmp_path):
     (copy / "data").symlink_to(sample[0] / "data")
     few = f"{SMALL} init_from=scratch train.batch_size=12 data.precomputed_embeddings=off"
     few += " data.train=[data/sample/speech_fr/train,data/sample/sounds/train]"
-    told = follow(copy, "extending.md", {"pretrain.py": few}, "uniform")
-    assert len(told) == 1
+    printed = follow(copy, "extending.md", {"pretrain.py": few}, "uniform")
+    assert len(printed) == 1
     words = ["configs/pretrain/sample.yaml", "loss.uniform=0.1", "run_dir=runs/one", *few.split()]
     do(copy, ["launch/pretrain.py", *words])
     one, two = (

@@ -34,7 +34,7 @@ def submit(cluster, log, options, *words):
 
 
 def stall(media, unit):
-    """Make reading the second row of a unit hang, as a lost file server does; returns what mends it."""
+    """Make reading the second row of a unit hang, as a lost file server does; returns what repairs it."""
     file, aside = media / unit.read()[1].media, media.parent / "aside"
     file.rename(aside)
     os.mkfifo(file)  # opening it waits for a writer that never comes
@@ -62,14 +62,14 @@ def test_an_array_with_a_preempted_task_and_its_merge_give_what_one_run_gives(cl
     shard(load(DataConfig, CONFIG, [*words, f"out={out}"]), plan=True)
     units = read_plan(out)[1][1::3]
     before, unit = units[: len(units) // 2], units[len(units) // 2]
-    mend = stall(media, unit)
+    repair = stall(media, unit)
 
     job = submit(cluster, log, ["--array=5-7%2"], CONFIG, *words, f"out={out}")
     merge = submit(cluster, log, [f"--dependency=afterok:{job}"], CONFIG, *words, f"out={out}", "--merge")
     cluster.until(Path(f"{unit.tar}.partial").exists)
     made = {done.tar: done.tar.stat().st_mtime_ns for done in before}
     cluster.run("scontrol", "requeue", f"{job}_6")
-    mend()
+    repair()
     assert set(cluster.wait(job, merge).values()) == {"COMPLETED"}, log.read_text()
 
     assert "Restarts=1" in cluster.run("scontrol", "show", "job", f"{job}_6")

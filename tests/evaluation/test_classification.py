@@ -141,7 +141,7 @@ NONE = Features([], [], {"v": torch.zeros(0, 6), "a": torch.zeros(0, 6)})
 
 
 def solved(some, turns, kinds, cfg):
-    """(scores, what is told) without data.train."""
+    """(scores, its notes) without data.train."""
     return linear_probe.ProbeEvaluation(
         some, turns, NONE, list("abcd"), cfg, torch.device("cpu"), lambda place: None
     ).solved(kinds)
@@ -151,12 +151,12 @@ def test_what_is_held_out_decides_nothing():
     """Other labels for a fold change neither its strength nor its scores."""
     some, turns = made()
     cfg = cfg_of("classify.cross_validate=true", "classify.shots=[2]", "classify.n_draws=3")
-    scores, told = solved(some, turns, "va", cfg)
+    scores, notes = solved(some, turns, "va", cfg)
     first = [fold == "fold0" for fold in turns]
     for clip, inside in zip(some.clips, first, strict=True):
         clip["label"] = "dcba"["abcd".index(clip["label"])] if inside else clip["label"]
-    again, told_again = solved(some, turns, "va", cfg)
-    assert told["C"]["fold0"] == told_again["C"]["fold0"] and len(told["C"]) == 3
+    again, notes_again = solved(some, turns, "va", cfg)
+    assert notes["C"]["fold0"] == notes_again["C"]["fold0"] and len(notes["C"]) == 3
     assert torch.equal(scores[first], again[first]) and not torch.equal(scores, again)
 
 
@@ -189,9 +189,9 @@ def test_few_shots_are_few_and_their_strength_is_chosen_by_other_groups():
 def test_more_shots_are_better_and_all_clips_are_best():
     some, turns = made(n=900, seed=3)
     cfg = cfg_of("classify.cross_validate=true", "classify.shots=[1, 16]", "classify.n_draws=4", "classify.C=[1, 10]")
-    scores, told = solved(some, turns, "v", cfg)
+    scores, notes = solved(some, turns, "v", cfg)
     right = torch.tensor(["abcd".index(clip["label"]) for clip in some.clips])
-    one, many = (np.mean(told["few_shot"][n]) for n in ("1", "16"))
+    one, many = (np.mean(notes["few_shot"][n]) for n in ("1", "16"))
     assert one + 5 < many <= 100 * (scores.argmax(1) == right).double().mean() + 3
 
 

@@ -120,12 +120,12 @@ def words(shards, out, name, media, head):
 
 
 def bound(alike, queries):
-    """R@1 in percent that guessing among so many items exceeds once in ten thousand times."""
+    """R@1 in percent that guessing among that many items exceeds once in ten thousand times."""
     return 100 * binom.ppf(1 - 1e-4, queries, 1 / alike) / queries
 
 
 def check(found, ending, alike, learned=90.0):
-    """R@1 of a medium to which so many items are alike, both ways; queries are independent by caption, and by clip."""
+    """R@1 of a medium to which that many items are alike, both ways; queries are independent by caption, and by clip."""
     for way, queries in (("text_to_video", ITEMS), ("video_to_text", ITEMS * CLIPS["test"])):
         row = found[way + ending]
         assert row["n_queries"] == row["n_gallery"] == ITEMS * CLIPS["test"]

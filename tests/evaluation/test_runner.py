@@ -124,7 +124,7 @@ def test_captions_of_a_batch_are_read_a_few_at_a_time():
 @torch.no_grad()
 @pytest.mark.parametrize("captions", [0, 3])
 def test_a_rank_with_fewer_captions_runs_the_text_tower_as_often_as_the_others(monkeypatch, captions):
-    """Under ZeRO-3 they would wait for each other for ever."""
+    """Under ZeRO-3 they would wait for each other without end."""
     monkeypatch.setattr(
         collectives, "all_gather_objects", lambda passes: [passes, 3] if isinstance(passes, int) else [passes]
     )

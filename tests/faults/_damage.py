@@ -1,4 +1,4 @@
-"""Shards that change between runs and under a run: what is corrupt is named, counted and survived, and mended by check.py."""
+"""Shards that change between runs and under a run: what is corrupt is named, counted and survived, and repaired by check.py."""
 
 import os
 import random
@@ -110,24 +110,24 @@ def meanwhile(folder: Path, small: Small, kind: str, rng: random.Random) -> int:
     return len(found)
 
 
-def made_anew(folder: Path, small: Small, rng: random.Random) -> str:
-    """The whole folder is made anew, with another index, while a run reads it: its one line."""
+def made_again(folder: Path, small: Small, rng: random.Random) -> str:
+    """The whole folder is made again, with another index, while a run reads it: its one line."""
     shards = folder / "data"
     well(small.shard(shards), "shards")
     words = ("train.max_steps=4000", "train.save_every=4000", "eval.every_steps=0")
     with small.training(folder / "run", *words, shards=shards) as begun:
         wait_for(folder / "run/metrics.jsonl", rng.randrange(3, 10))
-        well(small.shard(shards, "spectrogram.quality=80", "samples_per_shard=8"), "made anew")
-        said = refused(begun.wait(120), "made anew during a run")
+        well(small.shard(shards, "spectrogram.quality=80", "samples_per_shard=8"), "made again")
+        said = refused(begun.wait(120), "made again during a run")
     shutil.rmtree(folder)
     return said.replace(str(folder), "...")
 
 
 def campaign(folder: Path, small: Small, rng: random.Random, rounds: int) -> dict:
-    """Every kind, so many times."""
+    """Every kind, that many times."""
     do: dict[str, Callable[..., int]] = {"between runs": between, "during a run": meanwhile}
     found = {
         when: {kind: [work(folder / "d", small, kind, rng) for _ in range(rounds)] for kind in KINDS}
         for when, work in do.items()
     }
-    return found | {"made anew during a run": made_anew(folder / "d", small, rng)}
+    return found | {"made again during a run": made_again(folder / "d", small, rng)}

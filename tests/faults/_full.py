@@ -62,7 +62,7 @@ def fill(disk: Disk, name: str, case: Case, rng: random.Random) -> dict[str, int
     before = disk.used()
     well(case.command(), f"{name}: undisturbed")
     wanted, need, files = case.result(), disk.used() - before, contents(disk.folder)
-    told = {"refused": 0, "enough": 0}
+    outcomes = {"refused": 0, "enough": 0}
     for number in range(case.sizes):
         disk.start_decoding()
         _remove(case.made)
@@ -73,7 +73,7 @@ def fill(disk: Disk, name: str, case: Case, rng: random.Random) -> dict[str, int
         disk.leave(kib)
         what = f"{name}: {kib} of {need} KiB left"
         done = case.command()
-        told["refused" if done.returncode else "enough"] += 1
+        outcomes["refused" if done.returncode else "enough"] += 1
         if done.returncode:
             refused(done, what)
             _whole(disk.folder, files if case.same else {}, what)
@@ -81,7 +81,7 @@ def fill(disk: Disk, name: str, case: Case, rng: random.Random) -> dict[str, int
         well(case.command(), f"{what}, then made room")
         assert case.result() == wanted, f"{what}, then made room: another result"
     _remove(case.made)
-    return told | {"KiB": need}
+    return outcomes | {"KiB": need}
 
 
 def while_it_logs(disk: Disk, small: Small, rng: random.Random, times: int) -> dict[str, int]:

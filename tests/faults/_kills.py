@@ -256,11 +256,11 @@ def _marked(entry: Path, marks: list[bytes]) -> bool:
     if int(entry.name) == os.getpid():
         return False
     try:
-        told = [(entry / name).read_bytes() for name in ("environ", "cmdline")]
-        told += [os.fsencode(os.readlink(file)) for file in (entry / "fd").iterdir()]
+        texts = [(entry / name).read_bytes() for name in ("environ", "cmdline")]
+        texts += [os.fsencode(os.readlink(file)) for file in (entry / "fd").iterdir()]
     except OSError:
         return False
-    return any(mark in text for mark in marks for text in told)
+    return any(mark in text for mark in marks for text in texts)
 
 
 def nobody_left(started: Started, patience: float = 45.0) -> float:
@@ -299,7 +299,7 @@ def _segments(forked: bool) -> set[str]:
 
 
 def plan(rng: random.Random, count: int, choices: list[tuple[float, str, str, str, float, float]]) -> list[Kill]:
-    """So many kills at random, each of (weight, who, sign, when, longest delay, seconds of a pause) once if it can be."""
+    """That many kills at random, each of (weight, who, sign, when, longest delay, seconds of a pause) once if it can be."""
     weights = [choice[0] for choice in choices]
     drawn = [*choices, *rng.choices(choices, weights, k=max(0, count - len(choices)))][:count]
     rng.shuffle(drawn)

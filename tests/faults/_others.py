@@ -102,15 +102,15 @@ def writers(folder: Path, small: Small) -> dict[str, int]:
         "export": lambda: run("launch/export.py", run_dir, folder / "exported"),
         "train": lambda: small.train(folder / "two", "train.hang_timeout_minutes=0.02"),
     }
-    told = {}
+    refusals = {}
     for name, command in twice.items():
         ends = together(command, command)
         losers = [done for done in ends if done.returncode]
         assert len(losers) < 2, f"two writers: {name}: both failed\n{losers[0].stderr[-1500:]}"
-        told[name] = sum(bool(refused(done, f"two writers: {name}")) for done in losers)
+        refusals[name] = sum(bool(refused(done, f"two writers: {name}")) for done in losers)
     assert contents(folder / "out") and _tars(folder / "out") == _tars(small.shards)
     assert losses(folder / "two") == losses(run_dir), "two trainers: other losses"
-    return told | {"requeued": requeued(folder, small)}
+    return refusals | {"requeued": requeued(folder, small)}
 
 
 def _tars(folder: Path) -> dict[str, str]:
@@ -150,13 +150,13 @@ def clock(folder: Path, small: Small, seconds: float) -> dict[str, int | str]:
     for path in (folder / "out").rglob("*"):
         os.utime(path, (far, far))  # written while the clock was wrong
     well(small.shard(folder / "out"), "mtimes in the future")
-    anew = [path for path in before if path.stat().st_mtime < time.time() + 1e8]
-    assert not anew, f"made anew for their times: {anew}"
+    rewritten = [path for path in before if path.stat().st_mtime < time.time() + 1e8]
+    assert not rewritten, f"made again for their times: {rewritten}"
     return {"jumps while training": trained, "jumps while sharding": made, "shards of the future kept": len(before)}
 
 
 def jumping(folder: Path, words: list[object], seconds: float) -> int:
-    """Run a script whose wall clock jumps every so many seconds; monotonic clocks go on, as they do in a kernel."""
+    """Run a script whose wall clock jumps every that many seconds; monotonic clocks go on, as they do in a kernel."""
     stamp = folder / "clock"
     stamp.write_text("+0\n")
     names = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(stamp), "FAKETIME_NO_CACHE": "1"}
@@ -190,4 +190,4 @@ def future_entries(folder: Path) -> None:
         os.utime(path, (far, far))
     cache = Cache(folder, 40 << 12)
     cache.put({"new": b"y" * 4096})
-    assert cache.get("new") == b"y" * 4096 and not cache.closed, "entries of the future stay for ever"
+    assert cache.get("new") == b"y" * 4096 and not cache.closed, "entries of the future stay without end"

@@ -80,7 +80,7 @@ def _run(folder: Path, text: str) -> Path:
 
 
 def chromium(folder: Path, server: Server, queries: int = len(SHORT)) -> dict:
-    """Figures of the pages, the search page last, which is asked with so many of the texts and with a file named by one."""
+    """Figures of the pages, the search page last, which is asked with that many of the texts and with a file named by one."""
     pages, expected = write(folder), {"check": [text[:99] for text in SHORT]}
     browser = Browser(folder / "chromium")
     found = {}

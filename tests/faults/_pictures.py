@@ -72,7 +72,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png_claiming(width: int, height: int, data: bytes = b"", more: bytes = b"", colour: int = 2) -> bytes:
-    """A PNG whose header says so; its data may be few bytes, or so many zeros packed."""
+    """A PNG whose header says so; its data may be few bytes, or that many zeros packed."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + more + chunk(b"IDAT", data or zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
 

@@ -119,7 +119,7 @@ def plan(root: Path) -> tuple[Path, list[ManifestRow], bytes]:
 
 
 def planned(state: tuple[Path, list[ManifestRow], bytes], damage: Damage) -> str:
-    """The units of a corrupt manifest, whose shards lie in their folder; and the plan made anew from it."""
+    """The units of a corrupt manifest, whose shards lie in their folder; and the plan made again from it."""
     out, rows, data = state
     head, *lines = data.splitlines(keepends=True)
     if damage.rng.random() < 0.5:  # the sizes go with the lines
@@ -142,8 +142,8 @@ def planned(state: tuple[Path, list[ManifestRow], bytes], damage: Damage) -> str
 def kept(root: Path) -> tuple[Path, dict[str, torch.Tensor], bytes]:
     """Features of a folder as they are kept."""
     root.mkdir(exist_ok=True)
-    told = torch.frombuffer(bytearray(json.dumps([META, META]).encode()), dtype=torch.uint8)
-    tensors = {"clips": told, "number": torch.arange(2), "v": torch.ones(2, 4), "a": torch.ones(2, 4)}
+    clips_json = torch.frombuffer(bytearray(json.dumps([META, META]).encode()), dtype=torch.uint8)
+    tensors = {"clips": clips_json, "number": torch.arange(2), "v": torch.ones(2, 4), "a": torch.ones(2, 4)}
     save_tensors(tensors, root / "x.safetensors")
     return root / "x.safetensors", tensors, (root / "x.safetensors").read_bytes()
 
@@ -154,12 +154,12 @@ def feature(state: tuple[Path, dict[str, torch.Tensor], bytes], damage: Damage) 
     if damage.rng.random() < 0.5:
         path.write_bytes(damage.file(data))
     else:
-        told = torch.frombuffer(bytearray(damage.json(bytes(tensors["clips"])) or b" "), dtype=torch.uint8)
-        changed = tensors | {"clips": told, damage.rng.choice(list(tensors)): _other(damage.rng)}
-        save_tensors(changed if damage.rng.random() < 0.5 else tensors | {"clips": told}, path)
+        clips_json = torch.frombuffer(bytearray(damage.json(bytes(tensors["clips"])) or b" "), dtype=torch.uint8)
+        changed = tensors | {"clips": clips_json, damage.rng.choice(list(tensors)): _other(damage.rng)}
+        save_tensors(changed if damage.rng.random() < 0.5 else tensors | {"clips": clips_json}, path)
     found = features._read(path, "va", 4)
     if found is None:
-        return "made anew"
+        return "made again"
     assert len(found.clips) == len(found.number) == len(found.having("va")) and isinstance(found.clips[0]["id"], str)
     return "features"
 

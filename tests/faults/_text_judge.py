@@ -30,7 +30,7 @@ def garbage(rng: random.Random) -> bytes:
 
 
 def storm(cases: int, seed: int) -> dict[str, Any]:
-    """So many strangers, some of whom stay, while two ranks work; both are heard to the end, which is in order."""
+    """That many strangers, some of whom stay, while two ranks work; both are heard to the end, which is in order."""
     rng, kept = random.Random(f"judge {seed}"), []
     judge = subprocess.Popen(
         [sys.executable, "-IB", str(JUDGE), "2"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

@@ -139,8 +139,8 @@ def checkpoint(root: Path) -> Path:
 
 def place_of_a_run(place: Path, damage: Damage) -> str:
     """Where a run goes on from a checkpoint by its corrupt config.json: where it was, or not at all."""
-    told = {"clip": {"embed_dim": 64}, "step": 500, "ranks": 2, "zero_stage": 1, "sample order": "0123456789ab"}
-    (place / "config.json").write_bytes(damage.json(json.dumps(told).encode()))
+    metadata = {"clip": {"embed_dim": 64}, "step": 500, "ranks": 2, "zero_stage": 1, "sample order": "0123456789ab"}
+    (place / "config.json").write_bytes(damage.json(json.dumps(metadata).encode()))
     assert read_metadata(place)["step"] == 500
     return "the step"
 

@@ -68,7 +68,7 @@ class Watch:
 
 
 watch = Watch()
-sys.addaudithook(watch)  # for ever: it cannot be taken away
+sys.addaudithook(watch)  # without end: it cannot be taken away
 sys.dont_write_bytecode = True  # of a module that a case is the first to import
 
 
@@ -86,7 +86,7 @@ def watched(folder: Path, may: tuple[str, ...]) -> Iterator[None]:
 
 
 def run(target: Target, folder: Path, seed: int, cases: int = 0, failed: list[str] | None = None) -> dict[str, Any]:
-    """Figures of so many cases; AssertionError naming seed and case for the first that is not survived.
+    """Figures of that many cases; AssertionError naming seed and case for the first that is not survived.
 
     failed: gets all of those instead.
     """
@@ -151,7 +151,7 @@ def _alarm() -> Iterator[None]:
 @contextlib.contextmanager
 def _memory() -> Iterator[Callable[[], int]]:
     """Address space is limited inside; gives what tells how much resident memory came on top at most."""
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins again
     before, limits = _status("VmRSS"), resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + 2 * MEMORY, limits[1]))
     peak = 0

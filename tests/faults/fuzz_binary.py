@@ -31,7 +31,7 @@ def campaign(folder: Path, seed: int, cases: int = CASES) -> dict[str, Any]:
 
 
 def mutated(name: str, folder: Path, seed: int, cases: int) -> dict[str, Any]:
-    """So many mutated files of a target."""
+    """That many mutated files of a target."""
     make = {
         "tars": _tars.mutated, "pictures": _pictures.stills_mutated, "pictures_in_shards": _pictures.in_shards,
         "media": _media.mutated, "weights": _weights.mutated,

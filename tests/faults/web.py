@@ -46,7 +46,7 @@ def campaign(folder: Path, seed: int) -> dict:
 
 
 def attack(server: Server, name: str, count: int, rng: random.Random, seed: int) -> dict:
-    """So many of a kind: how many were answered and refused; AssertionError names the first that is worse."""
+    """That many of a kind: how many were answered and refused; AssertionError names the first that is worse."""
     outcomes: Counter[str] = Counter()
     make = {"paths": paths, "queries": queries, "requests": requests, "uploads": uploads, "hosts": hosts}[name]
     start = time.monotonic()
@@ -250,7 +250,7 @@ def slow(server: Server, count: int) -> dict:
 
 
 def silent(server: Server, count: int) -> dict:
-    """So many clients that hold a stream of answers open, each of a session of its own, and as many heartbeats: a person
+    """That many clients that hold a stream of answers open, each of a session of its own, and as many heartbeats: a person
     is answered, and nobody's stream ends the server."""
     start, links = time.monotonic(), []
     for number in range(count):
@@ -278,7 +278,7 @@ def _lives(number: int, link: socket.socket) -> bool:
 
 
 def crowd(server: Server, clients: int, seconds: float, seed: int) -> dict:
-    """So many clients at once: three of five ask by text, one by a file, one sends garbage. Who is refused waits a moment.
+    """That many clients at once: three of five ask by text, one by a file, one sends garbage. Who is refused waits a moment.
 
     Latencies in ms.
     """

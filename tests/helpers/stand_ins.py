@@ -27,7 +27,7 @@ class Towers(Model):
 
 
 class OneBatch:
-    """A loader of a single batch without media: clips with so many captions each."""
+    """A loader of a single batch without media: clips with that many captions each."""
 
     device, order = torch.device("cpu"), [0]
 

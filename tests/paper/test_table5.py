@@ -149,9 +149,9 @@ def test_types_of_a_run(table5):
     folder = table5[0] / "type/seed-1/pretrain"
     done = run("launch/ablate.py", "audio-types", folder)
     assert done.returncode == 0 and "speech or sound, from both" in done.stdout, done.stderr
-    told = json.loads((folder / "audio_types/audio_types.json").read_text())
-    assert len(told["probes"]) == 4
-    assert set(told["queries"]) == {"data", "vb", "nb", "both"}
+    analysis = json.loads((folder / "audio_types/audio_types.json").read_text())
+    assert len(analysis["probes"]) == 4
+    assert set(analysis["queries"]) == {"data", "vb", "nb", "both"}
     verbal = list(csv.DictReader((folder / "audio_types/audio_types.csv").open()))
     assert {row["audio_type"] for row in verbal} == {"vb", "nb"} and all(
         0 <= float(row["verbal"]) <= 1 for row in verbal

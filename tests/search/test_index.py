@@ -251,7 +251,7 @@ def test_an_inexact_index_takes_changes_and_scores_exactly(store, tmp_path, monk
     assert first["kind"]["name"] == "fp16" and first["kind"]["lists"] > 1
     more = fill(store, 300, 7, media=("va",), place="/media/b")
     finish(store, tmp_path, 4e9)
-    assert store.get("faiss")["kind"] == first["kind"]  # not learnt anew
+    assert store.get("faiss")["kind"] == first["kind"]  # not learnt again
     truth = np.concatenate([brute(v, query, [0.5, 0, 0, 0.5]) for v in (vectors, more)])
     hits = index.search(query, 10)
     number = {f"/media/a {i}": i for i in range(900)} | {f"/media/b {i}": 900 + i for i in range(300)}

@@ -211,7 +211,7 @@ def test_a_build_again_takes_what_changed_and_only_that(built, model, model_fold
     pictures[0].unlink()
     shutil.copy(pictures[2], pictures[1])  # changed
     shutil.copy(pictures[3], lib / "new.png")
-    shutil.copy(pictures[3], lib / "broken.png")  # mended
+    shutil.copy(pictures[3], lib / "broken.png")  # repaired
     shutil.rmtree(other)
     shutil.rmtree(shards / "val")
     fewer = count - sum(1 for _ in (built[2] / "speech_fr/val").glob("*.tar"))

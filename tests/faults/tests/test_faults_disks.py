@@ -19,11 +19,11 @@ def small(tmp_path_factory) -> Small:
 def test_a_full_disk_is_one_line_and_with_room_the_result_is_the_same(small, tmp_path):
     with Disk(tmp_path / "disk") as disk:
         cases = _full.cases(disk.folder, small, 0.1)
-        told = {
+        outcomes = {
             name: _full.fill(disk, name, cases[name]._replace(sizes=1), random.Random(5))
             for name in ("shard", "evaluate", "export", "search", "train")
         }
-    assert all(of["refused"] for of in told.values()), told
+    assert all(of["refused"] for of in outcomes.values()), outcomes
 
 
 @needs_mount
