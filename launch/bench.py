@@ -2,7 +2,7 @@
 
     python launch/bench.py NAME [--help] > docs/bench_NAME.json
 
-NAME is a module of launch/bench/: add_arguments(parser), main(args) -> its figures. What a benchmark compares with is
+NAME is a module below launch/bench/: add_arguments(parser), main(args) -> its figures. What a benchmark compares with is
 installed by: pip install -c constraints.txt -e '.[bench]'
 """
 
@@ -18,7 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clip4vla.cli import entry_point  # noqa: E402
 from launch.bench.common import machine, versions  # noqa: E402
 
-BENCHES = sorted({path.stem for path in Path(__file__).parent.glob("bench/[a-z]*.py")} - {"common"})
+BENCHES = {
+    path.stem: path.parent.name
+    for path in sorted(Path(__file__).parent.glob("bench/*/[a-z]*.py"), key=lambda p: p.stem)
+}
 
 
 @entry_point
@@ -30,7 +33,7 @@ def main() -> None:
     name = names.parse_args(sys.argv[1:2]).bench
     apart = contextlib.redirect_stdout(sys.stderr)  # DeepSpeed's words, and embed.py's
     with apart:
-        bench = importlib.import_module(f"launch.bench.{name}")
+        bench = importlib.import_module(f"launch.bench.{BENCHES[name]}.{name}")
     parser = argparse.ArgumentParser(prog=f"bench.py {name}", description=bench.__doc__, formatter_class=raw)
     bench.add_arguments(parser)
     args = parser.parse_args(sys.argv[2:])

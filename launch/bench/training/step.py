@@ -37,7 +37,7 @@ from clip4vla.training import engine, flops, train_step
 from clip4vla.training.run_setup import RunSetup, prepare, train_loader
 from data_prep import embed_shards
 from launch.bench.common import count
-from launch.bench.loader import make_shards
+from launch.bench.data.loader import make_shards
 
 FRAMES, SEGMENTS, TOKENS = 12, 10, 32  # what the paper's code pads to
 CUDA = torch.cuda.is_available()

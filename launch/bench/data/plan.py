@@ -23,9 +23,9 @@ from clip4vla.media.spectrogram import crop, decode, encode, log_mel
 from data_prep.build_shards import sample
 from data_prep.manifest import ManifestRow
 from launch.bench.common import count
-from launch.bench.prep import BIKES, BUNNY, H264, SMALL, Video, ffmpeg_version, psnr, rms, timed
+from launch.bench.data.prep import BIKES, BUNNY, H264, SMALL, Video, ffmpeg_version, psnr, rms, timed
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs/data/howto100m.yaml"
+CONFIG = Path(__file__).resolve().parents[3] / "configs/data/howto100m.yaml"
 SPEECH = "tests/sample/household/arttools/scissors_small_open_desc_fr.ogg"
 KINDS = {
     "howto100m": Video("howto100m.mp4", BIKES, SPEECH, 22, f"-vf {SMALL[BIKES]} {H264}", (10, 20)),

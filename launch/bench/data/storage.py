@@ -28,7 +28,7 @@ from clip4vla.data.sampler import TrainSampler
 from clip4vla.data.shards import ShardFolder
 from clip4vla.errors import UserError
 from clip4vla.models.towers import tokenizer
-from launch.bench.loader import MAX_TOKENS, SHARDS, TOWERS, add_arguments, check, make_shards
+from launch.bench.data.loader import MAX_TOKENS, SHARDS, TOWERS, add_arguments, check, make_shards
 
 __all__ = ["add_arguments", "main"]
 

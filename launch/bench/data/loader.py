@@ -40,12 +40,12 @@ from clip4vla.media.images import jpeg
 from clip4vla.models.towers import tokenizer
 from data_prep.build_shards import fbank
 from launch.bench.common import count
-from launch.bench.prep import BIKES, BUNNY, find
+from launch.bench.data.prep import BIKES, BUNNY, find
 
 TOWERS, MAX_TOKENS, WIDTH = "ViT-B-32", 32, 512
 SHARDS, WORKERS = 4, 2
 Stream = Generator[dict[str, Any], None, None]  # of batches
-SOUNDS = Path(__file__).resolve().parents[2] / "tests/sample"
+SOUNDS = Path(__file__).resolve().parents[3] / "tests/sample"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from clip4vla.models import generation, towers
 from clip4vla.models.captioner import CaptionDecoder, Captioner
 from clip4vla.models.fusion import AUDIO, TEXT, VISION, PaddedSequence
 from launch.bench.common import count
-from launch.bench.fusion import ROOM, random_parts, seconds
+from launch.bench.models.fusion import ROOM, random_parts, seconds
 
 WAYS: tuple[Literal["greedy", "beam"], ...] = ("greedy", "beam")
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from launch.bench.common import count
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "nvcc", "ninja")
 
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """The figures."""
-    from launch.bench.step import configure  # with torch: --help comes before
+    from launch.bench.training.step import configure  # with torch: --help comes before
 
     with tempfile.TemporaryDirectory() as folder:
         configure(Path(folder), args.clip, 32, 2 * args.ranks)

@@ -37,7 +37,7 @@ from clip4vla.losses.contrastive import info_nce
 from clip4vla.training import engine, flops, train_step
 from clip4vla.training.run_setup import prepare, train_loader
 from launch.bench.common import count, free_port, run_ranks, timed_on_all_ranks
-from launch.bench.step import configure
+from launch.bench.training.step import configure
 
 DIM = 512  # of the space
 MESSAGES = (

@@ -21,7 +21,7 @@ from clip4vla.distributed import collectives
 from clip4vla.training import engine, train_step
 from clip4vla.training.run_setup import prepare, train_loader
 from launch.bench.common import count, free_port, run_ranks, timed_on_all_ranks
-from launch.bench.step import configure
+from launch.bench.training.step import configure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,1 @@
+"""Benchmarks of models at work: captions, scores of pairs, search."""

@@ -1,0 +1,1 @@
+"""Benchmarks of training: the loss, a step, its start, checkpoints, many ranks."""
