@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip4vla.cli import entry_point  # noqa: E402
 from clip4vla.errors import UserError  # noqa: E402
+from clip4vla.quick_imports import quick_imports  # noqa: E402
 
 
 def _arguments() -> argparse.Namespace:
@@ -39,9 +40,10 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Check, perhaps repair, print and write the page."""
     args = _arguments()
-    from data_prep.checks.folders import inspect  # after the words are read: a typing error shows at once
-    from data_prep.checks.page import drawn, summary, write_page
-    from data_prep.checks.shard import ClipStats
+    with quick_imports():  # after the words are read: a typing error shows at once
+        from data_prep.checks.folders import inspect
+        from data_prep.checks.page import drawn, summary, write_page
+        from data_prep.checks.shard import ClipStats
 
     decode = None if args.repair else args.decode
     reports = inspect(args.folders, decode, args.repair)

@@ -16,13 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip4vla.cli import entry_point, parse_args  # noqa: E402
 from clip4vla.config import RunConfig  # noqa: E402
+from clip4vla.quick_imports import quick_imports  # noqa: E402
 
 
 @entry_point
 def main() -> None:
     """Read the run's config, embed what is not embedded yet, print counts of each folder."""
     cfg = parse_args(RunConfig, "configs/pretrain/stamps.yaml", __doc__)[0]
-    from data_prep.embed_shards import run  # after the words are read: a typing error shows at once
+    with quick_imports():  # after the words are read: a typing error shows at once
+        from data_prep.embed_shards import run
 
     run(cfg)
 

@@ -24,6 +24,7 @@ from clip4vla.cli import entry_point, help_text  # noqa: E402
 from clip4vla.config import DataConfig  # noqa: E402
 from clip4vla.config_io import load  # noqa: E402
 from clip4vla.errors import UserError  # noqa: E402
+from clip4vla.quick_imports import quick_imports  # noqa: E402
 
 DEFAULT = "configs/data/stamps.yaml"
 
@@ -59,7 +60,8 @@ def _part(text: str) -> tuple[int, int]:
 def main() -> None:
     """Read the command line, do what it says."""
     cfg, args = _command_line()
-    from data_prep.build_shards import dry_run, shard  # after the words are read: a typing error shows at once
+    with quick_imports():  # after the words are read: a typing error shows at once
+        from data_prep.build_shards import dry_run, shard
 
     try:
         if args.dry_run:

@@ -17,6 +17,7 @@ from clip4vla.cli import entry_point
 from clip4vla.config import RunConfig
 from clip4vla.config_io import load
 from clip4vla.errors import UserError
+from clip4vla.quick_imports import quick_imports
 
 
 @entry_point
@@ -37,8 +38,9 @@ def main() -> None:
 def table5(args: argparse.Namespace) -> None:
     if len(args.places) != 2:
         raise UserError(f"table5: two config files, PRETRAIN.yaml and FINETUNE.yaml, not {len(args.places)}")
-    from clip4vla.distributed import collectives
-    from clip4vla.paper.table5 import Plan, run  # after the words are read: a typing error shows at once
+    with quick_imports():  # after the words are read: a typing error shows at once
+        from clip4vla.distributed import collectives
+        from clip4vla.paper.table5 import Plan, run
 
     plan = Plan(args.places[0], args.places[1], args.words, Path(args.out))
     table = run(plan, args.seeds, args.deepspeed_config)
@@ -48,21 +50,24 @@ def table5(args: argparse.Namespace) -> None:
 
 def figure4(args: argparse.Namespace) -> None:
     configs = [config_of(run, args.words) for run in args.places]
-    from clip4vla.paper.figure4 import sweep_runs
+    with quick_imports():
+        from clip4vla.paper.figure4 import sweep_runs
 
     sweep_runs(configs, Path(args.out))
 
 
 def types(args: argparse.Namespace) -> None:
     configs = [config_of(run, args.words) for run in args.places]
-    from clip4vla.paper import type_token
+    with quick_imports():
+        from clip4vla.paper import type_token
 
     for cfg in configs:
         type_token.analyse(cfg)
 
 
 def cost(args: argparse.Namespace) -> None:
-    from clip4vla.paper import cost
+    with quick_imports():
+        from clip4vla.paper import cost
 
     print(cost.table(args.places), end="")
 

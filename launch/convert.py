@@ -12,6 +12,7 @@ from pathlib import Path
 
 from clip4vla.cli import entry_point, help_text
 from clip4vla.config import ImportConfig
+from clip4vla.quick_imports import quick_imports
 
 
 @entry_point
@@ -30,8 +31,9 @@ def main() -> None:
         "--base-checkpoint", default="", help="to go back: a checkpoint that gives what the model lacks"
     )
     args = parser.parse_intermixed_args()
-    from clip4vla.checkpoints.lookup import newest_checkpoint
-    from clip4vla.export import model_card, model_folder  # after the command line: a typing error shows at once
+    with quick_imports():  # after the command line: a typing error shows at once
+        from clip4vla.checkpoints.lookup import newest_checkpoint
+        from clip4vla.export import model_card, model_folder
 
     model_folder.must_be_new(args.out, is_folder=not args.to_official)
     if args.to_official:

@@ -10,6 +10,7 @@ import sys
 
 from clip4vla.cli import entry_point, parse_args
 from clip4vla.config import RunConfig
+from clip4vla.quick_imports import quick_imports
 
 
 @entry_point
@@ -17,13 +18,15 @@ def main() -> None:
     if "--table" in sys.argv:
         return print_tables()
     cfg, _ = parse_args(RunConfig, "configs/pretrain/stamps.yaml", __doc__)
-    from clip4vla.training import pipeline  # after the settings are read: a typing error shows at once
+    with quick_imports():  # after the settings are read: a typing error shows at once
+        from clip4vla.training import pipeline
 
     pipeline.test(cfg)
 
 
 def print_tables() -> None:
-    from clip4vla.paper.tables import tables
+    with quick_imports():
+        from clip4vla.paper.tables import tables
 
     parser = argparse.ArgumentParser(description="Evaluated runs beside the paper's tables, as Markdown.")
     parser.add_argument("--table", nargs="+", metavar="RUN", required=True, help="run folders")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from clip4vla.cli import entry_point
 from clip4vla.errors import UserError, one_line
+from clip4vla.quick_imports import quick_imports
 
 
 @entry_point
@@ -22,9 +23,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     parser.add_argument("--onnx", action="store_true", help="the audio and the text tower for onnxruntime too")
     args = parser.parse_args()
-    from clip4vla.config_io import read_tree
-    from clip4vla.export import model_card, model_folder
-    from clip4vla.models.model import Model
+    with quick_imports():
+        from clip4vla.config_io import read_tree
+        from clip4vla.export import model_card, model_folder
+        from clip4vla.models.model import Model
 
     model_folder.must_be_new(args.out)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -40,8 +42,9 @@ def main() -> None:
 
 def find(source: str, step: int | None, temporary: Path) -> Path:
     """The checkpoint folder; UserError if there is none."""
-    from clip4vla.checkpoints import remote
-    from clip4vla.checkpoints.lookup import newest_checkpoint
+    with quick_imports():
+        from clip4vla.checkpoints import remote
+        from clip4vla.checkpoints.lookup import newest_checkpoint
 
     name = f"step-{step:08d}" if step is not None else ""
     if "://" in source:

@@ -8,6 +8,7 @@ fine-tuned deepspeed launch/finetune_classification.py configs/finetune/esc50_fi
 from clip4vla.cli import entry_point, parse_args
 from clip4vla.config import RunConfig
 from clip4vla.errors import UserError
+from clip4vla.quick_imports import quick_imports
 
 
 @entry_point
@@ -21,11 +22,12 @@ def main() -> None:
             f"model.head={cfg.model.head}, loss.label={cfg.loss.label:g}, train.max_steps={cfg.train.max_steps}: fine-tuning "
             "needs classifier, a weight and steps; a probe or zero-shot, on the weights of init_from, neither weight nor steps"
         )
-    from clip4vla.training import (  # after the settings are read: a typing error shows at once
-        cross_validation,
-        pipeline,
-        preflight,
-    )
+    with quick_imports():  # after the settings are read: a typing error shows at once
+        from clip4vla.training import (
+            cross_validation,
+            pipeline,
+            preflight,
+        )
 
     if args.dry_run and trains:
         preflight.check(cross_validation.runs(cfg)[0], args.deepspeed_config)

@@ -8,6 +8,7 @@ then      python launch/evaluate.py configs/finetune/msrvtt_retrieval.yaml model
 from clip4vla.cli import entry_point, parse_args
 from clip4vla.config import RunConfig
 from clip4vla.errors import UserError
+from clip4vla.quick_imports import quick_imports
 
 
 @entry_point
@@ -17,7 +18,8 @@ def main() -> None:
         raise UserError("loss.tm is 0: fine-tuning for retrieval trains it; set loss.tm=1 (and at, av, aa to 0)")
     if cfg.eval.task != "retrieval":
         raise UserError(f"eval.task={cfg.eval.task}: what is trained here is evaluated by eval.task=retrieval")
-    from clip4vla.training import preflight, train  # after the settings are read: a typing error shows at once
+    with quick_imports():  # after the settings are read: a typing error shows at once
+        from clip4vla.training import preflight, train
 
     (preflight.check if args.dry_run else train.train)(cfg, args.deepspeed_config)
 

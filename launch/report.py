@@ -7,6 +7,7 @@ python launch/report.py runs/stamps_retrieval-* --out fusions.html
 import argparse
 
 from clip4vla.cli import entry_point
+from clip4vla.quick_imports import quick_imports
 
 
 @entry_point
@@ -17,7 +18,8 @@ def main() -> None:
         "--out", metavar="PAGE.html", default="", help="default: comparison.html in the runs' common folder"
     )
     args = parser.parse_args()
-    from clip4vla.report.compare_runs import compare  # after the words are read: a typing error shows at once
+    with quick_imports():  # after the words are read: a typing error shows at once
+        from clip4vla.report.compare_runs import compare
 
     print(f"comparison: {compare(args.runs, args.out)}")
 

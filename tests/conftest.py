@@ -1,5 +1,6 @@
 """Shared fixtures: the shipped real sample as shards, ranks as processes, commands run as a user runs them."""
 
+import gc
 import json
 import os
 import resource
@@ -93,6 +94,11 @@ def server():
             patch.setenv(name, value)
         patch.setattr(remote, "PAUSE", 0.05)
         yield proxy
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now is never looked through for cycles again: that took a tenth of the suite's time."""
+    gc.freeze()
 
 
 def pytest_sessionfinish() -> None:

@@ -11,7 +11,7 @@ from forks import ROOT
 
 MODULES = sorted((ROOT / "clip4vla").rglob("*.py"))
 LAYERS = [  # lowest first: a file imports from its own folder and from lower layers
-    ("errors", "config", "config_io"),
+    ("errors", "quick_imports", "config", "config_io"),
     "io", "distributed", "media", "data", "checkpoints", "models", "losses", "report", "evaluation", "training", "paper",
     "export",
     ("api", "cli"),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clip4vla.errors import UserError
+from clip4vla.quick_imports import quick_imports
 
 
 class Decoder:
@@ -14,8 +15,9 @@ class Decoder:
 
     def __init__(self, most: int, channels: int, threads: int, device: torch.device):
         try:
-            from nvidia.dali import fn, types
-            from nvidia.dali.pipeline import Pipeline
+            with quick_imports():
+                from nvidia.dali import fn, types
+                from nvidia.dali.pipeline import Pipeline
         except ImportError:
             raise UserError("reading shards needs NVIDIA DALI: pip install 'clip4vla[dali]'") from None
         cuda = device.type == "cuda"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from clip4vla.cli import entry_point
 from clip4vla.errors import UserError
+from clip4vla.quick_imports import quick_imports
 from clip4vla.search import faiss_index
 from clip4vla.search.index import Hit, Index, absolute_name, load_model
 from clip4vla.search.store import ITEMS
@@ -23,7 +24,8 @@ from clip4vla.search.store import ITEMS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from clip4vla.api import CLIP4VLA
+    with quick_imports():
+        from clip4vla.api import CLIP4VLA
 
 
 @entry_point
@@ -93,7 +95,8 @@ def arguments() -> argparse.ArgumentParser:
 
 def run_build(args: argparse.Namespace) -> None:
     """Build an index; print what became of the sources."""
-    from clip4vla.search.builder import build
+    with quick_imports():
+        from clip4vla.search.builder import build
 
     faiss_index.faiss()
     model = load_model(args.model, args.device)
@@ -161,7 +164,8 @@ def run_info(args: argparse.Namespace) -> None:
 
 def run_remove(args: argparse.Namespace) -> None:
     """Take sources out of an index."""
-    from clip4vla.search.builder import drop
+    with quick_imports():
+        from clip4vla.search.builder import drop
 
     print(f"{drop(args.places, args.index, args.memory_gb * 1e9)} files or shards dropped")
     print(describe(args.index))

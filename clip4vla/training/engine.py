@@ -17,6 +17,7 @@ from clip4vla.config_io import parse_json
 from clip4vla.distributed import collectives
 from clip4vla.errors import UserError, one_line
 from clip4vla.models.model import Model
+from clip4vla.quick_imports import quick_imports
 
 AUTO = "auto"
 SHIPPED = Path(__file__).parents[2] / "configs/deepspeed/ds.json"
@@ -108,7 +109,8 @@ def _bf16_is_fast() -> bool:
 
 def start(model: Model, ds: dict[str, Any], train: TrainConfig) -> Any:
     """Make the DeepSpeed engine around the model, which recomputes activations and is compiled where `train` says so."""
-    import deepspeed
+    with quick_imports():
+        import deepspeed
 
     # set as a whole: reading it runs a compiler for each op. This one would be compiled for a minute, for inference only
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
@@ -134,7 +136,8 @@ def _import_muon(ds: dict[str, Any]) -> None:
     """Import what every DeepSpeed engine imports; its torch.compile is skipped where Muon does not train: it takes a second."""
     if str(ds["optimizer"].get("type")).lower() != "muon" and "TORCHDYNAMO_DISABLE" not in os.environ:
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
-        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+        with quick_imports():
+            importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
         del os.environ["TORCHDYNAMO_DISABLE"]
 
 

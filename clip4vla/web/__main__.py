@@ -9,6 +9,7 @@ import socket
 
 from clip4vla.cli import entry_point
 from clip4vla.errors import UserError
+from clip4vla.quick_imports import quick_imports
 
 LIMIT = 20  # MB of an upload
 
@@ -17,8 +18,9 @@ LIMIT = 20  # MB of an upload
 def main() -> None:
     """Open the index, load the model, and serve the page."""
     args = arguments()
-    from clip4vla.search.index import Index, load_model  # after the words are read: a typing error shows at once
-    from clip4vla.web.app import serve
+    with quick_imports():  # after the words are read: a typing error shows at once
+        from clip4vla.search.index import Index, load_model
+        from clip4vla.web.app import serve
 
     index, listener = Index.open(args.index), _listener(args.host, args.port)
     importlib.import_module("gradio")  # its absence is reported before the model is loaded
