@@ -53,7 +53,7 @@ class DataConfig:
 
     dataset: Literal[
         "folder", "stamps", "howto100m", "audioset", "msrvtt", "msrvtt_1ka", "vatex", "audiocaps", "clotho",
-        "activitynet", "youcook2", "esc50", "ucf101",
+        "activitynet", "youcook2", "esc50", "urbansound8k", "grid", "ucf101",
     ] = option("folder", "which annotation format, see data_prep/annotations.py")  # fmt: skip
     annotations: str = option("", "annotation file or folder; empty: media_root")
     media_root: str = option("", "folder with the media; paths in manifests are relative to it and stay inside")
@@ -101,9 +101,18 @@ class ModelConfig:
     audio_type: str = option("both", "type token when not pre-training: vb, nb, both, none, or the share of NB, 0..1")
     pretrain_audio_type: Literal["data", "none"] = option("data", "token in pre-training: the clip's own type, or none")
     audio_init: Literal["vision", "scratch"] = option("vision", "where the audio tower starts")
+    audio_patch: list[int] = option(
+        [],
+        "[rows, mels] of the audio tower's patches, e.g. [4, 224]; empty: as the vision tower's, 32 x 32 with ViT-B/32",
+    )
+    audio_span: Literal["segment", "clip"] = option(
+        "segment",
+        "what the audio tower reads at once: a segment, and a clip has the mean of its segments; or a whole clip",
+    )
     position_init: Literal["matched", "unit"] = option("matched", "extra position row: as the others, or std 1")
-    spectrogram_norm: Literal["valid", "padded"] = option(
-        "valid", "z-score over valid rows, or after zero padding in dB"
+    spectrogram_norm: Literal["valid", "clip", "padded"] = option(
+        "valid",
+        "z-score over a segment's valid rows, over a clip's, or over a segment after zero padding in dB (official)",
     )
     max_tokens: int = option(32, "text tokens, [SOS] and [EOS] included", low=2)
     temperature: float = option(0.01, "divisor of the cosine similarities", low=0.0001)
@@ -165,6 +174,20 @@ class MaskConfig:
     length: int = option(10, "rows or channels in a run; runs may overlap", low=0)
     random_length: bool = option(False, "draw each run's length from 0..mask.length (official: true)")
     fill: Literal["mean", "zero_db"] = option("mean", "0 after normalisation, or 0 dB before it (official)")
+
+
+@dataclass
+class AugmentConfig:
+    """Sets how the sound of training clips is changed, in all terms of the loss, drawn by seed, clip and epoch."""
+
+    time_shift: int = option(
+        0, "rows that a clip is turned by at most, either way: what leaves at one end enters at the other", low=0
+    )
+    mel_shift: int = option(0, "mel channels by which it is moved up or down, at most", low=0)
+    time_masks: int = option(0, "runs of rows that are hidden (SpecAugment, Park et al. 2019)", low=0)
+    time_mask_rows: int = option(32, "rows of such a run, at most", low=0)
+    mel_masks: int = option(0, "runs of mel channels that are hidden", low=0)
+    mel_mask_channels: int = option(32, "mel channels of such a run, at most", low=0)
 
 
 @dataclass
@@ -297,6 +320,7 @@ class RunConfig:
     data: DataSources = field(default_factory=DataSources)
     loss: LossConfig = field(default_factory=LossConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)

@@ -4,6 +4,7 @@ One generator per data set yields ManifestRow, or Skipped with a reason, in file
 "both": the paper fine-tunes and tests with both tokens, since their sound may be speech or not.
 """
 
+import hashlib
 import itertools
 import os
 import re
@@ -22,6 +23,12 @@ from data_prep.annotation_io import Line, RowsOrSkipped
 from data_prep.howto100m import howto100m
 from data_prep.manifest import ManifestRow, MediaFolder, Skipped, inside, slug
 from data_prep.stamps import stamps
+
+GRID: list[dict[str, str]] = [  # the words of a sentence by the letters of its file's name; {}: the letter itself
+    {word[0]: word for word in words.split()}
+    for words in ("bin lay place set", "blue green red white", "at by in with", "", "again now please soon")
+]
+GRID.insert(4, dict(zip("z123456789", "zero one two three four five six seven eight nine".split(), strict=True)))
 
 
 def read(cfg: DataConfig) -> tuple[list[ManifestRow], list[Skipped]]:
@@ -60,6 +67,8 @@ def _annotated(cfg: DataConfig, place: Path, root: Path) -> Iterable[ManifestRow
     if cfg.dataset == "folder":
         return folder(place, root)
     media = MediaFolder(root, cfg.clips_already_cut)
+    if cfg.dataset == "grid":
+        return grid(media)
     if cfg.dataset == "howto100m":
         return howto100m(place, media, cfg.clips_per_video)
     sets = {
@@ -72,12 +81,10 @@ def _annotated(cfg: DataConfig, place: Path, root: Path) -> Iterable[ManifestRow
         "activitynet": activitynet,
         "youcook2": youcook2,
         "esc50": esc50,
+        "urbansound8k": urbansound8k,
         "ucf101": ucf101,
     }
     return sets[cfg.dataset](place, media)
-
-
-# Sounds
 
 
 def audioset(place: Path, media: MediaFolder) -> RowsOrSkipped:
@@ -151,7 +158,45 @@ def esc50(place: Path, media: MediaFolder) -> RowsOrSkipped:
     )
 
 
+def urbansound8k(place: Path, media: MediaFolder) -> RowsOrSkipped:
+    """Sounds of streets of up to 4 s in 10 classes; the folds fold1 to fold10 are the splits, label = class."""
+
+    def row(_: str, line: dict[str, str]) -> ManifestRow:
+        name, label = os.path.splitext(line["slice_file_name"])[0], line["class"]
+        if not re.fullmatch("[1-9]|10", line["fold"]):
+            raise ValueError(f"fold {line['fold']!r} is not 1 to 10")
+        more = {"audio_type": "nb", "label": label, "group": line["fsID"]}  # the recording that clips are cut from
+        caption = label.replace("_", " ")
+        return annotation_io.whole_row("urbansound8k", f"fold{line['fold']}", name, media.find(name), [caption], **more)
+
+    columns = ("slice_file_name", "fsID", "fold", "class")
+    return annotation_io.rows(annotation_io.read_csvs(place, {"metadata/UrbanSound8K.csv": ""}, *columns), row)
+
+
 # Videos
+
+
+def grid(media: MediaFolder) -> RowsOrSkipped:
+    """3 s of people who say six words each, which the file's name spells: bbaf2n, "bin blue at f two now".
+
+    The files of one sentence are in one split, by a hash of its name: 70% train, 10% val, 20% test.
+    """
+
+    def row(_: str, path: str) -> ManifestRow:
+        speaker, name = os.path.split(os.path.splitext(path)[0])
+        words = [spelt.get(letter, "") if spelt else letter for letter, spelt in zip(name, GRID, strict=True)]
+        if not all(words):
+            raise ValueError(f"{name} spells no sentence of GRID's")
+        place = int(hashlib.md5(name.encode()).hexdigest(), 16) % 100
+        split, more = "test" if place < 20 else "val" if place < 30 else "train", {"audio_type": "vb", "group": name}
+        return annotation_io.whole_row("grid", split, f"{slug(speaker)}_{name}", path, [" ".join(words)], **more)
+
+    lines = (
+        (path, "", path)
+        for path in sorted(media.paths)
+        if len(os.path.splitext(os.path.basename(path))[0]) == len(GRID)
+    )
+    return annotation_io.rows(lines, row)
 
 
 def msrvtt(place: Path, media: MediaFolder) -> RowsOrSkipped:
@@ -332,12 +377,8 @@ def _own_row(root: Path, line: Any) -> ManifestRow:
     if not isinstance(line, dict):
         raise ValueError("not a JSON object")
     get: Callable[..., Any] = {key: value for key, value in line.items() if value not in (None, "")}.get
-    path, caption, kind, lang = (
-        get("path"),
-        annotation_io.clean(get("caption", "")),
-        get("audio_type", "both"),
-        get("lang", "en"),
-    )
+    path, caption = get("path"), annotation_io.clean(get("caption", ""))
+    kind, lang = get("audio_type", "both"), get("lang", "en")
     if not path or not caption:
         raise ValueError("path or caption is empty")
     if not isinstance(path, str) or not isinstance(lang, str) or isinstance(get("label"), dict | list):

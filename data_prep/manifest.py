@@ -53,13 +53,13 @@ class MediaFolder:
     def __init__(self, root: Path, cut: bool = False):
         """cut: files named after a whole video hold the annotated interval alone."""
         self.root, self.cut = root, cut
+        suffixes = VIDEOS + SOUNDS
+        self.paths = [path for path in _walk(root) if os.path.splitext(path)[1].lower() in suffixes]
         self.by_stem: dict[str, str] = {}
-        for path in _walk(root):
-            stem, suffix = os.path.splitext(os.path.basename(path))
-            if suffix.lower() in VIDEOS + SOUNDS:
-                held = self.by_stem.setdefault(stem, path)
-                if _rank(path) < _rank(held):  # the same on any file system
-                    self.by_stem[stem] = path
+        for path in self.paths:
+            held = self.by_stem.setdefault(os.path.splitext(os.path.basename(path))[0], path)
+            if _rank(path) < _rank(held):  # the same on any file system
+                self.by_stem[os.path.splitext(os.path.basename(path))[0]] = path
 
     def find(self, name: str) -> str | None:
         """Return the file of that name, with whatever suffix of a video or sound and in whatever folder."""

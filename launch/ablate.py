@@ -50,24 +50,21 @@ def table5(args: argparse.Namespace) -> None:
 
 def figure4(args: argparse.Namespace) -> None:
     configs = [config_of(run, args.words) for run in args.places]
-    with quick_imports():
-        from clip4vla.paper.figure4 import sweep_runs
+    from clip4vla.paper.figure4 import sweep_runs
 
     sweep_runs(configs, Path(args.out))
 
 
 def types(args: argparse.Namespace) -> None:
     configs = [config_of(run, args.words) for run in args.places]
-    with quick_imports():
-        from clip4vla.paper import type_token
+    from clip4vla.paper import type_token
 
     for cfg in configs:
         type_token.analyse(cfg)
 
 
 def cost(args: argparse.Namespace) -> None:
-    with quick_imports():
-        from clip4vla.paper import cost
+    from clip4vla.paper import cost
 
     print(cost.table(args.places), end="")
 

@@ -20,7 +20,7 @@ LAYERS = [  # lowest first: a file imports from its own folder and from lower la
 TRAINING = ("deepspeed", "nvidia", "wandb", "webdataset")
 EXTRAS = (*TRAINING, "faiss", "gradio", "onnxruntime", "onnxscript", "pycocoevalcap", "sklearn", "cairosvg")
 PLAIN = ("media", "models", "losses", "api", "data.batch", "data.preprocessing")
-DATA_PREP = {"cli", "config", "config_io", "errors", "io", "media", "data", "models.towers"}
+DATA_PREP = {"cli", "config", "config_io", "errors", "quick_imports", "io", "media", "data", "models.towers"}
 SLOW = (
     "torch",
     "deepspeed",

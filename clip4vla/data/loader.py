@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip4vla.config import DataSources, MaskConfig, SpectrogramConfig
+from clip4vla.config import AugmentConfig, DataSources, MaskConfig, SpectrogramConfig
 from clip4vla.data.batch import Batch
 from clip4vla.data.dali_decoder import Decoder
 from clip4vla.data.sample_metadata import COUNTS, TYPES, check_fit, parse
@@ -30,8 +30,10 @@ from clip4vla.data.shards import CorruptSample, ShardFolder
 from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.io.remote import DEFAULT
+from clip4vla.media import augmentation
 from clip4vla.media.masking import draw
 
+AUGMENT = 2  # ends the key of what is drawn for augmentation
 MIN_READS = 1000  # over which, at least, the share of corrupt samples is taken
 
 
@@ -46,10 +48,11 @@ class Loader:
 
     def __init__(self, folders, order, cfg: DataSources, *, tokenize, mask: MaskConfig, seed: int, needs: Sequence[str],
                  device: torch.device, damage_log: Path, vectors: Sequence[ShardFolder] | None = None,
-                 whole: bool = False, pieces: int = 1, pad_tokens: int = 0):  # fmt: skip
+                 whole: bool = False, pieces: int = 1, pad_tokens: int = 0, augment: AugmentConfig | None = None):  # fmt: skip
         self.folders, self.order, self.cfg, self.tokenize, self.mask = folders, order, cfg, tokenize, mask
         self.seed, self.needs, self.device, self.damage_log = seed, needs, device, damage_log
         self.vectors, self.pieces, self.pad_tokens = vectors, pieces, pad_tokens
+        self.augment = augment if augment and augmentation.is_on(augment) else None
         self.rank, self.world = (0, 1) if whole else (collectives.rank(), collectives.world_size())
         self.spectrogram = SpectrogramConfig(**folders[0].fingerprint["spectrogram"])
         self.reads = self.corrupt = 0
@@ -173,10 +176,22 @@ class Loader:
     def _with_pictures(self, read: "_ReadBatch") -> Batch:
         """Decode frames and segments, and make the Batch; raises _Undecodable."""
         frames, segments = self._pictures("frames", read.samples), self._pictures("fbank", read.samples)
+        if self.augment and len(segments):
+            segments = self._changed(segments, read)
         has_frames = _among(len(read.samples), read.fields["frame_clip"])
         batch = Batch(frames=frames, segments=segments, has_frames=has_frames, **read.fields)
         batch = batch.padded(self.pad_tokens) if self.pad_tokens else batch
         return batch.pin() if self.device.type == "cuda" else batch
+
+    def _changed(self, segments: Tensor, read: "_ReadBatch") -> Tensor:
+        """Change decoded segments (S, C, 224, 224) as cfg.augment says."""
+        assert self.augment
+        owner, clips = read.fields["segment_clip"], [sample.clip for sample in read.samples]
+        keys = [(*sample.random_key(self.seed), AUGMENT) for sample in read.samples]
+        counts = owner.bincount(minlength=len(clips)).tolist()
+        size = self.spectrogram.segment_rows, self.spectrogram.n_mels
+        changes = augmentation.draw(keys, [clip["n_rows"] for clip in clips], counts, size, self.augment)
+        return augmentation.change(segments, owner, len(clips), changes)
 
     def _intact(
         self, sample: dict[str, bytes] | CorruptSample, vectors: dict[str, bytes] | CorruptSample

@@ -33,6 +33,10 @@ class _Text(nn.Module):
 
 def export_towers(model: Model, folder: Path) -> None:
     """Write FOLDER/audio.onnx and FOLDER/text.onnx; UserError for a tower that differs there."""
+    if model.cfg.audio_span != "segment":
+        raise UserError(
+            "--onnx: the audio tower reads whole clips (model.audio_span=clip): only one of segments is exported"
+        )
     trunk, rows = model.audio.trunk, (model.spectrogram.segment_rows, model.spectrogram.n_mels)
     channels = 1 if model.spectrogram.channels == "mono" else trunk.conv1.in_channels
     audio_inputs = [(torch.randn(s, channels, *rows), torch.rand(1, t, 2)) for s, t in ((3, 2), (1, 1), (5, 3))]

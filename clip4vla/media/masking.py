@@ -26,12 +26,20 @@ def _runs(rng: np.random.Generator, length: int, share: float, cfg: MaskConfig) 
     return edges.cumsum()[:length] > 0
 
 
-def masked_view(decibels: Tensor, rows: Tensor, hidden: Tensor, cfg: MaskConfig, how: str) -> Tensor:
+def masked_view(
+    decibels: Tensor,
+    rows: Tensor,
+    hidden: Tensor,
+    cfg: MaskConfig,
+    how: str,
+    owner: Tensor | None = None,
+    clips: int = 0,
+) -> Tensor:
     """Normalise segments (S, C, 224, M) and fill the pairs (time, mel) in hidden (S, 224, M); one mask for all channels.
 
-    `mean` puts 0 after normalisation, `zero_db` 0 dB before it, as the released code does.
+    `mean` puts 0 after normalisation, `zero_db` 0 dB before it, as the released code does. how, owner, clips: see normalise.
     """
     hidden = hidden[:, None]
     if cfg.fill == "zero_db":
-        return normalise(decibels.masked_fill(hidden, 0), rows, how)
-    return normalise(decibels, rows, how).masked_fill(hidden, 0)
+        return normalise(decibels.masked_fill(hidden, 0), rows, how, owner, clips)
+    return normalise(decibels, rows, how, owner, clips).masked_fill(hidden, 0)

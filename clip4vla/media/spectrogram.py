@@ -83,16 +83,24 @@ def decode(picture: Tensor, cfg: SpectrogramConfig) -> Tensor:
     return picture.float() * ((cfg.db_max - cfg.db_min) / 255) + cfg.db_min
 
 
-def normalise(decibels: Tensor, rows: Tensor, how: str) -> Tensor:
-    """Normalise segments (S, C, 224, M) of dB for the audio tower: z-scores by segment and channel.
+def normalise(decibels: Tensor, rows: Tensor, how: str, owner: Tensor | None = None, clips: int = 0) -> Tensor:
+    """Normalise segments (S, C, 224, M) of dB for the audio tower: z-scores by segment, or by clip, and by channel.
 
-    rows (S,) counts the valid rows. `valid` (ours): over the valid rows, padding 0 afterwards. `padded` (the released
-    code): padding is 0 dB and takes part in mean and deviation.
+    rows (S,) counts the valid rows. `valid` (ours): over a segment's valid rows, padding 0 afterwards. `clip`: over those of
+    all segments of a clip, `owner` (S,) of `clips` (padding belongs to number `clips`). `padded` (the released code): padding
+    is 0 dB and takes part in mean and deviation.
     """
     inside = (torch.arange(decibels.shape[2], device=decibels.device) < rows[:, None])[:, None, :, None]  # S 1 224 1
-    weight = inside.to(decibels.dtype) if how == "valid" else torch.ones_like(inside, dtype=decibels.dtype)
-    count = (weight.sum((2, 3), keepdim=True) * decibels.shape[3]).clamp(min=1)
+    weight = torch.ones_like(inside, dtype=decibels.dtype) if how == "padded" else inside.to(decibels.dtype)
+
+    def total(x: Tensor) -> Tensor:
+        sums = x.sum((2, 3), keepdim=True)
+        if how != "clip":
+            return sums
+        assert owner is not None
+        return sums.new_zeros(clips + 1, *sums.shape[1:]).index_add(0, owner, sums)[owner]
+
+    count = (total(weight) * decibels.shape[3]).clamp(min=1)
     decibels = decibels * inside
-    mean = decibels.sum((2, 3), keepdim=True) / count
-    centred = (decibels - mean) * weight
-    return centred / ((centred.square().sum((2, 3), keepdim=True) / count).sqrt() + 1e-5)
+    centred = (decibels - total(decibels) / count) * weight
+    return centred / ((total(centred.square()) / count).sqrt() + 1e-5)

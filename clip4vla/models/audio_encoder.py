@@ -1,14 +1,18 @@
 """Encode audio: the vision tower's structure and first weights, an audio type token at the end, one position more."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from clip4vla.config import ModelConfig, SpectrogramConfig
 from clip4vla.errors import UserError
-from clip4vla.models.towers import pooled_places
+from clip4vla.models.towers import pooled_places, pools_first
+
+DEFAULT, SPECTROGRAM = ModelConfig(), SpectrogramConfig()
 
 
 def type_token_weights(audio_type: str, own: Tensor | None = None, key: str = "model.audio_type") -> Tensor:
@@ -33,31 +37,115 @@ def type_token_weights(audio_type: str, own: Tensor | None = None, key: str = "m
 
 
 class AudioEncoder(nn.Module):
-    """Encodes spectrogram segments by a vision transformer. P = 49 patches of 32x32 with ViT-B/32, W width, T type tokens."""
+    """Encodes spectrograms by a vision transformer: P patches of a segment (49 with ViT-B/32), W width, T type tokens."""
 
-    def __init__(self, vision: VisionTransformer, position_init: str = "matched"):
+    def __init__(
+        self, vision: VisionTransformer, cfg: ModelConfig = DEFAULT, spectrogram: SpectrogramConfig = SPECTROGRAM
+    ):
         super().__init__()
         self.trunk = copy.deepcopy(vision)
+        self.segments = spectrogram.max_segments if cfg.audio_span == "clip" else 1  # that have positions
         positions = vision.positional_embedding.detach()
-        extra = torch.randn_like(positions[:1])
-        if position_init == "matched":  # CLIP has no row for it: drawn as its other rows are distributed
-            extra = positions.mean(0, keepdim=True) + extra * positions.std(0, keepdim=True)
-        self.trunk.positional_embedding = nn.Parameter(torch.cat([positions, extra]))
+        if cfg.audio_patch:
+            self._set_patch(cfg.audio_patch, (spectrogram.segment_rows, spectrogram.n_mels))
+        places = _resized_positions(positions[1:], vision.grid_size, self.trunk.grid_size)
+        own = places + _like(positions, self.segments)[:, None] if self.segments > 1 else places[None]
+        extra = torch.randn_like(positions[:1]) if cfg.position_init == "unit" else _like(positions, 1)
+        self.trunk.positional_embedding = nn.Parameter(torch.cat([positions[:1], own.flatten(0, 1), extra]))
         self.type_embedding = nn.Parameter(torch.randn(2, positions.shape[1]) * positions.shape[1] ** -0.5)
 
+    def _set_patch(self, patch: list[int], size: tuple[int, int]) -> None:
+        """Give the trunk patches of [rows, mels] of segments of size (rows, mels), its kernels resized."""
+        if len(patch) != 2 or min(patch) < 1 or any(whole % part for whole, part in zip(size, patch, strict=True)):
+            raise UserError(
+                f"model.audio_patch={patch}: two numbers, of rows and mels, that divide a segment's {size[0]} x {size[1]}"
+            )
+        old = self.trunk.conv1
+        height, width = patch
+        new = nn.Conv2d(old.in_channels, old.out_channels, (height, width), (height, width), bias=False)
+        new.weight = nn.Parameter(resized_kernel(old.weight.detach(), patch))
+        self.trunk.conv1 = new
+        self.trunk.grid_size = (size[0] // height, size[1] // width)
+
     def forward(self, segments: Tensor, mix: Tensor) -> Tensor:
-        """Encode normalised segments (S, C, 224, 224), C = 1 or 3, to vectors z (S, D), not normalised.
+        """Encode normalised segments (S, C, 224, 224), C = 1 or 3, each alone, to vectors z (S, D), not normalised.
 
         mix: what type_token_weights gives.
         """
-        trunk, position = self.trunk, self.trunk.positional_embedding
-        weight = trunk.conv1.weight  # of mono, repeated in three channels, only the sum matters: a third of the work
+        return self._encode(self._patches(segments) + self.trunk.positional_embedding[1:-1], mix)
+
+    def encode_clips(
+        self, views: list[Tensor], rows: Tensor, owner: Tensor, clips: int, mix: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Encode each clip's segments as one sequence: vectors z (clips, D), not normalised, of each view (S, C, 224, 224).
+
+        rows (S,) counts valid rows, owner (S,) is ascending, mix is of clips. Patches without a valid row are left out. A
+        clip without segments gets a vector that says nothing.
+        """
+        size, columns = self.trunk.grid_size[0] * self.trunk.grid_size[1], self.trunk.grid_size[1]
+        number = torch.arange(size, device=rows.device)
+        used = (number // columns * self.trunk.conv1.kernel_size[0] < rows[:, None]) & (owner < clips)[:, None]  # S P
+        lengths = owner.bincount(minlength=clips + 1)
+        nth = (
+            torch.arange(len(owner), device=owner.device) - (lengths.cumsum(0) - lengths)[owner]
+        )  # segment of its clip
+        own = self.trunk.positional_embedding[1:-1].view(self.segments, size, -1)[nth.clamp(max=self.segments - 1)]
+        place = (nth[:, None] * size + number)[used]  # in the sequence
+        length = int(place.max()) + 1 if len(place) else 1
+        where = owner[:, None].expand_as(used)[used], place
+        there = torch.zeros(clips, length, dtype=torch.bool, device=owner.device).index_put(where, used.new_ones(()))
+        packed = []
+        for view in views:
+            x = (self._patches(view) + own)[used]
+            packed.append(x.new_zeros(clips, length, x.shape[1]).index_put(where, x))
+        mix = mix.expand(clips, -1, -1).repeat(len(views), 1, 1)
+        ignored = None if bool(there.all()) else ~there.repeat(len(views), 1)
+        return self._encode(torch.cat(packed), mix, ignored).chunk(len(views))
+
+    def _patches(self, segments: Tensor) -> Tensor:
+        """Embed the patches of segments (S, C, 224, 224): (S, P, W), in the order of their rows, without positions."""
+        weight = (
+            self.trunk.conv1.weight
+        )  # of mono, repeated in three channels, only the sum matters: a third of the work
         weight = weight.sum(1, keepdim=True) if segments.shape[1] == 1 else weight
-        x = F.conv2d(segments, weight, stride=trunk.conv1.stride).flatten(2).transpose(1, 2)  # S P W
-        count = len(x)
-        types = (mix.to(x.dtype) @ self.type_embedding).expand(count, -1, -1)  # S T W; both share the last position
-        start = trunk.class_embedding.expand(count, 1, -1)
-        x = torch.cat([torch.cat([start, x], 1) + position[:-1], types + position[-1]], 1)
-        x = pooled_places(trunk, trunk.ln_pre(x))
-        x = trunk._pool(x[:, : len(position) - 1])[0]
+        return F.conv2d(segments, weight, stride=self.trunk.conv1.stride).flatten(2).transpose(1, 2)
+
+    def _encode(self, x: Tensor, mix: Tensor, ignored: Tensor | None = None) -> Tensor:
+        """Encode embedded patches (B, L, W), of which those in `ignored` (B, L) are padding, to vectors (B, D)."""
+        trunk, position, count = self.trunk, self.trunk.positional_embedding, len(x)
+        types = (mix.to(x.dtype) @ self.type_embedding).expand(count, -1, -1)  # B T W; both share the last position
+        start = (trunk.class_embedding + position[0]).expand(count, 1, -1)
+        x = torch.cat([start, x, types + position[-1]], 1)
+        if ignored is not None:
+            ignored = F.pad(F.pad(ignored, (1, 0)), (0, types.shape[1]))
+        x = pooled_places(trunk, trunk.ln_pre(x), ignored)
+        x = trunk._pool(x[:, : x.shape[1] if pools_first(trunk) else x.shape[1] - types.shape[1]])[0]
         return x @ trunk.proj if trunk.proj is not None else x
+
+
+def resized_kernel(weight: Tensor, patch: Sequence[int]) -> Tensor:
+    """Resize the kernel (W, C, h, w) of a patch embedding to patches of another size, (W, C, *patch).
+
+    It gives a patch what the old kernel gives the patch resized (bilinear, antialiased): the transpose of that resizing.
+    """
+    rows, columns = (_resizing(new, old).to(weight) for new, old in zip(patch, weight.shape[2:], strict=True))
+    return torch.einsum("wcij,ir,js->wcrs", weight, rows, columns)
+
+
+def _resizing(new: int, old: int) -> Tensor:
+    """Make the matrix (old, new) that resizes a line of `new` numbers to `old` numbers."""
+    return F.interpolate(torch.eye(new)[None, None], (old, new), mode="bilinear", antialias=True)[0, 0]
+
+
+def _resized_positions(positions: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """Resize position rows (P, W) of a grid `old` to one of another size (P', W), bicubic, antialiased."""
+    if tuple(old) == tuple(new):
+        return positions
+    grid = positions.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    return F.interpolate(grid, tuple(new), mode="bicubic", antialias=True).flatten(2)[0].T
+
+
+def _like(positions: Tensor, count: int) -> Tensor:
+    """Draw `count` rows distributed as the given ones (P, W), which CLIP has no row for."""
+    noise = torch.randn(count, positions.shape[1], dtype=positions.dtype)
+    return positions.mean(0, keepdim=True) + noise * positions.std(0, keepdim=True)

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clip4vla.config import ModelConfig
 from clip4vla.errors import UserError
+from clip4vla.models.towers import run_block
 
 TEXT, VISION, AUDIO = range(3)  # rows of the type embedding
 TOKENS = {"cpu": 1 << 12, "cuda": 1 << 17}  # in a tile of caption-clip pairs
@@ -42,16 +43,15 @@ class PaddedSequence(NamedTuple):
 def pad_packed(kind: int, packed: Tensor, owner: Tensor, count: int, most: int | None = None) -> PaddedSequence:
     """Unpack vectors (N, D) of ascending owner (N,) into `count` rows of `most` positions each (default: as needed).
 
-    Vectors of owner `count` are padding (Batch.padded), and dropped.
+    Vectors of owner `count`, wherever they are, are padding, and dropped.
     """
-    lengths = owner.bincount(minlength=count + 1)
-    most = int(lengths[:count].max()) if most is None else most
-    starts = lengths.cumsum(0) - lengths
-    position = torch.arange(len(owner), device=owner.device) - starts[owner]
     kept = owner < count
-    vectors = packed.new_zeros(count, most, packed.shape[1])
-    vectors = vectors.index_put((owner[kept], position[kept]), packed[kept])
-    return PaddedSequence(kind, vectors, torch.arange(most, device=owner.device) < lengths[:count, None])
+    packed, owner = packed[kept], owner[kept]
+    lengths = owner.bincount(minlength=count)
+    most = int(lengths.max()) if most is None else most
+    position = torch.arange(len(owner), device=owner.device) - (lengths.cumsum(0) - lengths)[owner]
+    vectors = packed.new_zeros(count, most, packed.shape[1]).index_put((owner, position), packed)
+    return PaddedSequence(kind, vectors, torch.arange(most, device=owner.device) < lengths[:, None])
 
 
 def ensure_nonempty(part: PaddedSequence) -> PaddedSequence:
@@ -139,9 +139,8 @@ class FusionTransformer(nn.Module):
         ignored = _ignored_keys(key_mask, attn_mask)
         x = self.dropout(x)
         for block in self.blocks[:-1]:
-            x = _run_block(block, x, x, ignored)
-        queries = x[:, :1] if first_only else x
-        return _run_block(self.blocks[-1], queries, x, ignored)
+            x = run_block(block, x, x.shape[1], ignored)
+        return run_block(self.blocks[-1], x, 1 if first_only else x.shape[1], ignored)
 
 
 class GlobalToLocal(nn.Module):
@@ -256,22 +255,6 @@ def _ignored_keys(key_mask: Tensor, attn_mask: Tensor | None) -> Tensor:
     no_key_left = ignored.all(-1, keepdim=True)
     itself = torch.eye(key_mask.shape[1], dtype=torch.bool, device=key_mask.device)
     return ignored & ~(no_key_left & itself)
-
-
-def _run_block(block: ResidualAttentionBlock, x: Tensor, sequence: Tensor, ignored: Tensor) -> Tensor:
-    """Run a block of CLIP's for x (B, q, D), the first positions of `sequence` (B, T, D), all of which are keys.
-
-    ignored: keys that are not attended to, (B, T) by any position or (B, q, T) by each.
-    """
-    keys = block.ln_1(sequence)
-    queries = keys[:, : x.shape[1]]
-    if ignored.ndim == 2:
-        attended, _ = block.attn(queries, keys, keys, need_weights=False, key_padding_mask=ignored)
-    else:
-        by_head = ignored.repeat_interleave(block.attn.num_heads, 0)
-        attended, _ = block.attn(queries, keys, keys, need_weights=False, attn_mask=by_head)
-    x = x + block.ls_1(attended)
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 
 def _fresh_blocks(like: ResidualAttentionBlock, dim: int, layers: int) -> nn.ModuleList:

@@ -58,7 +58,7 @@ class Model(nn.Module):
         self.frames = frames or FramesConfig()
         built = towers.build_clip(clip)
         self.text, self.vision = built.text, built.visual
-        self.audio = AudioEncoder(built.visual, cfg.position_init)
+        self.audio = AudioEncoder(built.visual, cfg, spectrogram)
         self.init_head()
         self.logit_scale = nn.Parameter(
             torch.tensor([math.log(1 / cfg.temperature)])
@@ -78,7 +78,7 @@ class Model(nn.Module):
     def start_audio(self) -> None:
         """Initialise the audio tower from the vision tower (or leave it fresh), as cfg.audio_init says."""
         if self.cfg.audio_init == "vision":
-            self.audio = AudioEncoder(self.vision, self.cfg.position_init)
+            self.audio = AudioEncoder(self.vision, self.cfg, self.spectrogram)
 
     def init_head(self) -> None:
         """Make the head that cfg.head names; all but the classifier start from the text tower as it is now."""
@@ -155,10 +155,28 @@ class Model(nn.Module):
         """Encode normalised segments (S, C, 224, 224) to vectors (S, D), not normalised; mix: see type_token_weights."""
         return self.audio(segments.to(self.audio.type_embedding.dtype), mix.to(segments.device))
 
-    def segment_vectors(self, batch: Batch, audio_type: str) -> Tensor:
-        """Encode a batch's segments under a type token to vectors (S, D), not normalised."""
-        segments = normalise(decode(batch.segments, self.spectrogram), batch.segment_rows, self.cfg.spectrogram_norm)
-        return self.encode_segments(segments, type_token_weights(audio_type, batch.segment_type))
+    def audio_vectors(self, batch: Batch, audio_type: str) -> tuple[Tensor, Tensor]:
+        """Encode a batch's sound under a type token to (vectors (n, D), not normalised, their clips (n,)).
+
+        A vector for each segment, or for each clip, as cfg.audio_span says.
+        """
+        decibels = decode(batch.segments, self.spectrogram)
+        view = normalise(decibels, batch.segment_rows, self.cfg.spectrogram_norm, batch.segment_clip, len(batch))
+        (vectors,), owner = self._encode_views([view], batch, audio_type)
+        return vectors, owner
+
+    def _encode_views(self, views: list[Tensor], batch: Batch, audio_type: str) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Encode normalised views (S, C, 224, 224) of a batch's segments in one pass: (vectors (n, D) of each, their clips)."""
+        if self.cfg.audio_span == "segment":
+            mix = type_token_weights(audio_type, batch.segment_type)
+            mix = mix.expand(len(batch.segments), -1, -1).repeat(len(views), 1, 1)
+            return self.encode_segments(torch.cat(views), mix).chunk(len(views)), batch.segment_clip
+        mix = type_token_weights(audio_type, batch.audio_type)
+        mix = mix.to(views[0].device)
+        views = [view.to(self.audio.type_embedding.dtype) for view in views]
+        vectors = self.audio.encode_clips(views, batch.segment_rows, batch.segment_clip, len(batch), mix)
+        numbers = torch.arange(len(batch), device=batch.has_audio.device)
+        return vectors, numbers.where(batch.has_audio, len(batch))
 
     def frame_vectors(self, batch: Batch) -> Tensor:
         """Encode a batch's frames to vectors (F, D), or take embed.py's if it has them."""
@@ -173,7 +191,7 @@ class Model(nn.Module):
 
     def pooled_segments(self, batch: Batch, audio_type: str) -> Tensor:
         """Encode and pool a batch's segments under a type token to z^g (B, D), unit length; zero where a clip has no audio."""
-        return pool(self.segment_vectors(batch, audio_type), batch.segment_clip, len(batch))
+        return pool(*self.audio_vectors(batch, audio_type), len(batch))
 
     def pooled_frames(self, batch: Batch) -> Tensor:
         """Encode and pool a batch's frames to y^g (B, D), unit length; zero where a clip has no frames."""
@@ -230,8 +248,8 @@ class Model(nn.Module):
             frames = self.frame_vectors(batch) if frames is None else frames
             parts.append(fusion.pad_packed(fusion.VISION, frames, batch.frame_clip, len(batch), room[0]))
         if "a" in self.cfg.modalities:
-            segments = self.segment_vectors(batch, audio_type or self.cfg.audio_type)
-            parts.append(fusion.pad_packed(fusion.AUDIO, segments, batch.segment_clip, len(batch), room[1]))
+            vectors, owner = self.audio_vectors(batch, audio_type or self.cfg.audio_type)
+            parts.append(fusion.pad_packed(fusion.AUDIO, vectors, owner, len(batch), room[1]))
         return parts
 
     def _compared(self, sentence: Tensor, words: fusion.PaddedSequence | None, parts: list) -> dict[str, Tensor]:
@@ -276,15 +294,13 @@ class Model(nn.Module):
     def _audio_views(self, batch: Batch, loss: LossConfig, mask: MaskConfig) -> dict[str, Tensor]:
         """Encode the segments to z^g (B, D) and, for NCE_aa, that of the masked view, in one pass through the tower."""
         decibels = decode(batch.segments, self.spectrogram)
-        views = [normalise(decibels, batch.segment_rows, self.cfg.spectrogram_norm)]
+        clips = batch.segment_clip, len(batch)
+        views = [normalise(decibels, batch.segment_rows, self.cfg.spectrogram_norm, *clips)]
         if loss.aa:
             hidden = batch.hidden_rows[:, :, None] | batch.hidden_channels[:, None, :]
-            views.append(masked_view(decibels, batch.segment_rows, hidden, mask, self.cfg.spectrogram_norm))
-        mix = type_token_weights(self.cfg.pretrain_audio_type, batch.segment_type)
-        mix = mix.expand(len(decibels), -1, -1).repeat(len(views), 1, 1)
-        vectors = self.encode_segments(torch.cat(views), mix).chunk(len(views))
-        pooled = [pool(v, batch.segment_clip, len(batch)) for v in vectors]
-        return dict(zip(("audio", "masked"), pooled, strict=False))
+            views.append(masked_view(decibels, batch.segment_rows, hidden, mask, self.cfg.spectrogram_norm, *clips))
+        vectors, owner = self._encode_views(views, batch, self.cfg.pretrain_audio_type)
+        return dict(zip(("audio", "masked"), (pool(v, owner, len(batch)) for v in vectors), strict=False))
 
     def _trains(self, tower: nn.Module) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())

@@ -176,12 +176,17 @@ def encode_images(tower: VisionTransformer, images: Tensor) -> Tensor:
     return x @ tower.proj if tower.proj is not None else x
 
 
-def pooled_places(tower: VisionTransformer, x: Tensor) -> Tensor:
-    """Run the blocks of a vision tower on tokens (B, L, W): outputs (B, L, W), or (B, 1, W) where only [CLS] is pooled."""
-    if not pools_first(tower):
+def pooled_places(tower: VisionTransformer, x: Tensor, ignored: Tensor | None = None) -> Tensor:
+    """Run the blocks of a vision tower on tokens (B, L, W): outputs (B, L, W), or (B, 1, W) where only [CLS] is pooled.
+
+    ignored (B, L) bool: True at padding, which no token attends to.
+    """
+    if not pools_first(tower) and ignored is None:
         return tower.transformer(x)
-    *blocks, last = tower.transformer.resblocks
-    for run in (*blocks, functools.partial(_first_output, last)):
+    blocks = tower.transformer.resblocks
+    for number, block in enumerate(blocks):
+        last = number == len(blocks) - 1 and pools_first(tower)
+        run = functools.partial(run_block, block, kept=1 if last else x.shape[1], ignored=ignored)
         x = checkpoint(run, x, use_reentrant=False) if tower.transformer.grad_checkpointing else run(x)
     return x
 
@@ -192,10 +197,17 @@ def pools_first(tower: VisionTransformer) -> bool:
     return plain and tower.pool_type == "tok" and tower.attn_pool is None
 
 
-def _first_output(block: ResidualAttentionBlock, x: Tensor) -> Tensor:
-    """Run a block on tokens (B, L, W) for its output (B, 1, W) at the first."""
-    normed = block.ln_1(x)
-    x = x[:, :1] + block.ls_1(block.attention(normed[:, :1], normed, normed))
+def run_block(block: ResidualAttentionBlock, x: Tensor, kept: int, ignored: Tensor | None = None) -> Tensor:
+    """Run a block of CLIP's on tokens (B, L, W) for its outputs (B, kept, W) at the first `kept`.
+
+    ignored: keys that are not attended to, True: (B, L) by any token, or (B, kept, L) by each.
+    """
+    keys = block.ln_1(x)
+    queries = keys if kept == x.shape[1] else keys[:, :kept]
+    masks: dict[str, Tensor | None] = {"key_padding_mask": ignored}
+    if ignored is not None and ignored.ndim == 3:
+        masks = {"attn_mask": ignored.repeat_interleave(block.attn.num_heads, 0)}
+    x = x[:, :kept] + block.ls_1(block.attn(queries, keys, keys, need_weights=False, **masks)[0])
     return x + block.ls_2(block.mlp(block.ln_2(x)))
 
 

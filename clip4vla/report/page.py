@@ -60,8 +60,10 @@ def run_plot(name: str, rows: list[dict[str, Any]]) -> bytes:
     rows = latest(rows)
     panels = [(title, keys) for title, keys in PANELS.items() if any(key in row for row in rows for key in keys)]
     lines = -(-len(panels) // 3)
-    figure = Figure(figsize=(7.6, 3.3 + 1.4 * lines), dpi=150, layout="constrained")
-    grid = figure.add_gridspec(lines + 1, 3, height_ratios=[2.3] + [1] * lines)
+    width, height = 7.6, 3.3 + 1.4 * lines  # inches; fixed margins, as to fit them takes as long as to draw
+    figure = Figure(figsize=(width, height), dpi=150)
+    edges = {"left": 0.62 / width, "right": 1 - 0.1 / width, "bottom": 0.5 / height, "top": 1 - 0.3 / height}
+    grid = figure.add_gridspec(lines + 1, 3, height_ratios=[2.6] + [1] * lines, hspace=0.5, wspace=0.27, **edges)
     top = figure.add_subplot(grid[0, :])
     _panel(top, rows, TERMS)
     shown = name.encode("utf-8", "backslashreplace").decode()[:LONG]
@@ -75,7 +77,7 @@ def run_plot(name: str, rows: list[dict[str, Any]]) -> bytes:
         axes.set_title(title, fontsize=8, loc="left", color="#5b6472")
         if axes.dataLim.y0 >= 0:
             axes.set_ylim(bottom=0)
-    figure.supxlabel("step", fontsize=9)
+    figure.supxlabel("step", fontsize=9, y=0.08 / height)
     return to_bytes(lambda buffer: figure.savefig(buffer, format="png"))
 
 

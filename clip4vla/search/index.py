@@ -217,6 +217,7 @@ def index_sha256(model: "Model") -> str:
     from clip4vla.models.towers_fingerprint import towers_sha256  # torch takes seconds
 
     media = [to_dict(model.spectrogram), to_dict(model.frames), model.cfg.spectrogram_norm]
+    media += [model.cfg.audio_span] if model.cfg.audio_span != "segment" else []
     digest = hashlib.sha256((towers_sha256(model) + json.dumps(media, sort_keys=True)).encode())
     for name, value in model.audio.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)}".encode())

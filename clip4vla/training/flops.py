@@ -4,7 +4,7 @@ A product of (m, k) by (k, n) is 2 m k n FLOPs. Useful is what the gradient of t
 
     a transformer, t tokens   2 t * (elements of its weight matrices) + 4 * layers * t^2 * width  (QK^T and AV)
     a frame, a segment        convolution of its P patches, transformer over P + [CLS] + type tokens, projection; where [CLS] is
-                              pooled, the last block gives that alone
+                              pooled, the last block gives that alone; of a clip read at once, of its valid patches
     a caption                 transformer over its tokens up to [EOS], projection
     a tower                   once if it is frozen, three times if it trains (its convolution twice: pixels get no gradient),
                               not at all where frozen vectors stand for it; segments again for their masked view
@@ -19,7 +19,7 @@ of accumulation. MFU = useful FLOPs / (seconds * FLOP/s of a large bf16 matrix p
 """
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from open_clip.transformer import VisionTransformer
@@ -34,6 +34,8 @@ from clip4vla.models.classifier import Classifier
 from clip4vla.models.fusion import GlobalToGlobal, LocalToLocal
 from clip4vla.models.model import Model, needed_towers, uses_head
 from clip4vla.models.towers import pools_first
+
+Number = TypeVar("Number", float, Tensor)
 
 
 def shape(parameter: Tensor) -> torch.Size:
@@ -60,8 +62,9 @@ class FlopCounter:
         self.dim = model.clip_config["embed_dim"]
         # parts of a global batch that are compared each on its own; 1: the whole batch is
         self.batch_parts = cfg.train.gradient_accumulation_steps if cfg.train.negatives == "micro" else 1
-        self.per_segment = self._segment_flops(model)
-        self.per_frame = _picture(model.vision, 3, 0)
+        self.trunk, self.channels = model.audio.trunk, 1 if model.spectrogram.channels == "mono" else 3
+        self.type_tokens = self._type_tokens()
+        self.per_frame = float(_picture(model.vision, 3, torch.tensor(math.prod(model.vision.grid_size)), 0))
         passes = 3 if elements(model.text, trained=True) else 1
         per_token, per_token_pair = _transformer(model.text.transformer.resblocks)
         self.per_token, self.per_token_pair = passes * per_token, passes * per_token_pair
@@ -70,21 +73,27 @@ class FlopCounter:
         embedding = model.text.token_embedding.weight  # of the captioner too, whose gradient it may not need
         self.per_word_scores = 2 * width * (3 * self.dim + (2 + embedding.requires_grad) * shape(embedding)[0])
 
-    def _segment_flops(self, model: Model) -> float:
-        """Count the FLOPs of a segment in all views that the loss and the head need."""
-        audio_types: list[str] = []  # of each view
+    def _type_tokens(self) -> list[int]:
+        """Count the type tokens of each view of the sound that the loss and the head need."""
+        audio_types: list[str] = []
         if self.loss.aa or self.loss.at or self.loss.av:
             audio_types.append(self.cfg.model.pretrain_audio_type)
         if self.loss.aa:
             audio_types.append(self.cfg.model.pretrain_audio_type)  # masked
         if uses_head(self.loss) and "a" in self.cfg.model.modalities:
             audio_types.append(self.cfg.model.audio_type)
-        channels = 1 if model.spectrogram.channels == "mono" else 3
-        total = 0.0
-        for audio_type in audio_types:
-            type_tokens = type_token_weights(audio_type, torch.zeros(1, dtype=torch.int64)).shape[1]
-            total += _picture(model.audio.trunk, channels, type_tokens)
-        return total
+        return [type_token_weights(kind, torch.zeros(1, dtype=torch.int64)).shape[1] for kind in audio_types]
+
+    def _sound_flops(self, micro: Batch) -> float:
+        """Count the FLOPs of the audio tower in all views: of each segment, or of the valid patches of each clip at once."""
+        if self.cfg.model.audio_span == "segment":
+            patches = torch.full((_count_owned(micro.segment_clip, micro),), math.prod(self.trunk.grid_size))
+        else:
+            used = (micro.segment_rows / self.trunk.conv1.kernel_size[0]).ceil().long() * self.trunk.grid_size[1]
+            patches = used.new_zeros(len(micro) + 1).index_add(0, micro.segment_clip, used)[:-1]
+            patches = patches[patches > 0]
+        views = (_picture(self.trunk, self.channels, patches.double(), extra) for extra in self.type_tokens)
+        return sum(float(view.sum()) for view in views)
 
     def flops(self, micros: list[Batch]) -> float:
         """Count the useful FLOPs of one step's micro-batches on this rank."""
@@ -92,7 +101,7 @@ class FlopCounter:
         total = self._similarity_flops(sum(map(len, micros))) + self._head_flops(micros)
         for micro in micros:
             if "audio" in towers:
-                total += self.per_segment * _count_owned(micro.segment_clip, micro)
+                total += self._sound_flops(micro)
             if "vision" in towers:
                 total += self.per_frame * _count_owned(micro.frame_clip, micro)
             if "text" in towers:
@@ -155,8 +164,8 @@ def _transformer(blocks: nn.ModuleList) -> tuple[float, float]:
     return 2 * weights, 4 * sum(block.attn.embed_dim for block in each)
 
 
-def _first_place(blocks: nn.ModuleList, tokens: float) -> float:
-    """Count forward FLOPs of a sequence of `tokens` tokens, of which the last block computes the first one's output alone."""
+def _first_place(blocks: nn.ModuleList, tokens: Number) -> Number:
+    """Count forward FLOPs of sequences of `tokens` tokens, of which the last block computes the first one's output alone."""
     per_token, per_pair = _transformer(blocks[:-1])
     last: Any = blocks[-1]
     width = last.attn.embed_dim
@@ -164,9 +173,11 @@ def _first_place(blocks: nn.ModuleList, tokens: float) -> float:
     return per_token * tokens + per_pair * tokens**2 + keys_and_values + _transformer(blocks[-1:])[0] - 4 * width**2
 
 
-def _picture(tower: VisionTransformer, channels: int, extra: int) -> float:
-    """Count FLOPs of one picture of `channels` channels, with `extra` tokens after the patches; with gradients if it trains."""
-    patches = math.prod(tower.grid_size)
+def _picture(tower: VisionTransformer, channels: int, patches: Tensor, extra: int) -> Tensor:
+    """Count FLOPs of each of n pictures of `channels` channels and patches (n,), with `extra` tokens after them.
+
+    With gradients if the tower trains.
+    """
     width, _, *patch = shape(tower.conv1.weight)
     first = 2 * patches * width * channels * math.prod(patch)
     blocks, tokens = tower.transformer.resblocks, patches + 1 + extra
@@ -176,7 +187,7 @@ def _picture(tower: VisionTransformer, channels: int, extra: int) -> float:
     else:
         rest = per_token * tokens + per_pair * tokens**2
     if tower.proj is not None:
-        rest += 2 * math.prod(shape(tower.proj))
+        rest = rest + 2 * math.prod(shape(tower.proj))
     return 2 * first + 3 * rest if elements(tower, trained=True) else first + rest
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from clip4vla.training import engine
 from clip4vla.training.flops import towers_run
 
 TOWERS = ("text", "vision", "audio")
+SHAPES_AUDIO = ("audio_patch", "audio_span")  # settings that the audio tower's weights depend on
 
 
 class RunSetup(NamedTuple):
@@ -144,7 +146,7 @@ def train_loader(cfg: RunConfig, folders: list, vectors: list | None, device: to
     needs = [kind for tower, kind in (("audio", "fbank"), ("vision", "frames")) if tower in run]
     return Loader(
         folders, order, cfg.data, tokenize=tokenizer(cfg.model.clip, cfg.model.max_tokens), mask=cfg.mask, seed=cfg.seed,
-        needs=needs, vectors=vectors, device=device, pieces=cfg.train.gradient_accumulation_steps,
+        needs=needs, vectors=vectors, device=device, pieces=cfg.train.gradient_accumulation_steps, augment=cfg.augment,
         pad_tokens=(cfg.train.compile != "off") * cfg.model.max_tokens,  # 0: no padding
         damage_log=Path(cfg.run_dir, f"corrupt-{collectives.rank()}.jsonl"),
     )  # fmt: skip
@@ -227,6 +229,7 @@ def load_eval_model(cfg: RunConfig) -> tuple[Model, dict[str, Any]]:
         )
     model = Model.from_checkpoint(checkpoint)
     cfg.model.labels = cfg.model.labels or model.cfg.labels
+    _must_equal(model, cfg, SHAPES_AUDIO, checkpoint)
     _same_head(model, cfg, checkpoint)
     model.cfg = cfg.model
     model.must_have_positions()
@@ -273,7 +276,12 @@ def _shapes_head(cfg: ModelConfig) -> list[str]:
 
 def _same_head(model: Model, cfg: RunConfig, folder: Path) -> None:
     """Raise UserError if the checkpoint's head is not this run's."""
-    for name in _shapes_head(cfg.model):
+    _must_equal(model, cfg, _shapes_head(cfg.model), folder)
+
+
+def _must_equal(model: Model, cfg: RunConfig, names: Iterable[str], folder: Path) -> None:
+    """Raise UserError if a checkpoint has other settings of these names."""
+    for name in names:
         theirs, ours = getattr(model.cfg, name), getattr(cfg.model, name)
         if theirs != ours:
             raise UserError(
@@ -293,3 +301,4 @@ def _must_match(model: Model, cfg: RunConfig, spectrogram: SpectrogramConfig | N
     if spectrogram:
         theirs = {"spectrogram": to_dict(model.spectrogram)}
         check_fingerprint(theirs, {"spectrogram": to_dict(spectrogram)}, str(folder), "the shards of data.train")
+        _must_equal(model, cfg, SHAPES_AUDIO, folder)

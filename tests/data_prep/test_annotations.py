@@ -195,6 +195,36 @@ def test_clotho_keeps_equal_names_of_its_parts_apart(prepare):
     }
 
 
+def test_urbansound8k_has_a_split_per_fold(prepare):
+    csv = "slice_file_name,fsID,start,end,salience,fold,classID,class\n"
+    csv += "101415-3-0-2.wav,101415,0,4,1,1,3,dog_bark\n7389-1-0-0.wav,7389,1,2,1,10,1,car_horn\n"
+    csv += "7389-1-0-1.wav,7389,1,2,1,11,1,car_horn\n24074-1-0-3.wav,24074,1,2,1,2,1,car_horn\n"
+    media = ["fold1/101415-3-0-2.ogg", "fold10/7389-1-0-0.wav"]  # as its archive has them, and re-encoded
+    rows, skipped = prepare("urbansound8k", {"metadata/UrbanSound8K.csv": csv}, media)
+    assert [(row.split, row.group, row.label, row.captions, row.audio_type) for row in rows] == [
+        ("fold1", "101415", "dog_bark", ["dog bark"], "nb"),
+        ("fold10", "7389", "car_horn", ["car horn"], "nb"),
+    ]
+    assert reasons(skipped) == {
+        "UrbanSound8K.csv:4": "malformed: fold '11' is not 1 to 10",
+        "24074-1-0-3": "missing: no file named 24074-1-0-3",
+    }
+
+
+def test_names_of_grid_spell_its_sentences(prepare):
+    media = ["s1/bbaf2n.mpg", "s1/bbaf3s.mpg", "s2/bbaf2n.mpg", "s1/srwc1a.mpg", "s1/lgbzzp.mpg", "s1/aaaaaa.mpg"]
+    rows, skipped = prepare("grid", {"readme.txt": ""}, [*media, "s1/longer_name.mpg"])
+    assert [(row.id, row.captions, row.group, row.split) for row in rows] == [
+        ("s1_bbaf2n", ["bin blue at f two now"], "bbaf2n", "train"),
+        ("s1_bbaf3s", ["bin blue at f three soon"], "bbaf3s", "test"),
+        ("s1_lgbzzp", ["lay green by z zero please"], "lgbzzp", "train"),
+        ("s1_srwc1a", ["set red with c one again"], "srwc1a", "train"),
+        ("s2_bbaf2n", ["bin blue at f two now"], "bbaf2n", "train"),
+    ]
+    assert {row.audio_type for row in rows} == {"vb"}
+    assert reasons(skipped) == {"s1/aaaaaa.mpg": "malformed: aaaaaa spells no sentence of GRID's"}
+
+
 def test_esc50_has_a_split_per_fold(prepare):
     csv = "filename,fold,target,category,esc10,src_file,take\n"
     csv += "1-101296-A-19.wav,1,19,thunderstorm,False,101296,A\n1-101296-B-19.wav,1,19,thunderstorm,False,101296,B\n"

@@ -38,12 +38,12 @@ def test_type_token_masked_out_of_attention_changes_nothing(monkeypatch):
     hide = torch.zeros(51, 51)
     hide[:50, 50] = -torch.inf
     for block in tower.trunk.transformer.resblocks:
-        whole = block.attention
+        whole = block.attn.forward
 
-        def hidden(q_x, k_x, v_x, attn_mask=None, whole=whole):
-            return whole(q_x, k_x, v_x, hide[: q_x.shape[1]])
+        def hidden(queries, keys, values, need_weights, key_padding_mask, whole=whole):
+            return whole(queries, keys, values, need_weights=need_weights, attn_mask=hide[: queries.shape[1]])
 
-        monkeypatch.setattr(block, "attention", hidden)
+        monkeypatch.setattr(block.attn, "forward", hidden)
     picture = torch.randn(2, 3, 224, 224)
     torch.testing.assert_close(tower(picture, type_token_weights("nb")), vision(picture))
 
@@ -71,7 +71,7 @@ def test_extra_position_is_distributed_as_the_others():
     vision.positional_embedding.data.mul_(0.1).add_(0.5)
     rows = vision.positional_embedding
     for how, mean, deviation in (("matched", rows.mean(), rows.std()), ("unit", 0.0, 1.0)):
-        extra = AudioEncoder(vision, how).trunk.positional_embedding[-1]
+        extra = AudioEncoder(vision, ModelConfig(position_init=how)).trunk.positional_embedding[-1]
         assert abs(extra.mean() - mean) < 0.15 * max(deviation, 0.1) and abs(extra.std() - deviation) < 0.15 * deviation
 
 
