@@ -110,6 +110,9 @@ class ModelConfig:
         "what the audio tower reads at once: a segment, and a clip has the mean of its segments; or a whole clip",
     )
     position_init: Literal["matched", "unit"] = option("matched", "extra position row: as the others, or std 1")
+    audio_pool: Literal["tower", "mean"] = option(
+        "tower", "vector of the audio tower's outputs: as the vision tower's ([CLS]), or their mean over patches"
+    )
     spectrogram_norm: Literal["valid", "clip", "padded"] = option(
         "valid",
         "z-score over a segment's valid rows, over a clip's, or over a segment after zero padding in dB (official)",

@@ -118,7 +118,7 @@ def _features_sha256(model: Model, cfg: RunConfig) -> str:
     """Compute the sha256 of all that decides the features of given shards."""
     settings = [model.clip_config, model.image_statistics, to_dict(model.spectrogram)]
     settings += [cfg.model.modalities, cfg.model.audio_type, cfg.model.spectrogram_norm, cfg.data.languages]
-    settings += [model.cfg.audio_span] if model.cfg.audio_span != "segment" else []
+    settings += model.audio_reading()
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for kind, tower in (("v", model.vision), ("a", model.audio)):
         for name, value in tower.state_dict().items() if kind in cfg.model.modalities else ():

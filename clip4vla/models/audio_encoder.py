@@ -44,6 +44,7 @@ class AudioEncoder(nn.Module):
     ):
         super().__init__()
         self.trunk = copy.deepcopy(vision)
+        self.mean_pool = cfg.audio_pool == "mean"
         self.segments = spectrogram.max_segments if cfg.audio_span == "clip" else 1  # that have positions
         positions = vision.positional_embedding.detach()
         if cfg.audio_patch:
@@ -116,11 +117,21 @@ class AudioEncoder(nn.Module):
         types = (mix.to(x.dtype) @ self.type_embedding).expand(count, -1, -1)  # B T W; both share the last position
         start = (trunk.class_embedding + position[0]).expand(count, 1, -1)
         x = torch.cat([start, x, types + position[-1]], 1)
-        if ignored is not None:
-            ignored = F.pad(F.pad(ignored, (1, 0)), (0, types.shape[1]))
-        x = pooled_places(trunk, trunk.ln_pre(x), ignored)
-        x = trunk._pool(x[:, : x.shape[1] if pools_first(trunk) else x.shape[1] - types.shape[1]])[0]
+        hidden = None if ignored is None else F.pad(F.pad(ignored, (1, 0)), (0, types.shape[1]))
+        x = pooled_places(trunk, trunk.ln_pre(x), hidden, self.mean_pool)
+        if self.mean_pool:
+            x = _masked_mean(trunk.ln_post(x[:, 1 : x.shape[1] - types.shape[1]]), ignored)
+        else:
+            x = trunk._pool(x[:, : x.shape[1] if pools_first(trunk) else x.shape[1] - types.shape[1]])[0]
         return x @ trunk.proj if trunk.proj is not None else x
+
+
+def _masked_mean(x: Tensor, ignored: Tensor | None) -> Tensor:
+    """Average x (B, L, W) over the places that are not in `ignored` (B, L): (B, W)."""
+    if ignored is None:
+        return x.mean(1)
+    used = (~ignored)[..., None].to(x.dtype)
+    return (x * used).sum(1) / used.sum(1).clamp(min=1)
 
 
 def resized_kernel(weight: Tensor, patch: Sequence[int]) -> Tensor:

@@ -305,6 +305,12 @@ class Model(nn.Module):
     def _trains(self, tower: nn.Module) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
 
+    def audio_reading(self) -> list[str]:
+        """List how the audio tower reads clips, where that is not the paper's way: part of the hash of what it computes."""
+        paper = ModelConfig()
+        names = ("audio_span", "audio_pool")
+        return [getattr(self.cfg, name) for name in names if getattr(self.cfg, name) != getattr(paper, name)]
+
     def config(self) -> dict[str, Any]:
         """Collect everything that from_checkpoint needs beside the weights."""
         settings = {"model": self.cfg, "spectrogram": self.spectrogram, "frames": self.frames}

@@ -176,16 +176,19 @@ def encode_images(tower: VisionTransformer, images: Tensor) -> Tensor:
     return x @ tower.proj if tower.proj is not None else x
 
 
-def pooled_places(tower: VisionTransformer, x: Tensor, ignored: Tensor | None = None) -> Tensor:
+def pooled_places(
+    tower: VisionTransformer, x: Tensor, ignored: Tensor | None = None, all_places: bool = False
+) -> Tensor:
     """Run the blocks of a vision tower on tokens (B, L, W): outputs (B, L, W), or (B, 1, W) where only [CLS] is pooled.
 
-    ignored (B, L) bool: True at padding, which no token attends to.
+    ignored (B, L) bool: True at padding, which no token attends to. all_places: (B, L, W) in any case.
     """
-    if not pools_first(tower) and ignored is None:
+    first_only = pools_first(tower) and not all_places
+    if not first_only and ignored is None:
         return tower.transformer(x)
     blocks = tower.transformer.resblocks
     for number, block in enumerate(blocks):
-        last = number == len(blocks) - 1 and pools_first(tower)
+        last = number == len(blocks) - 1 and first_only
         run = functools.partial(run_block, block, kept=1 if last else x.shape[1], ignored=ignored)
         x = checkpoint(run, x, use_reentrant=False) if tower.transformer.grad_checkpointing else run(x)
     return x

@@ -216,8 +216,8 @@ def index_sha256(model: "Model") -> str:
     """Return the sha256 over all that decides the vectors: weights (as fp32), structure, and how media are read."""
     from clip4vla.models.towers_fingerprint import towers_sha256  # torch takes seconds
 
-    media = [to_dict(model.spectrogram), to_dict(model.frames), model.cfg.spectrogram_norm]
-    media += [model.cfg.audio_span] if model.cfg.audio_span != "segment" else []
+    media: list[Any] = [to_dict(model.spectrogram), to_dict(model.frames), model.cfg.spectrogram_norm]
+    media += model.audio_reading()
     digest = hashlib.sha256((towers_sha256(model) + json.dumps(media, sort_keys=True)).encode())
     for name, value in model.audio.state_dict().items():
         digest.update(f"{name} {tuple(value.shape)}".encode())

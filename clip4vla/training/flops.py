@@ -92,7 +92,8 @@ class FlopCounter:
             used = (micro.segment_rows / self.trunk.conv1.kernel_size[0]).ceil().long() * self.trunk.grid_size[1]
             patches = used.new_zeros(len(micro) + 1).index_add(0, micro.segment_clip, used)[:-1]
             patches = patches[patches > 0]
-        views = (_picture(self.trunk, self.channels, patches.double(), extra) for extra in self.type_tokens)
+        whole = self.cfg.model.audio_pool == "mean"
+        views = (_picture(self.trunk, self.channels, patches.double(), extra, whole) for extra in self.type_tokens)
         return sum(float(view.sum()) for view in views)
 
     def flops(self, micros: list[Batch]) -> float:
@@ -173,16 +174,16 @@ def _first_place(blocks: nn.ModuleList, tokens: Number) -> Number:
     return per_token * tokens + per_pair * tokens**2 + keys_and_values + _transformer(blocks[-1:])[0] - 4 * width**2
 
 
-def _picture(tower: VisionTransformer, channels: int, patches: Tensor, extra: int) -> Tensor:
+def _picture(tower: VisionTransformer, channels: int, patches: Tensor, extra: int, whole: bool = False) -> Tensor:
     """Count FLOPs of each of n pictures of `channels` channels and patches (n,), with `extra` tokens after them.
 
-    With gradients if the tower trains.
+    With gradients if the tower trains. whole: all outputs of the last block are needed, not [CLS] alone.
     """
     width, _, *patch = shape(tower.conv1.weight)
     first = 2 * patches * width * channels * math.prod(patch)
     blocks, tokens = tower.transformer.resblocks, patches + 1 + extra
     per_token, per_pair = _transformer(blocks)
-    if pools_first(tower):
+    if pools_first(tower) and not whole:
         rest = _first_place(blocks, tokens)
     else:
         rest = per_token * tokens + per_pair * tokens**2

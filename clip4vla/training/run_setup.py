@@ -31,7 +31,7 @@ from clip4vla.training import engine
 from clip4vla.training.flops import towers_run
 
 TOWERS = ("text", "vision", "audio")
-SHAPES_AUDIO = ("audio_patch", "audio_span")  # settings that the audio tower's weights depend on
+MAKES_AUDIO = ("audio_patch", "audio_span", "audio_pool")  # settings that the audio tower is trained with
 
 
 class RunSetup(NamedTuple):
@@ -229,7 +229,7 @@ def load_eval_model(cfg: RunConfig) -> tuple[Model, dict[str, Any]]:
         )
     model = Model.from_checkpoint(checkpoint)
     cfg.model.labels = cfg.model.labels or model.cfg.labels
-    _must_equal(model, cfg, SHAPES_AUDIO, checkpoint)
+    _must_equal(model, cfg, MAKES_AUDIO, checkpoint)
     _same_head(model, cfg, checkpoint)
     model.cfg = cfg.model
     model.must_have_positions()
@@ -301,4 +301,4 @@ def _must_match(model: Model, cfg: RunConfig, spectrogram: SpectrogramConfig | N
     if spectrogram:
         theirs = {"spectrogram": to_dict(model.spectrogram)}
         check_fingerprint(theirs, {"spectrogram": to_dict(spectrogram)}, str(folder), "the shards of data.train")
-        _must_equal(model, cfg, SHAPES_AUDIO, folder)
+        _must_equal(model, cfg, MAKES_AUDIO, folder)

@@ -49,9 +49,10 @@ def test_patches_that_do_not_fill_a_segment_are_refused(vision, patch):
         AudioEncoder(vision, ModelConfig(audio_patch=patch))
 
 
-def clip_tower(vision, patch):
+def clip_tower(vision, patch, pool="tower"):
     torch.manual_seed(1)
-    return AudioEncoder(vision, ModelConfig(audio_patch=patch, audio_span="clip"), SPECTROGRAM).eval()
+    cfg = ModelConfig(audio_patch=patch, audio_span="clip", audio_pool=pool)
+    return AudioEncoder(vision, cfg, SPECTROGRAM).eval()
 
 
 def by_hand(tower, view, clip, mix):
@@ -67,14 +68,15 @@ def by_hand(tower, view, clip, mix):
                     patch = view[segment, :, top : top + height, left : left + width]
                     tokens.append((trunk.conv1.weight * patch).sum((1, 2, 3)) + position[number])
     tokens += [weights @ tower.type_embedding + position[-1] for weights in mix]
-    x = trunk.transformer(trunk.ln_pre(torch.stack(tokens)[None]))
-    return (trunk.ln_post(x[:, 0]) @ trunk.proj)[0]
+    x = trunk.ln_post(trunk.transformer(trunk.ln_pre(torch.stack(tokens)[None])))[0]
+    return (x[1 : len(tokens) - len(mix)].mean(0) if tower.mean_pool else x[0]) @ trunk.proj
 
 
 @pytest.mark.parametrize("patch", [[], [16, 224], [16, 56]])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_clip_is_one_sequence_of_its_valid_patches(vision, patch, recompute):
-    tower = clip_tower(vision, patch)
+@pytest.mark.parametrize("pool", ["tower", "mean"])
+def test_a_clip_is_one_sequence_of_its_valid_patches(vision, patch, recompute, pool):
+    tower = clip_tower(vision, patch, pool)
     tower.trunk.transformer.grad_checkpointing = recompute
     views = [torch.randn(6, 3, 224, 224, requires_grad=True) for _ in range(2)]
     mix = torch.rand(CLIPS, 1, 2)
@@ -97,3 +99,13 @@ def test_padding_segments_belong_to_no_clip(vision):
     padded = F.pad(view, (0, 0, 0, 0, 0, 0, 0, 2))
     (found,) = tower.encode_clips([padded], F.pad(ROWS, (0, 2)), F.pad(OWNER, (0, 2), value=CLIPS), CLIPS, mix)
     torch.testing.assert_close(found, wanted)
+
+
+def test_the_mean_of_a_segments_patches_is_its_vector(vision):
+    """Of a vision tower that averages its patches, the same."""
+    torch.manual_seed(2)
+    averaging = towers.build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | {"pool_type": "avg"}}).visual.eval()
+    segments = torch.randn(2, 3, 224, 224)
+    tower = AudioEncoder(averaging, ModelConfig(audio_pool="mean")).eval()
+    wanted = averaging(segments) if not averaging.final_ln_after_pool else None
+    torch.testing.assert_close(tower(segments, type_token_weights("none")), wanted)
