@@ -111,7 +111,9 @@ def _by_label(folds: list[tuple[Sounds, Sounds]], cfg: RunConfig) -> dict[str, A
         x = [torch.stack([statistics(decibels) for decibels in sounds.decibels]) for sounds in (training, test)]
         scores = _fitted(x[0], x[1], y, [clip["group"] for clip in training.clips], len(classes), cfg)
         hit = 100.0 * (scores.argmax(1) == target).double()
-        rows.append({"accuracy": float(hit.mean()), "mAP": 100 * mean_average_precision(scores, target)})
+        rows.append(
+            {"accuracy": float(hit.mean()), "mAP": 100 * retrieval_metrics.mean_average_precision(scores, target)}
+        )
         hits.append(hit)
         groups += [stable_hash63(clip["group"]) for clip in test.clips]
     row: dict[str, Any] = {name: float(np.mean([row[name] for row in rows])) for name in ("accuracy", "mAP")}
@@ -148,15 +150,6 @@ def _fitted(x: Tensor, test: Tensor, y: Tensor, groups: list[str], classes: int,
     x, test = (x - mean) / std, (test - mean) / std
     held = linear_probe.group_holdout(y, groups, cfg.seed)
     return linear_probe.fit_select_C(x, y, classes, STRENGTHS, held).log_probabilities(test)
-
-
-def mean_average_precision(scores: Tensor, target: Tensor) -> float:
-    """Compute the mean over classes of average precision (0..1) of clips ranked by their scores (n, K) for it; target (n,)."""
-    precisions = []
-    for number in target.unique().tolist():
-        right = (target == number)[scores[:, number].argsort(descending=True, stable=True)].double()
-        precisions.append(float((right * right.cumsum(0) / torch.arange(1, len(right) + 1)).sum() / right.sum()))
-    return float(np.mean(precisions))
 
 
 def table(metrics: dict[str, dict[str, Any]]) -> str:

@@ -24,7 +24,7 @@ from clip4vla.distributed import collectives
 from clip4vla.distributed.rank_0 import ProgressCallback, run_on_rank_0
 from clip4vla.distributed.watchdog import watch
 from clip4vla.errors import UserError
-from clip4vla.evaluation import captioning, features, linear_probe
+from clip4vla.evaluation import captioning, features, linear_probe, retrieval_metrics
 from clip4vla.evaluation.features import Features
 from clip4vla.io.atomic import write_text
 from clip4vla.models import fusion
@@ -190,7 +190,8 @@ def compute_metrics(outputs: ClassificationOutputs, cfg: RunConfig) -> dict[str,
 def _row(outputs: ClassificationOutputs, scores: Tensor, rows: Tensor, cfg: RunConfig) -> dict[str, Any]:
     """Compute the metrics of the clips numbered in rows (n,); over folds accuracy and top5 are means.
 
-    `deviation` is the sample standard deviation of accuracy over folds. `confusion`, clips by target and by prediction,
+    mAP: of the clips ranked for each class by its probability, all folds together. `accuracy_std` is over folds.
+    `confusion`, clips by target and by prediction,
     is there for CONFUSED classes at most.
     """
     folds, target = outputs.folds(cfg), outputs.target[rows]
@@ -208,6 +209,7 @@ def _row(outputs: ClassificationOutputs, scores: Tensor, rows: Tensor, cfg: RunC
     there = clips > 0
     row: dict[str, Any] = {name: statistics.mean(f[name] for f in by_fold.values()) for name in ("accuracy", "top5")}
     row |= {"accuracy_std": statistics.stdev(f["accuracy"] for f in by_fold.values())} if len(names) > 1 else {}
+    row["mAP"] = 100 * retrieval_metrics.mean_average_precision(scores[rows], target)
     row["mean_class_accuracy"] = 100 * float((hit[there] / clips[there]).double().mean())
     row["majority_baseline"] = 100 * int(clips.max()) / len(rows)  # of always naming the commonest class
     if cfg.eval.bootstrap and len(names) == 1:
@@ -252,13 +254,13 @@ def write_results(folder: Path, outputs: ClassificationOutputs) -> None:
 def table(metrics: dict[str, dict]) -> str:
     """Format the metrics as text, one line for each of the modalities."""
     lines = [
-        f"{'':<12}{'accuracy':>18}{'top 5':>8}{'class mean':>12}{'majority_baseline':>11}{'clips':>8}{'classes':>9}{'folds':>7}"
+        f"{'':<12}{'accuracy':>18}{'top 5':>8}{'class mean':>12}{'mAP':>7}{'majority':>10}{'clips':>8}{'classes':>9}{'folds':>7}"
     ]
     for name, row in metrics.items():
         spread = f" ± {row['accuracy_std']:.1f}" if "accuracy_std" in row else ""
         lines.append(
             f"{name:<12}{row['accuracy']:>{18 - len(spread)}.1f}{spread}{row['top5']:>8.1f}{row['mean_class_accuracy']:>12.1f}"
-            f"{row['majority_baseline']:>11.1f}{row['n_clips']:>8}{row['n_classes']:>9}{row['n_folds']:>7}"
+            f"{row['mAP']:>7.1f}{row['majority_baseline']:>10.1f}{row['n_clips']:>8}{row['n_classes']:>9}{row['n_folds']:>7}"
         )
     return "\n".join(lines)
 

@@ -197,6 +197,18 @@ def _weighted_summary(ordered: Tensor, weight: Tensor) -> Tensor:
     return torch.cat([*recall, (low + high) / 2, mean], 1)
 
 
+def mean_average_precision(scores: Tensor, target: Tensor) -> float:
+    """Compute the mean over the classes of target (n,) of average precision, 0..1, of n clips ranked by scores (n, K).
+
+    Of clips with equal scores the first comes first.
+    """
+    precisions = []
+    for number in target.unique().tolist():
+        right = (target == number)[scores[:, number].argsort(descending=True, stable=True)].double()
+        precisions.append(float((right * right.cumsum(0) / torch.arange(1, len(right) + 1)).sum() / right.sum()))
+    return float(np.mean(precisions))
+
+
 def table(metrics: dict[str, dict]) -> str:
     """Format the metrics as text, one direction a line."""
     head = (

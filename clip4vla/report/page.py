@@ -201,6 +201,7 @@ def classification(metrics: dict[str, dict[str, Any]], exhibits: list[ClipPrevie
     columns = {
         "accuracy": "accuracy %",
         "top5": "top 5 %",
+        **({"mAP": "mAP %"} if "mAP" in metrics["label"] else {}),  # earlier versions did not write it
         "mean_class_accuracy": "class mean %",
         "majority_baseline": "majority baseline %",
     }

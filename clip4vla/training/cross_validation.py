@@ -60,7 +60,7 @@ def fit_and_test(cfg: RunConfig, ds_config: str | None) -> None:
 def joined(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Join the metrics of folds by name to one row: means, the deviation of accuracy, sums of clips."""
     values = list(rows.values())
-    names = ("accuracy", "top5", "mean_class_accuracy", "majority_baseline")
+    names = ("accuracy", "top5", "mAP", "mean_class_accuracy", "majority_baseline")
     row: dict[str, Any] = {name: statistics.mean(value[name] for value in values) for name in names}
     row["accuracy_std"] = statistics.stdev(value["accuracy"] for value in values)
     sizes = {

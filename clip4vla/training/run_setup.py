@@ -176,10 +176,14 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
     with Undrawn() if loaded else contextlib.nullcontext():
         model = Model(clip, cfg.model, spectrogram, frames)
     model.must_have_positions()
-    size = (spectrogram.segment_rows, spectrogram.n_mels)
-    if model.vision.image_size != size:
+    size, pictures = (spectrogram.segment_rows, spectrogram.n_mels), model.vision.image_size
+    if pictures != size and not cfg.model.audio_patch:
         raise UserError(
-            f"model.clip: its pictures are {model.vision.image_size}, segments {size}: take a CLIP of that size"
+            f"model.clip: its pictures are {pictures}, segments {size}: take a CLIP of that size, or set model.audio_patch"
+        )
+    if pictures != (frames.size, frames.size) and "vision" in needed_towers(cfg.loss, cfg.model.modalities):
+        raise UserError(
+            f"model.clip: its pictures are {pictures}, the shards' frames {frames.size}: make them with frames.size={pictures[0]}"
         )
     source = next((place for place in cfg.init_from if _checkpoint_in(place)), None)
     if cfg.init_from and not source and "scratch" not in cfg.init_from:

@@ -188,7 +188,9 @@ def test_sound_is_augmented_by_epoch_the_same_on_any_rank(sample_shards, monkeyp
     plain, whole = (loader(sample_shards, order, needs=("fbank",)) for _ in range(2))
     whole.augment = cfg
     one, other = (whole.batch(k) for k in range(2))  # an epoch each
-    assert torch.equal(one.segments, whole.batch(0).segments) and torch.equal(one.segment_rows, plain.batch(0).segment_rows)
+    assert torch.equal(one.segments, whole.batch(0).segments) and torch.equal(
+        one.segment_rows, plain.batch(0).segment_rows
+    )
     heard = {one.ids[clip] for clip in one.segment_clip.tolist()}
     shared = heard & set(other.ids)
     assert len(shared) >= 18

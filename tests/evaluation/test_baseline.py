@@ -1,4 +1,4 @@
-"""The plain baseline: its statistics by numpy, its mAP by scikit-learn, made sounds that it can and cannot tell apart."""
+"""The plain baseline: its statistics by numpy, made sounds that it can and cannot tell apart."""
 
 import itertools
 import json
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from running import run
-from sklearn.metrics import average_precision_score
 
 from clip4vla.config import RunConfig, SpectrogramConfig
 from clip4vla.evaluation import baseline
@@ -29,13 +28,6 @@ def test_bins_of_a_spectrogram():
     found = baseline.bins(decibels, 3, SPEC).view(3, 32)
     x = torch.cat([decibels, decibels.min().expand(9, 224)]).numpy()  # 0.1 s: 12 rows; a band: 7 channels
     np.testing.assert_allclose(found.numpy(), x.reshape(3, 12, 32, 7).mean((1, 3)), rtol=1e-4, atol=1e-5)
-
-
-def test_map_is_that_of_scikit_learn():
-    rng = np.random.default_rng(0)
-    scores, target = rng.normal(size=(60, 4)), rng.integers(0, 4, 60)
-    wanted = np.mean([average_precision_score(target == k, scores[:, k]) for k in range(4)])
-    assert baseline.mean_average_precision(torch.from_numpy(scores), torch.from_numpy(target)) == pytest.approx(wanted)
 
 
 def spoken(sentence, rng, hears):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import hypergeom, kstest, rankdata
-from sklearn.metrics import label_ranking_average_precision_score, top_k_accuracy_score
+from sklearn.metrics import average_precision_score, label_ranking_average_precision_score, top_k_accuracy_score
 
 from clip4vla.errors import UserError
 from clip4vla.evaluation.retrieval_metrics import (
@@ -18,6 +18,7 @@ from clip4vla.evaluation.retrieval_metrics import (
     chance,
     evaluate,
     intervals,
+    mean_average_precision,
     permutation_p,
     summary,
     top_k,
@@ -202,3 +203,10 @@ def test_memory_stays_far_below_the_full_matrix():
     output = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, timeout=300)
     assert output.returncode == 0, output.stderr
     assert float(output.stdout) < 600
+
+
+def test_map_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    scores, target = rng.normal(size=(60, 4)), rng.integers(0, 4, 60)
+    wanted = np.mean([average_precision_score(target == k, scores[:, k]) for k in range(4)])
+    assert mean_average_precision(torch.from_numpy(scores), torch.from_numpy(target)) == pytest.approx(wanted)
