@@ -53,7 +53,7 @@ class DataConfig:
 
     dataset: Literal[
         "folder", "stamps", "howto100m", "audioset", "msrvtt", "msrvtt_1ka", "vatex", "audiocaps", "clotho",
-        "activitynet", "youcook2", "esc50", "urbansound8k", "grid", "ucf101",
+        "activitynet", "youcook2", "esc50", "esc10", "urbansound8k", "grid", "ucf101",
     ] = option("folder", "which annotation format, see data_prep/annotations.py")  # fmt: skip
     annotations: str = option("", "annotation file or folder; empty: media_root")
     media_root: str = option("", "folder with the media; paths in manifests are relative to it and stay inside")

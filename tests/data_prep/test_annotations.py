@@ -12,7 +12,7 @@ from clip4vla.errors import UserError
 from clip4vla.media.av_reader import SOUNDS, VIDEOS
 from clip4vla.media.images import PICTURES
 from data_prep.annotations import read
-from data_prep.howto100m import merge
+from data_prep.sets.howto100m import merge
 
 # HowTo100M
 
@@ -231,6 +231,7 @@ def test_esc50_has_a_split_per_fold(prepare):
     csv += "5-9032-A-0.wav,5,30,door_wood_knock,True,9032,A\nx.wav,6,0,dog,True,1,A\ngone.wav,2,0,dog,True,1,A\n"
     media = ["audio/1-101296-A-19.wav", "audio/1-101296-B-19.wav", "audio/5-9032-A-0.wav"]
     rows, skipped = prepare("esc50", {"meta/esc50.csv": csv}, media)
+    assert [row.item for row in prepare("esc10", {"meta/esc50.csv": csv}, media)[0]] == ["5-9032-A-0.wav"]
     assert [(row.split, row.group, row.label) for row in rows] == [
         ("fold1", "101296", "thunderstorm"),
         ("fold1", "101296", "thunderstorm"),

@@ -23,7 +23,7 @@ from clip4vla.config import DataConfig
 from clip4vla.data.shards import ShardFolder
 from data_prep.build_shards import sample, shard
 from data_prep.manifest import ManifestRow
-from data_prep.stamps import split_of, stamps
+from data_prep.sets.stamps import split_of, stamps
 
 
 def command(out):

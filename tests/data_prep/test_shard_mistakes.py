@@ -14,8 +14,8 @@ from clip4vla.config_io import describe
 from clip4vla.errors import UserError
 from data_prep.build_shards import lock, sample
 from data_prep.manifest import ManifestRow
+from data_prep.sets.stamps import stamps
 from data_prep.shard import main
-from data_prep.stamps import stamps
 
 
 def test_a_split_that_is_gone_is_named(run, tmp_path):
