@@ -1,5 +1,6 @@
 # make demo   everything on real data, from nothing: environment, data, training, evaluation, a page to look at
 # make test   environment, all tests, lint among them; as root it installs TOOLS, else they must be there (without SLURM its tests are skipped)
+# make results  GRID, UrbanSound8K and ESC-10, as far as DATA has them, against a plain baseline: docs/results.md
 # make lint   ruff and mypy
 # make api    the API reference, from the docstrings: build/api/index.html
 # make dist   wheel and sdist: dist/
@@ -8,10 +9,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 SET ?= stamps
+DATA ?= data
 PIP = $(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt
 TOOLS = chromium default-jre-headless faketime ffmpeg munge slurmctld slurmd slurm-client
 .DELETE_ON_ERROR:
-.PHONY: demo test tools lint api dist faults
+.PHONY: demo test results tools lint api dist faults
 
 demo: $(VENV)/installed
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash launch/demo.sh $(SET)
@@ -19,6 +21,9 @@ demo: $(VENV)/installed
 test: $(VENV)/installed tools
 	@PATH="$(abspath $(VENV))/bin:$$PATH" PYTHONDONTWRITEBYTECODE= PYTHONUTF8=1 python -m pytest -q -rs --durations=12 -p no:cacheprovider \
 		-n 2 --dist loadfile --no-loadscope-reorder tests
+
+results: $(VENV)/installed
+	@PATH="$(abspath $(VENV))/bin:$$PATH" python launch/results.py --data $(DATA)
 
 tools:
 	@which chromium faketime ffmpeg java munged slurmctld slurmd sbatch >/dev/null || [ "$$(id -u)" != 0 ] || \

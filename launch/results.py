@@ -8,6 +8,7 @@ Data that are not there are named, with the config whose header says where they 
 """
 
 import argparse
+import time
 from pathlib import Path
 
 from clip4vla.cli import entry_point
@@ -29,11 +30,10 @@ def main() -> None:
     with quick_imports():  # after the words are read: a typing error shows at once
         from clip4vla.report import results
 
+    begin = time.monotonic()
     plan = results.read_plan(Path(args.plan), args.seeds)
-    for row in plan:
-        if not args.only or row.name in args.only:
-            results.run(row, Path(args.out), args.data)
-    results.write_page(plan, Path(args.out), Path(args.page))
+    results.run(plan, args.only, args.data, Path(args.out))
+    results.write_page(plan, Path(args.out), Path(args.page), (time.monotonic() - begin) / 60)
 
 
 if __name__ == "__main__":
