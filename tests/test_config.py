@@ -12,7 +12,7 @@ from clip4vla.config import OFFICIAL, DataConfig, RunConfig
 from clip4vla.config_io import describe, load, to_dict
 from clip4vla.errors import UserError
 
-YAMLS = sorted((ROOT / "configs").rglob("*.yaml"))
+YAMLS = sorted((ROOT / "configs").rglob("*/*.yaml"))
 
 
 def kind(path: Path) -> type:

@@ -84,10 +84,10 @@ def _shards(name: str, each: DataSet, data: list[str]) -> None:
     found = next(
         (Path(place, folder) for place in data for folder in each.folders if Path(place, folder).is_dir()), None
     )
-    if found is None:
+    if media is None:
         print(f"{name}: not below {', '.join(data)}; {each.config} says where it comes from", flush=True)
         return
-    _call("data_prep/shard.py", each.config, f"media_root={found / each.media}", f"annotations={found}")
+    _call("data_prep/shard.py", each.config, f"media_root={media / each.media}", f"annotations={media}")
 
 
 def _folders(row: Row) -> list[str]:

@@ -5,8 +5,11 @@ import statistics
 
 import pytest
 import yaml
+from forks import ROOT
 from running import run
 
+from clip4vla.config import RunConfig
+from clip4vla.config_io import load
 from clip4vla.errors import UserError
 from clip4vla.report import results
 
@@ -61,6 +64,14 @@ def test_rows_run_once_and_the_page_has_their_figures(tmp_path, tiny, sample_sha
         f"| Spoken names | name to sound R@10 |  | {mean:.1f} ± {spread:.1f} [{low:.1f}, {high:.1f}] | 0, 1 |" in page
     )
     assert "python launch/pretrain.py configs/pretrain/sample.yaml seed=0" in page
+
+
+def test_the_shipped_plan_names_what_is_there():
+    plan = results.read_plan(ROOT / "configs/results.yaml", [])
+    assert {(ROOT / each.config).is_file() for each in plan.sets.values()} == {True}
+    for row in plan.rows:
+        assert (ROOT / f"launch/{row.script}.py").is_file() and load(RunConfig, ROOT / row.config, row.words)
+        assert not row.start or row.start in [other.name for other in plan.rows]
 
 
 def test_a_file_that_is_no_plan_is_one_line(tmp_path):
