@@ -81,7 +81,7 @@ def run(plan: Plan, only: list[str], data: list[str], out: Path) -> None:
 
 def _shards(name: str, each: DataSet, data: list[str]) -> None:
     """Make the shards of a data set, where its media are; shard.py does again only what is not done."""
-    found = next(
+    media = next(
         (Path(place, folder) for place in data for folder in each.folders if Path(place, folder).is_dir()), None
     )
     if media is None:
