@@ -149,7 +149,9 @@ def test_every_command_of_the_readme_runs(demo, command, no_java):
     words = shlex.split(command)
     if words[0] == "make":
         done = shell(f"make -n {shlex.join(words[1:])}", folder)
-        assert done.returncode == 0 and any(part in done.stdout for part in ("launch/demo.sh", "pytest", "launch/results.py"))
+        assert done.returncode == 0 and any(
+            part in done.stdout for part in ("launch/demo.sh", "pytest", "launch/results.py")
+        )
         return
     if "clip4vla." in command:
         search(command.replace("runs/demo", "runs/sample").replace("data/stamps", "data/sample"), folder)
