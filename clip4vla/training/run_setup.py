@@ -108,6 +108,10 @@ def _check_losses(cfg: RunConfig) -> None:
         raise UserError(f"loss.label_smoothing={cfg.loss.label_smoothing:g}: it is a share, at most 1")
     if cfg.train.compile != "off" and uses_head(cfg.loss):
         raise UserError("train.compile: a head's inputs have other shapes in every batch: set train.compile=off")
+    if cfg.train.compile != "off" and cfg.model.audio_span == "clip":
+        raise UserError(
+            "train.compile: with model.audio_span=clip sequences have other lengths in every batch: set train.compile=off"
+        )
 
 
 def labels_of(folders: list[ShardFolder]) -> list[str]:

@@ -113,6 +113,29 @@ def test_zero_stages_agree(undisturbed, tiny, tmp_path, stage):
         assert trace(tmp_path / "r") == ours
 
 
+def test_whole_clips_and_changed_sounds_train_the_same_on_ranks_split_and_in_pieces(tiny, zero3, tmp_path):
+    reading = [
+        "model.audio_patch=[16,224]",
+        "model.audio_span=clip",
+        "model.audio_pool=mean",
+        "model.spectrogram_norm=clip",
+    ]
+    words = [
+        *tiny,
+        *reading,
+        "augment={time_shift: 20, mel_shift: 4, time_masks: 1, mel_masks: 1}",
+        "train.max_steps=3",
+    ]
+    pieces = ["train.gradient_accumulation_steps=3", "train.activation_checkpointing=true"]
+    traces = []
+    for number, (count, more) in enumerate([(1, []), (2, ["--deepspeed_config", zero3]), (2, pieces)]):
+        done = ranks(count, "launch/pretrain.py", *words, f"run_dir={tmp_path / str(number)}", *more)
+        assert done.returncode == 0, done.stderr
+        traces.append(trace(tmp_path / str(number)))
+    for step, losses in traces[0].items():
+        assert all(other[step] == pytest.approx(losses, rel=1e-5) for other in traces[1:])
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
 def test_every_shipped_deepspeed_config_trains(undisturbed, tiny, tmp_path, path):
     words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.precision=bf16", "train.max_steps=2", "train.warmup_ratio=0.5"]
