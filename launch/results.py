@@ -8,7 +8,6 @@ Data that are not there are named, with the config whose header says where they 
 """
 
 import argparse
-import time
 from pathlib import Path
 
 from clip4vla.cli import entry_point
@@ -30,10 +29,9 @@ def main() -> None:
     with quick_imports():  # after the words are read: a typing error shows at once
         from clip4vla.report import results
 
-    begin = time.monotonic()
     plan = results.read_plan(Path(args.plan), args.seeds)
     results.run(plan, args.only, args.data, Path(args.out))
-    results.write_page(plan, Path(args.out), Path(args.page), (time.monotonic() - begin) / 60)
+    results.write_page(plan, Path(args.out), Path(args.page))
 
 
 if __name__ == "__main__":

@@ -120,14 +120,14 @@ def _call(script: str, *words: str, ranks: int = 1) -> None:
         )
 
 
-def write_page(plan: Plan, out: Path, page: Path, minutes: float) -> None:
+def write_page(plan: Plan, out: Path, page: Path) -> None:
     """Write the figures of all rows that have run as Markdown."""
     lines = [
         "# Results on public data",
         "",
-        f"Written by `make results` (launch/results.py; {minutes:.0f} minutes of its last run). Each figure is the mean over the",
-        "seeds ± their sample deviation, and in brackets the 95% interval of the first seed, by bootstrap over groups. The plain",
-        "baseline is `launch/baseline.py` on the same shards: statistics of log-mel spectrograms and logistic regressions.",
+        "Written by `make results` (launch/results.py). Each figure is the mean over the seeds ± their sample deviation, and in",
+        "brackets the 95% interval of the first seed, by bootstrap over groups. The plain baseline is `launch/baseline.py` on the",
+        "same shards: statistics of log-mel spectrograms and logistic regressions. What was tried: [sounds.md](sounds.md).",
         "",
         "| data | figure | plain baseline | clip4vla | seeds |",
         "| --- | --- | --- | --- | --- |",

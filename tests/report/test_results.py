@@ -54,7 +54,7 @@ def test_rows_run_once_and_the_page_has_their_figures(tmp_path, tiny, sample_sha
     assert "gone: left out: no shards nowhere" in said
     assert [script for script, _ in forked] == ["launch/pretrain.py", "launch/evaluate.py"] * 3
     assert f"init_from=[{tmp_path}/runs/spoken/seed-1]" in forked[4][1]
-    results.write_page(plan, tmp_path / "runs", tmp_path / "page.md", 1.0)
+    results.write_page(plan, tmp_path / "runs", tmp_path / "page.md")
     files = [tmp_path / f"runs/spoken/seed-{seed}/eval/test/metrics.json" for seed in (0, 1)]
     rows = [json.loads(file.read_text())["text_to_audio"] for file in files]
     mean, spread = (of([row["R@10"] for row in rows]) for of in (statistics.mean, statistics.stdev))
