@@ -125,8 +125,8 @@ def write_page(plan: Plan, out: Path, page: Path) -> None:
     lines = [
         "# Results on public data",
         "",
-        "Written by `make results` (launch/results.py). Each figure is the mean over the seeds ± their sample deviation, in brackets",
-        "the 95% interval of the first seed, by bootstrap over groups. The plain baseline is `launch/baseline.py` on the same",
+        "Written by `make results` (launch/results.py). Each figure is the mean over the seeds ± their sample deviation, in",
+        "brackets the 95% interval of the first seed, by bootstrap over groups. The plain baseline is `launch/baseline.py` on the same",
         "shards: statistics of log-mel spectrograms and logistic regressions. What was tried: [sounds.md](sounds.md).",
         "",
         "| data | figure | plain baseline | clip4vla | seeds |",
