@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from clip4vla.config import ModelConfig, SpectrogramConfig
@@ -46,6 +46,11 @@ class AudioEncoder(nn.Module):
         self.trunk = copy.deepcopy(vision)
         self.mean_pool = cfg.audio_pool == "mean"
         self.segments = spectrogram.max_segments if cfg.audio_span == "clip" else 1  # that have positions
+        plain = all(type(block) is ResidualAttentionBlock for block in vision.transformer.resblocks)
+        if cfg.audio_span == "clip" and not (plain and (self.mean_pool or pools_first(vision))):
+            raise UserError(
+                "model.audio_span=clip: needs a CLIP with plain blocks, and [CLS] or model.audio_pool=mean: set segment, or mean"
+            )
         positions = vision.positional_embedding.detach()
         if cfg.audio_patch:
             self._set_patch(cfg.audio_patch, (spectrogram.segment_rows, spectrogram.n_mels))
@@ -87,9 +92,7 @@ class AudioEncoder(nn.Module):
         number = torch.arange(size, device=rows.device)
         used = (number // columns * self.trunk.conv1.kernel_size[0] < rows[:, None]) & (owner < clips)[:, None]  # S P
         lengths = owner.bincount(minlength=clips + 1)
-        nth = (
-            torch.arange(len(owner), device=owner.device) - (lengths.cumsum(0) - lengths)[owner]
-        )  # segment of its clip
+        nth = torch.arange(len(owner), device=owner.device) - (lengths.cumsum(0) - lengths)[owner]  # in its clip
         own = self.trunk.positional_embedding[1:-1].view(self.segments, size, -1)[nth.clamp(max=self.segments - 1)]
         place = (nth[:, None] * size + number)[used]  # in the sequence
         length = int(place.max()) + 1 if len(place) else 1
@@ -105,10 +108,9 @@ class AudioEncoder(nn.Module):
 
     def _patches(self, segments: Tensor) -> Tensor:
         """Embed the patches of segments (S, C, 224, 224): (S, P, W), in the order of their rows, without positions."""
-        weight = (
-            self.trunk.conv1.weight
-        )  # of mono, repeated in three channels, only the sum matters: a third of the work
-        weight = weight.sum(1, keepdim=True) if segments.shape[1] == 1 else weight
+        weight = self.trunk.conv1.weight
+        if segments.shape[1] == 1:  # of mono, repeated in three channels, only the sum matters: a third of the work
+            weight = weight.sum(1, keepdim=True)
         return F.conv2d(segments, weight, stride=self.trunk.conv1.stride).flatten(2).transpose(1, 2)
 
     def _encode(self, x: Tensor, mix: Tensor, ignored: Tensor | None = None) -> Tensor:
