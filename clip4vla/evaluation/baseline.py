@@ -119,7 +119,8 @@ def _by_label(folds: list[tuple[Sounds, Sounds]], cfg: RunConfig) -> dict[str, A
     row: dict[str, Any] = {name: float(np.mean([row[name] for row in rows])) for name in ("accuracy", "mAP")}
     if len(rows) > 1:
         row["accuracy_std"] = float(np.std([row["accuracy"] for row in rows], ddof=1))
-    row["ci"] = {"accuracy": interval(torch.cat(hits).numpy(), np.array(groups), cfg.eval.bootstrap, cfg.seed)}
+    if cfg.eval.bootstrap:
+        row["ci"] = {"accuracy": interval(torch.cat(hits).numpy(), np.array(groups), cfg.eval.bootstrap, cfg.seed)}
     return row | {"n_clips": len(groups), "n_folds": len(rows)}
 
 
@@ -156,8 +157,8 @@ def table(metrics: dict[str, dict[str, Any]]) -> str:
     """Format the metrics as text."""
     lines = []
     if row := metrics.get("label"):
-        low, high = row["ci"]["accuracy"]
         spread = f" ± {row['accuracy_std']:.1f}" if "accuracy_std" in row else ""
-        lines.append(f"label: accuracy {row['accuracy']:.1f}{spread} [{low:.1f}, {high:.1f}], mAP {row['mAP']:.1f}")
+        spread += " [{:.1f}, {:.1f}]".format(*row["ci"]["accuracy"]) if "ci" in row else ""
+        lines.append(f"label: accuracy {row['accuracy']:.1f}{spread}, mAP {row['mAP']:.1f}")
     ways = {name: row for name, row in metrics.items() if name != "label"}
     return "\n".join([*lines, *([retrieval_metrics.table(ways)] if ways else [])])

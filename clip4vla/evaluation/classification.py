@@ -191,8 +191,7 @@ def _row(outputs: ClassificationOutputs, scores: Tensor, rows: Tensor, cfg: RunC
     """Compute the metrics of the clips numbered in rows (n,); over folds accuracy and top5 are means.
 
     mAP: of the clips ranked for each class by its probability, all folds together. `accuracy_std` is over folds.
-    `confusion`, clips by target and by prediction,
-    is there for CONFUSED classes at most.
+    `confusion`, clips by target and by prediction, is there for CONFUSED classes at most.
     """
     folds, target = outputs.folds(cfg), outputs.target[rows]
     mine = np.array([folds[i] for i in rows.tolist()])

@@ -191,8 +191,8 @@ def test_sound_is_augmented_by_epoch_the_same_on_any_rank(sample_shards, monkeyp
     assert torch.equal(one.segments, whole.batch(0).segments) and torch.equal(
         one.segment_rows, plain.batch(0).segment_rows
     )
-    heard = {one.ids[clip] for clip in one.segment_clip.tolist()}
-    shared = heard & set(other.ids)
+    with_sound = {one.ids[clip] for clip in one.segment_clip.tolist()}
+    shared = with_sound & set(other.ids)
     assert len(shared) >= 18
     for name in shared:
         sounds = [b.segments[b.segment_clip == b.ids.index(name)] for b in (plain.batch(0), one, other)]

@@ -225,6 +225,14 @@ def test_names_of_grid_spell_its_sentences(prepare):
     assert reasons(skipped) == {"s1/aaaaaa.mpg": "malformed: aaaaaa spells no sentence of GRID's"}
 
 
+def test_splits_of_grid_meet_where_they_should(prepare):
+    """Sentences whose hashes are 19, 20, 29 and 30 of 100."""
+    names = ["bgwb7a", "brbt1s", "lgbg1a", "brbazp"]
+    rows, _ = prepare("grid", {"readme.txt": ""}, [f"s1/{name}.mpg" for name in names])
+    split = {row.group: row.split for row in rows}
+    assert [split[name] for name in names] == ["test", "val", "val", "train"]
+
+
 def test_esc50_has_a_split_per_fold(prepare):
     csv = "filename,fold,target,category,esc10,src_file,take\n"
     csv += "1-101296-A-19.wav,1,19,thunderstorm,False,101296,A\n1-101296-B-19.wav,1,19,thunderstorm,False,101296,B\n"

@@ -51,13 +51,13 @@ def reference_model(head="global_global", words="all"):
     """(reference values, the authors' model with a head, its words and media parts by modality)."""
     ref, model = reference()[0], imported(f"model.head={head}", f"model.text_tokens={words}")
     own = ref["in.audio_type"].repeat_interleave(3)
-    heard = model.encode_segments(ref["in.segments"].float().flatten(0, 1), type_token_weights("both", own)).view(
+    audio = model.encode_segments(ref["in.segments"].float().flatten(0, 1), type_token_weights("both", own)).view(
         5, 3, -1
     )
     seen = model.vision(ref["in.frames"].float().flatten(0, 1)).view(5, 3, -1)
     parts = {
         "v": PaddedSequence(VISION, seen, ref["in.frame_mask"].bool()),
-        "a": PaddedSequence(AUDIO, heard, ref["in.segment_mask"].bool()),
+        "a": PaddedSequence(AUDIO, audio, ref["in.segment_mask"].bool()),
     }
     sentence, tokens = model.encode_tokens(ref["in.tokens"])
     return ref, model, sentence, PaddedSequence(TEXT, tokens, towers.token_mask(model.text, ref["in.tokens"])), parts

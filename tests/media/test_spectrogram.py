@@ -161,3 +161,15 @@ def test_normalisation_ignores_padding_or_counts_it_as_the_released_code():
     padded[:, 100:] = 0
     expected = (padded - padded.mean()) / padded.std(correction=0)
     torch.testing.assert_close(normalise(decibels, rows, "padded")[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_z_scores_of_a_clip_are_over_the_valid_rows_of_all_its_segments():
+    decibels = torch.randn(4, 1, 224, 16) * torch.tensor([1.0, 5.0, 2.0, 3.0])[:, None, None, None] - 40
+    rows, owner = torch.tensor([224, 30, 100, 0]), torch.tensor([0, 0, 1, 2])  # the last one is padding of two clips
+    found = normalise(decibels, rows, "clip", owner, 2)
+    for segments in ([0, 1], [2]):
+        valid = torch.cat([decibels[i, 0, : rows[i]] for i in segments]).double()
+        wanted = (valid - valid.mean()) / valid.std(correction=0)
+        ours = torch.cat([found[i, 0, : rows[i]] for i in segments]).double()
+        torch.testing.assert_close(ours, wanted, rtol=1e-4, atol=1e-4)
+    assert not found[1, 0, 30:].any() and not found[2, 0, 100:].any() and not found[3].any()

@@ -50,6 +50,22 @@ def test_useful_flops_are_those_that_torch_counts(towers, aa):
     assert work.flops([whole]) == work.flops([whole.padded(32)])
 
 
+@pytest.mark.parametrize("pool", ["tower", "mean"])
+def test_useful_flops_of_whole_clips_are_those_that_torch_counts(pool):
+    """But for 3%, of clips of one length; the patches of short segments are embedded, and left out after that."""
+    reading = ["model.audio_patch=[8,224]", "model.audio_span=clip", f"model.audio_pool={pool}"]
+    cfg = load(RunConfig, None, ["model.trainable_towers=audio", *reading])
+    model = Model(TINY, cfg.model, SpectrogramConfig()).train()
+    model.freeze()
+    whole = batch(segments=8)
+    whole.segment_rows = torch.full((8,), 224)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        matrices(model(whole, cfg.loss, cfg.mask), cfg.loss).backward()
+    work = flops.FlopCounter(model, cfg)
+    assert work.flops([whole]) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert work.flops([whole]) == work.flops([whole.padded(32)])
+
+
 @pytest.mark.parametrize("head", ["global_local", "local_local", "captioner"])
 def test_useful_flops_of_a_head(head, monkeypatch):
     """Without padding and without what is computed again; torch's counter sees no more."""
