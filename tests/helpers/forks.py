@@ -6,10 +6,12 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from subprocess import CompletedProcess, TimeoutExpired
 
@@ -46,6 +48,7 @@ class Job:
     def __init__(self, ranks: int, words: list[str], env: dict[str, str], port: int, cwd: Path = ROOT):
         start_server()
         self.folder = Path(tempfile.mkdtemp(prefix="fork"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
         self.ranks = []
         for rank in range(ranks):
