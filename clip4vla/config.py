@@ -191,6 +191,9 @@ class AugmentConfig:
     time_mask_rows: int = option(32, "rows of such a run, at most", low=0)
     mel_masks: int = option(0, "runs of mel channels that are hidden", low=0)
     mel_mask_channels: int = option(32, "mel channels of such a run, at most", low=0)
+    mix: float = option(
+        0.0, "classifier: share of clips whose sound and label are mixed with another's (Tokozume et al. 2018)", low=0
+    )
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,8 @@ class Batch:
     meta: list[dict]  # the json of each clip
     text_vectors: Tensor | None = None  # B D float16: of the captions
     frame_vectors: Tensor | None = None  # F D float16
+    others: list[dict] = field(default_factory=list)  # the json of the clip that each one's sound is mixed with, if any
+    share: Tensor | None = None  # B float32: of the own sound in what was mixed
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -24,7 +24,7 @@ from torch import Tensor
 from clip4vla.config import AugmentConfig, DataSources, MaskConfig, SpectrogramConfig
 from clip4vla.data.batch import Batch
 from clip4vla.data.dali_decoder import Decoder
-from clip4vla.data.sample_metadata import COUNTS, TYPES, check_fit, parse
+from clip4vla.data.sample_metadata import COUNTS, TYPES, check_fit, draw_caption, keep_languages, parse
 from clip4vla.data.sampler import EvalSampler, SampleIndex, TrainSampler
 from clip4vla.data.shards import CorruptSample, ShardFolder
 from clip4vla.distributed import collectives
@@ -33,7 +33,7 @@ from clip4vla.io.remote import DEFAULT
 from clip4vla.media import augmentation
 from clip4vla.media.masking import draw
 
-AUGMENT = 2  # ends the key of what is drawn for augmentation
+AUGMENT, MIX = 2, 3  # end the keys of what is drawn for augmentation
 MIN_READS = 1000  # over which, at least, the share of corrupt samples is taken
 
 
@@ -106,13 +106,18 @@ class Loader:
         return self._complete(self._read(k, piece))
 
     def _read(self, k: int, piece: int) -> "_ReadBatch":
-        """Read this rank's samples of a piece of global batch k; corrupt ones are counted, listed and left missing."""
+        """Read this rank's samples of a piece of global batch k; corrupt ones are counted, listed and left missing.
+
+        Sounds are mixed with those that have their places in the next batch: the same ones on any ranks.
+        """
         size = self.order.batch_size // self.pieces
-        indices = self.order.batch(k, slice(piece * size + self.rank, (piece + 1) * size, self.world))
-        samples = [_Sample(index) for index in indices]
+        rows = slice(piece * size + self.rank, (piece + 1) * size, self.world)
+        batches = (k, k + 1) if self.augment and self.augment.mix else (k,)
+        samples, *others = ([_Sample(index) for index in self.order.batch(n, rows)] for n in batches)
+        every = [*samples, *itertools.chain(*others)]
         for source in range(len(self.folders)):
-            self._read_source(source, [(s, s.index) for s in samples if s.index and s.index.source == source])
-        return _ReadBatch(samples, self._fields(samples))
+            self._read_source(source, [(s, s.index) for s in every if s.index and s.index.source == source])
+        return _ReadBatch(samples, self._fields(samples), *others)
 
     def _read_source(self, source: int, rows: list[tuple["_Sample", SampleIndex]]) -> None:
         """Fill in the samples that lie in one folder, all of which are read together."""
@@ -137,8 +142,8 @@ class Loader:
                 return self._with_pictures(read)
             except _Undecodable as error:
                 for i, reason in error.reasons.items():
-                    self._discard(read.samples[i], reason)
-            read = _ReadBatch(read.samples, self._fields(read.samples))
+                    self._discard(error.samples[i], reason)
+            read = read._replace(fields=self._fields(read.samples))
 
     def _discard(self, sample: "_Sample", reason: str) -> None:
         """Count a sample as corrupt and make it a missing one."""
@@ -150,7 +155,7 @@ class Loader:
     def _fields(self, samples: list["_Sample"]) -> dict[str, Any]:
         """Make all fields of a Batch but those that need its pictures."""
         clips, keys = [sample.clip for sample in samples], [sample.random_key(self.seed) for sample in samples]
-        drawn = [_drawn(clip, key, self.cfg.caption_sampling) for clip, key in zip(clips, keys, strict=True)]
+        drawn = [draw_caption(clip, key, self.cfg.caption_sampling) for clip, key in zip(clips, keys, strict=True)]
         captions = [c["captions"][j] if c["captions"] else "" for c, j in zip(clips, drawn, strict=True)]
         fields = self._clip_fields(clips, keys, _owners(samples, "fbank")) | {"captions": captions}
         if self.vectors:
@@ -176,12 +181,22 @@ class Loader:
     def _with_pictures(self, read: "_ReadBatch") -> Batch:
         """Decode frames and segments, and make the Batch; raises _Undecodable."""
         frames, segments = self._pictures("frames", read.samples), self._pictures("fbank", read.samples)
+        segments, mixed = self._mixed(segments, read) if read.others else (segments, {})
         if self.augment and len(segments):
             segments = self._changed(segments, read)
         has_frames = _among(len(read.samples), read.fields["frame_clip"])
-        batch = Batch(frames=frames, segments=segments, has_frames=has_frames, **read.fields)
+        batch = Batch(frames=frames, segments=segments, has_frames=has_frames, **read.fields, **mixed)
         batch = batch.padded(self.pad_tokens) if self.pad_tokens else batch
         return batch.pin() if self.device.type == "cuda" else batch
+
+    def _mixed(self, segments: Tensor, read: "_ReadBatch") -> tuple[Tensor, dict[str, Any]]:
+        """Mix decoded segments (S, C, 224, 224) with those of read.others; also whose they are, and the own's shares."""
+        assert self.augment
+        own, other = _sounds(segments, read.samples), _sounds(self._pictures("fbank", read.others), read.others)
+        keys = [(*sample.random_key(self.seed), MIX) for sample in read.samples]
+        shares = augmentation.draw_shares(keys, own, other, self.augment.mix)
+        whose = {"others": [sample.clip for sample in read.others], "share": shares}
+        return augmentation.mix(own, other, shares, self.spectrogram), whose
 
     def _changed(self, segments: Tensor, read: "_ReadBatch") -> Tensor:
         """Change decoded segments (S, C, 224, 224) as cfg.augment says."""
@@ -239,25 +254,26 @@ class Loader:
             decoded = self.decoders[kind].run(list(strips.values()))
         except RuntimeError as error:
             del self.decoders[kind]  # which is of no more use
-            raise self._undecodable(kind, strips) or error from None
+            reasons = self._undecodable(kind, strips)
+            raise _Undecodable(samples, reasons) if reasons else error from None
         turned = {
             i: f"{kind} is {tuple(shape)} once decoded, by its json {due}"
             for i, shape, due in zip(strips, decoded.shape(), wanted, strict=True)
             if tuple(shape) != due
         }
         if turned:
-            raise _Undecodable(turned)
+            raise _Undecodable(samples, turned)
         return self.decoders[kind].joined(decoded).view(-1, size, width, channels).permute(0, 3, 1, 2)
 
-    def _undecodable(self, kind: str, strips: dict[int, bytes]) -> "_Undecodable | None":
-        """Find the strips that cannot be decoded, each tried alone; None if all can, and something else is wrong."""
+    def _undecodable(self, kind: str, strips: dict[int, bytes]) -> dict[int, str]:
+        """Find the strips that cannot be decoded, each tried alone; none if something else is wrong."""
         reasons = {}
         for i, strip in strips.items():
             try:
                 self._decoder(kind, 1).run([strip])
             except RuntimeError:
                 reasons[i] = f"{kind} cannot be decoded"
-        return _Undecodable(reasons) if reasons else None
+        return reasons
 
     def _decoder(self, kind: str, most: int) -> Decoder:
         return Decoder(most, self._tile(kind)[2], self.cfg.decode_threads, self.device)
@@ -321,13 +337,14 @@ class _ReadBatch(NamedTuple):
 
     samples: list[_Sample]
     fields: dict[str, Any]
+    others: list[_Sample] = []  # whose sounds its own are mixed with
 
 
 class _Undecodable(Exception):
-    """Says why pictures of samples of a batch cannot be decoded, by their number in it."""
+    """Says why pictures of samples cannot be decoded, by their number among them."""
 
-    def __init__(self, reasons: dict[int, str]) -> None:
-        self.reasons = reasons
+    def __init__(self, samples: "list[_Sample]", reasons: dict[int, str]) -> None:
+        self.samples, self.reasons = samples, reasons
 
 
 def open_folders(sources: dict[str, float], key: str, cfg: DataSources = DEFAULT) -> list[ShardFolder]:
@@ -371,25 +388,12 @@ def _owners(samples: list[_Sample], kind: str) -> Tensor:
     return torch.repeat_interleave(torch.tensor(counts))
 
 
+def _sounds(segments: Tensor, samples: list[_Sample]) -> augmentation.PackedSounds:
+    rows = [sample.clip["n_rows"] if "fbank" in sample.members else 0 for sample in samples]
+    counts = _owners(samples, "fbank").bincount(minlength=len(samples)).tolist()
+    return augmentation.PackedSounds(segments, rows, counts)
+
+
 def _among(count: int, numbers: Tensor) -> Tensor:
     """Mark which of 0..count-1 are among the numbers: bool (count,)."""
     return torch.zeros(count, dtype=torch.bool).index_fill_(0, numbers, True)
-
-
-def keep_languages(clip: dict, languages: list[str]) -> dict:
-    """Return a clip's json, with captions of these languages alone, if any are named."""
-    if not languages:
-        return clip
-    kept = [j for j, language in enumerate(clip.get("caption_langs", [])) if language in languages]
-    return clip | {name: [clip[name][j] for j in kept] for name in ("captions", "caption_langs") if name in clip}
-
-
-def _drawn(clip: dict, key: tuple[int, int, int], how: str) -> int:
-    """Choose the caption, by number, of this epoch's visit of a clip, by data.caption_sampling; 0 if it has none."""
-    seed, name, epoch = key
-    count = len(clip["captions"])
-    if count < 2 or how == "first":
-        return 0
-    if how == "cycle":
-        return (int(np.random.default_rng((seed, name, 4)).integers(count)) + epoch) % count
-    return int(np.random.default_rng((seed, name, epoch, 1)).integers(count))

@@ -208,7 +208,8 @@ def batch(clips: list[ClipInput], spec: SpectrogramConfig, frames: FramesConfig)
         hidden_channels=torch.zeros(tiles, spec.n_mels, dtype=torch.bool),
         audio_type=torch.full((count,), 2), group=torch.arange(count), has_text=torch.zeros(count, dtype=torch.bool),
         has_frames=torch.tensor([c.frames is not None for c in clips]),
-        has_audio=torch.tensor([c.segments is not None for c in clips]), meta=[{"id": ""}] * count, **packs,
+        has_audio=torch.tensor([c.segments is not None for c in clips]), meta=[{"id": ""}] * count,
+        frames=packs["frames"], segments=packs["segments"],
     )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
-"""Check a sample's metadata: its json as shards.py describes it, and whether its pictures agree with it."""
+"""Check a sample's metadata: its json as shards.py describes it, and whether its pictures agree with it; choose a caption."""
 
 import io
 import json
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 TYPES = {"vb": 0, "nb": 1, "both": 2}
@@ -88,3 +89,22 @@ def _size(kind: str, strip: bytes) -> tuple[int, int]:
             return image.size
     except Exception as error:  # Pillow raises whatever its parsers raise
         raise ValueError(f"{kind} cannot be read: {error}") from None
+
+
+def keep_languages(clip: dict, languages: list[str]) -> dict:
+    """Return a clip's json, with captions of these languages alone, if any are named."""
+    if not languages:
+        return clip
+    kept = [j for j, language in enumerate(clip.get("caption_langs", [])) if language in languages]
+    return clip | {name: [clip[name][j] for j in kept] for name in ("captions", "caption_langs") if name in clip}
+
+
+def draw_caption(clip: dict, key: tuple[int, int, int], how: str) -> int:
+    """Choose the caption, by number, of this epoch's visit of a clip, by data.caption_sampling; 0 if it has none."""
+    seed, name, epoch = key
+    count = len(clip["captions"])
+    if count < 2 or how == "first":
+        return 0
+    if how == "cycle":
+        return (int(np.random.default_rng((seed, name, 4)).integers(count)) + epoch) % count
+    return int(np.random.default_rng((seed, name, epoch, 1)).integers(count))

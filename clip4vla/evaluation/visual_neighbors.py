@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from clip4vla.config import RunConfig
-from clip4vla.data.loader import Loader, keep_languages, open_folders
+from clip4vla.data.loader import Loader, open_folders
+from clip4vla.data.sample_metadata import keep_languages
 from clip4vla.data.sampler import EvalSampler, SampleIndex
 from clip4vla.data.shards import CorruptSample
 from clip4vla.distributed import collectives

@@ -1,4 +1,4 @@
-"""Change the sound of training clips: turned in time, moved along the mel channels, runs of both hidden (SpecAugment).
+"""Change the sound of training clips: turned in time, moved along the mel channels, runs of both hidden (SpecAugment); two mixed.
 
 It is done on the 8-bit code of the spectrograms, so that all terms of the loss and all heads see the same changed sound.
 """
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip4vla.config import AugmentConfig
+from clip4vla.config import AugmentConfig, SpectrogramConfig
+from clip4vla.media.spectrogram import decode, quantise
 
 
 class Changes(NamedTuple):
@@ -23,9 +24,48 @@ class Changes(NamedTuple):
     inside: Tensor  # (S, 224) bool: valid rows
 
 
+class PackedSounds(NamedTuple):
+    """Holds the segments of clips, one clip after the other."""
+
+    segments: Tensor  # (S, C, 224, M) uint8 code
+    rows: list[int]  # valid rows of each clip, 0 without sound
+    counts: list[int]  # segments of each clip
+
+    def strips(self) -> list[Tensor]:
+        """Return the valid rows (R, C, M) of each clip."""
+        packed = [part.transpose(1, 2).flatten(0, 1) for part in self.segments.split(self.counts)]
+        return [strip[:rows] for strip, rows in zip(packed, self.rows, strict=True)]
+
+
 def is_on(cfg: AugmentConfig) -> bool:
     """Tell whether anything is changed."""
-    return bool(cfg.time_shift or cfg.mel_shift or cfg.time_masks or cfg.mel_masks)
+    return bool(cfg.time_shift or cfg.mel_shift or cfg.time_masks or cfg.mel_masks or cfg.mix)
+
+
+def draw_shares(keys: Sequence[tuple[int, ...]], own: PackedSounds, other: PackedSounds, mix: float) -> Tensor:
+    """Draw the share (B,) of each clip's own sound in what is mixed: uniform for a share `mix` of the clips, else 1."""
+    drawn = np.stack([np.random.default_rng(key).random(2) for key in keys])
+    mixed = (drawn[:, 0] < mix) & np.array(own.rows, bool) & np.array(other.rows, bool)
+    return torch.from_numpy(np.where(mixed, drawn[:, 1], 1.0)).float()
+
+
+def mix(own: PackedSounds, other: PackedSounds, shares: Tensor, cfg: SpectrogramConfig) -> Tensor:
+    """Mix each clip's sound with another: segments (S, C, 224, M), uint8 code, of share * P + (1 - share) * P' in power.
+
+    P' is the other's power, brought to the mean of P; the other is repeated, or cut, to the length of the own. As a sound of
+    its own has it, nothing is more than top_db below the loudest point. Clips of share 1, and without sound, stay as they are.
+    """
+    out = own.segments.clone()
+    pairs = zip(out.split(own.counts), own.strips(), other.strips(), shares.tolist(), strict=True)
+    for clip, mine, theirs, share in pairs:
+        if share < 1:
+            again = theirs[torch.arange(len(mine), device=theirs.device) % len(theirs)]
+            power, added = (10 ** (decode(strip, cfg) / 10) for strip in (mine, again))
+            decibels = 10 * (share * power + (1 - share) * added * (power.mean() / added.mean())).log10()
+            code = quantise(decibels.maximum(decibels.max() - cfg.top_db), cfg)
+            rows = torch.nn.functional.pad(code, (0, 0, 0, 0, 0, len(clip) * clip.shape[2] - len(mine)))
+            clip.copy_(rows.view(len(clip), -1, *code.shape[1:]).transpose(1, 2))
+    return out
 
 
 def draw(

@@ -72,10 +72,14 @@ def encode(decibels: Tensor, cfg: SpectrogramConfig) -> np.ndarray:
 
     Rows beyond R are 0; how many are valid is stored beside the picture.
     """
-    scaled = (decibels - cfg.db_min) * (255 / (cfg.db_max - cfg.db_min))
     picture = np.zeros((n_segments(decibels.shape[1], cfg) * cfg.segment_rows, cfg.n_mels, decibels.shape[0]), np.uint8)
-    picture[: decibels.shape[1]] = scaled.round().clamp(0, 255).permute(1, 2, 0).numpy()
+    picture[: decibels.shape[1]] = quantise(decibels, cfg).permute(1, 2, 0).numpy()
     return picture
+
+
+def quantise(decibels: Tensor, cfg: SpectrogramConfig) -> Tensor:
+    """Round dB to the 8-bit code, uint8; any shape."""
+    return ((decibels - cfg.db_min) * (255 / (cfg.db_max - cfg.db_min))).round().clamp(0, 255).to(torch.uint8)
 
 
 def decode(picture: Tensor, cfg: SpectrogramConfig) -> Tensor:

@@ -4,9 +4,11 @@ import re
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip4vla.config import ModelConfig
+from clip4vla.data.batch import Batch
 from clip4vla.errors import UserError
 from clip4vla.models import fusion
 
@@ -31,6 +33,7 @@ class Classifier(nn.Module):
 
     def __init__(self, cfg: ModelConfig, dim: int):
         super().__init__()
+        self.modalities, self.numbers = cfg.modalities, {label: i for i, label in enumerate(cfg.labels)}
         self.linear = nn.Linear(dim * len(cfg.modalities), len(cfg.labels))
 
     def forward(self, parts: list[fusion.PaddedSequence]) -> Tensor:
@@ -40,3 +43,20 @@ class Classifier(nn.Module):
         """
         pooled = [fusion.mean_pool_padded(part) * part.vectors.shape[-1] ** 0.5 for part in parts]
         return self.linear(torch.cat(pooled, 1).to(self.linear.weight.dtype)).float()
+
+    def targets(self, batch: Batch, clips: list[dict[str, Any]]) -> Tensor:
+        """Number the class (B,) that these json name, -1 where it is not one of cfg.labels or a clip has nothing to classify."""
+        there = (batch.has_frames & ("v" in self.modalities)) | (batch.has_audio & ("a" in self.modalities))
+        named = torch.tensor([self.numbers.get(label_of(clip), -1) for clip in clips], device=there.device)
+        return named.masked_fill(~there, -1)
+
+    def nll(self, logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
+        """Compute the negative log-likelihood (B,) of the clips' labels; of mixed sounds, of both labels by their shares."""
+
+        def of(clips: list[dict[str, Any]]) -> Tensor:
+            right = self.targets(batch, clips)
+            return F.cross_entropy(logits, right, reduction="none", label_smoothing=smoothing, ignore_index=-1)
+
+        if batch.share is None:
+            return of(batch.meta)
+        return batch.share * of(batch.meta) + (1 - batch.share) * of(batch.others)

@@ -20,7 +20,7 @@ from clip4vla.media.spectrogram import decode, normalise
 from clip4vla.models import fusion, towers
 from clip4vla.models.audio_encoder import AudioEncoder, type_token_weights
 from clip4vla.models.captioner import CaptionDecoder, Captioner
-from clip4vla.models.classifier import Classifier, in_words, label_of
+from clip4vla.models.classifier import Classifier, in_words
 
 TEXTS = 256  # of a pass through the text tower
 
@@ -231,9 +231,7 @@ class Model(nn.Module):
             assert words is not None and chosen is not None
             features["nll"] = self.caption_nll(tokens, chosen, words.vectors, self.media(batch, frames), loss)
         if loss.label:
-            logits, right = self.head(self.media(batch, frames)), self.label_targets(batch)
-            smooth: dict[str, Any] = {"label_smoothing": loss.label_smoothing, "ignore_index": -1}
-            features["nll"] = F.cross_entropy(logits, right, reduction="none", **smooth)
+            features["nll"] = self.head.nll(self.head(self.media(batch, frames)), batch, loss.label_smoothing)
         return features
 
     def media(
@@ -269,16 +267,11 @@ class Model(nn.Module):
         there = towers.token_mask(self.text, tokens)[:, 1:]
         return tokens, (there | loss.train_on_padding) & batch.has_text[:, None]
 
-    def label_targets(self, batch: Batch) -> Tensor:
-        """Number the class (B,) of each clip, -1 where cfg.labels lacks its label or it has nothing of cfg.modalities."""
-        there = (batch.has_frames & ("v" in self.cfg.modalities)) | (batch.has_audio & ("a" in self.cfg.modalities))
-        numbers = {label: i for i, label in enumerate(self.cfg.labels)}
-        named = torch.tensor([numbers.get(label_of(clip), -1) for clip in batch.meta], device=there.device)
-        return named.masked_fill(~there, -1)
-
     def num_targets(self, batch: Batch, loss: LossConfig) -> Tensor:
         """Count the words, or labels, that this batch teaches; a scalar."""
-        return (self.caption_targets(batch, loss)[1] if loss.caption else self.label_targets(batch) >= 0).sum()
+        if loss.caption:
+            return self.caption_targets(batch, loss)[1].sum()
+        return (self.head.targets(batch, batch.meta) >= 0).sum()
 
     def caption_nll(self, tokens: Tensor, chosen: Tensor, read: Tensor, parts: list, loss: LossConfig) -> Tensor:
         """Compute the captions' negative log-likelihood (B,) (7), summed over chosen positions; read (B, L, D): word outputs."""

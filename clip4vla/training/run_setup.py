@@ -104,6 +104,12 @@ def _check_losses(cfg: RunConfig) -> None:
             "local_local compares the clips of a micro-batch alone: set train.negatives=micro, "
             "or train.gradient_accumulation_steps=1"
         )
+    terms = [name for name in TERMS if getattr(cfg.loss, name)]
+    if cfg.augment.mix and (terms, cfg.model.modalities) != (["label"], "a"):
+        raise UserError(
+            f"augment.mix={cfg.augment.mix:g}: two sounds in one have two labels, but no caption and no picture: it needs "
+            "loss.label alone, and model.modalities=a"
+        )
     if cfg.loss.label_smoothing > 1:
         raise UserError(f"loss.label_smoothing={cfg.loss.label_smoothing:g}: it is a share, at most 1")
     if cfg.train.compile != "off" and uses_head(cfg.loss):

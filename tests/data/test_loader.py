@@ -3,7 +3,6 @@
 import collections
 import gc
 import io
-import itertools
 import json
 import shutil
 import struct
@@ -22,7 +21,7 @@ from hypothesis import strategies as st
 from loading import loader
 from PIL import Image
 
-from clip4vla.config import AugmentConfig, RunConfig
+from clip4vla.config import RunConfig
 from clip4vla.config_io import load
 from clip4vla.data.loader import check_fingerprint, open_folders
 from clip4vla.data.sampler import EvalSampler, SampleIndex, TrainSampler
@@ -179,34 +178,6 @@ def test_masks_and_drawn_captions_depend_on_the_seed(sample_shards):
     assert one.ids == two.ids and one.captions != two.captions
     for name in ("hidden_rows", "hidden_channels"):
         assert not torch.equal(getattr(one, name), getattr(two, name))
-
-
-def test_sound_is_augmented_by_epoch_the_same_on_any_rank(sample_shards, monkeypatch):
-    sizes = [[s.samples for s in f.shards] for f in loader(sample_shards).folders]
-    order = TrainSampler(sizes, [1, 1], 36, 0, 2)
-    cfg = AugmentConfig(time_shift=40, mel_shift=8, time_masks=2, mel_masks=2)
-    plain, whole = (loader(sample_shards, order, needs=("fbank",)) for _ in range(2))
-    whole.augment = cfg
-    one, other = (whole.batch(k) for k in range(2))  # an epoch each
-    assert torch.equal(one.segments, whole.batch(0).segments) and torch.equal(
-        one.segment_rows, plain.batch(0).segment_rows
-    )
-    with_sound = {one.ids[clip] for clip in one.segment_clip.tolist()}
-    shared = with_sound & set(other.ids)
-    assert len(shared) >= 18
-    for name in shared:
-        sounds = [b.segments[b.segment_clip == b.ids.index(name)] for b in (plain.batch(0), one, other)]
-        assert not any(torch.equal(*pair) for pair in itertools.combinations(sounds, 2))
-    monkeypatch.setattr(collectives, "world_size", lambda: 2)
-    for rank in range(2):
-        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
-        part = loader(sample_shards, order, needs=("fbank",))
-        part.augment = cfg
-        mine = part.batch(0)
-        assert mine.ids == one.ids[rank::2]
-        for number, name in enumerate(mine.ids):
-            theirs = one.segments[one.segment_clip == one.ids.index(name)]
-            assert torch.equal(mine.segments[mine.segment_clip == number], theirs)
 
 
 def test_captions_come_in_turn_or_always_the_first_and_of_chosen_languages(sample_shards):

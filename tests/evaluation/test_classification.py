@@ -23,7 +23,6 @@ from clip4vla.evaluation.features import Features
 from clip4vla.models import towers
 from clip4vla.models.classifier import Classifier, in_words, label_of
 from clip4vla.models.fusion import AUDIO, VISION, PaddedSequence
-from clip4vla.models.model import Model
 from clip4vla.training import cross_validation as folds
 from clip4vla.training.run_setup import load_eval_model
 
@@ -339,12 +338,18 @@ def test_the_head_reads_media_beside_each_other_and_the_loss_ignores_what_it_can
         head.linear(2 * torch.cat([torch.zeros(4), F.normalize(F.normalize(a[1], dim=1).sum(0), dim=0)])),
         atol=1e-6,
     )
-    model = SimpleNamespace(cfg=ModelConfig(labels=["a", "b"], modalities="a"))
+    head = Classifier(ModelConfig(labels=["a", "b"], modalities="a"), 4)
     batch = SimpleNamespace(
         meta=[{"id": "1", "label": "b"}, {"id": "2", "label": "z"}, {"id": "3", "label": "a"}, {"id": "4"}],
         has_frames=torch.ones(4, dtype=torch.bool), has_audio=torch.tensor([True, True, False, True]),
     )  # fmt: skip
-    assert Model.label_targets(model, batch).tolist() == [1, -1, -1, -1]
+    assert head.targets(batch, batch.meta).tolist() == [1, -1, -1, -1]
+    batch.share, batch.others = torch.tensor([0.3, 1, 1, 1]), [{"id": "5", "label": "a"}] * 4
+    logits = torch.randn(4, 2, dtype=torch.float64)
+    expected = -(logits[0].log_softmax(0) * torch.tensor([0.7, 0.3])).sum()
+    assert head.nll(logits, batch, 0.0)[0].item() == pytest.approx(expected.item())
+    batch.share = None
+    assert head.nll(logits, batch, 0.0)[0].item() == pytest.approx(-logits[0].log_softmax(0)[1].item())
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from clip4vla.config import AugmentConfig
+from clip4vla.config import AugmentConfig, SpectrogramConfig
 from clip4vla.media import augmentation
 
 ROWS, SEGMENTS, SIZE = [300, 0, 100], [2, 0, 1], (224, 224)
@@ -86,3 +86,27 @@ def test_changes_are_a_function_of_the_key(segments):
     other = changed(segments, [(0, 11, 1), *KEYS[1:]], **settings)
     assert not torch.equal(other[:2], changed(segments, **settings)[:2])
     assert torch.equal(other[2], changed(segments, **settings)[2])
+
+
+def test_mixed_sounds_are_sums_of_power_at_one_loudness_with_the_others_repeated(segments):
+    cfg = SpectrogramConfig()
+    other = augmentation.PackedSounds(segments.flip(0)[:1], [100, 0, 0], [1, 0, 0])
+    own = augmentation.PackedSounds(segments, ROWS, SEGMENTS)
+    mixed = augmentation.mix(own, other, torch.tensor([0.3, 1.0, 1.0]), cfg)
+    mine, theirs = strips(segments)  # 300 and 100 rows
+    power, added = (10 ** ((x.double().numpy() / 2 - 95) / 10) for x in (mine, theirs.repeat(3, 1)))
+    expected = 10 * np.log10(0.3 * power + 0.7 * added * power.mean() / added.mean())
+    expected = np.maximum(expected, expected.max() - 80)
+    assert np.abs(strips(mixed)[0].double().numpy() / 2 - 95 - expected).max() <= 0.2501  # half a step
+    assert torch.equal(mixed[2], segments[2]) and not mixed[1, 0, 76:].any()
+
+
+def test_shares_are_uniform_for_as_many_clips_as_asked_and_1_without_two_sounds():
+    keys = [(0, clip, 5) for clip in range(4000)]
+    both = augmentation.PackedSounds(torch.empty(0), [10] * 4000, [1] * 4000)
+    shares = augmentation.draw_shares(keys, both, both, 0.25)
+    drawn = shares[shares < 1]
+    assert len(drawn) / 4000 == pytest.approx(0.25, abs=0.03) and drawn.mean() == pytest.approx(0.5, abs=0.03)
+    silent = augmentation.PackedSounds(torch.empty(0), [0] * 4000, [0] * 4000)
+    assert (augmentation.draw_shares(keys, both, silent, 1.0) == 1).all()
+    assert (augmentation.draw_shares(keys, silent, both, 1.0) == 1).all()

@@ -188,6 +188,7 @@ BAD = [
     (["model.head=local_local"], "model.head=local_local"),
     (["train.batch_size=0"], "train.batch_size must be at least 1"),
     (["loss={at: 0, av: 0, aa: 0}"], "every weight is 0"),
+    (["augment.mix=0.5"], "augment.mix=0.5: two sounds in one"),
     (["data.train={x: 0}"], "no shards found in x"),
     (["eval.audio_types=[loud]"], "eval.audio_types must be vb, nb, both"),
     (["eval.every_steps=2", "data.val=[]"], "data.val names no shard folder"),
