@@ -73,6 +73,19 @@ def test_a_wrong_file_gets_one_line_with_file_and_key(tmp_path, text, words):
     assert words in str(caught.value) and "wrong.yaml" in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_yaml_is_utf8_with_or_without_a_mark(tmp_path):
+    text = "# é\nrun_dir: runs/é\n"
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "a.yaml").write_text(text, encoding=encoding)
+        assert load(RunConfig, tmp_path / "a.yaml").run_dir == "runs/é"
+    for encoding, line in (("latin-1", 1), ("utf-16", 1)):
+        (tmp_path / "a.yaml").write_text(text, encoding=encoding)
+        with pytest.raises(
+            UserError, match=rf"a.yaml: cannot read this config file \(line {line} is not UTF-8 text; convert"
+        ):
+            load(RunConfig, tmp_path / "a.yaml")
+
+
 def test_forms_of_values(tmp_path):
     cfg = load(
         RunConfig,
