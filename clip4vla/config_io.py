@@ -10,7 +10,8 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union
 
@@ -91,11 +92,22 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Data alone, as SafeLoader; merge keys of merge keys of merge keys end before they fill the memory."""
+    """Data alone, as SafeLoader; merge keys of merge keys of merge keys end before they fill the memory.
+
+    A key that is given twice is an error, as the first of its values would be lost.
+    """
 
     pairs = 0
 
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.flat: set[int] = set()  # mappings by id() that hold what << brought, which their own keys may repeat
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if id(node) not in self.flat and (twice := repeated(keys)):
+            raise yaml.YAMLError(f"the key {twice} is given twice, line {node.start_mark.line + 1} and after it")
+        self.flat.add(id(node))
         super().flatten_mapping(node)
         self.pairs += len(node.value)
         if self.pairs > LONGEST:
@@ -125,6 +137,11 @@ def decode(data: bytes) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {line} is {NOT_UTF8}") from None
+
+
+def repeated(names: Iterable[str]) -> str:
+    """Return the first name that is there more than once, "" if none is."""
+    return next((name for name, count in Counter(names).items() if name and count > 1), "")
 
 
 def parse_json(text: str | bytes, most: float = MOST, **hooks: Any) -> Any:

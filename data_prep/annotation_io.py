@@ -6,12 +6,11 @@ import itertools
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from clip4vla.config_io import NOT_UTF8, parse_json
+from clip4vla.config_io import NOT_UTF8, parse_json, repeated
 from clip4vla.data.sample_metadata import CAPTIONS, LONGEST
 from clip4vla.errors import UserError, one_line
 from data_prep.manifest import ManifestRow, MediaFolder, Skipped
@@ -105,7 +104,7 @@ def _header(path: Path, columns: tuple[str, ...], line: str | ValueError) -> lis
         raise UserError(f"{path}: the first line is malformed: {error}") from None
     if missing := set(columns) - set(names):
         raise UserError(f"{path}: the first line names no column {' and '.join(sorted(missing))}")
-    if twice := next((name for name in names if name and names.count(name) > 1), None):
+    if twice := repeated(names):
         raise UserError(f"{path}: the first line names column {twice} twice; rename or remove one")
     return names
 
@@ -139,8 +138,7 @@ def parse_foreign(text: str | bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {twice} is given twice")
+        raise ValueError(f"the key {repeated(key for key, _ in pairs)} is given twice")
     return made
 
 

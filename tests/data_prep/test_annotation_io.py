@@ -150,12 +150,14 @@ def test_what_is_no_number_of_json_is_empty(prepare, empty):
 
 @pytest.mark.parametrize("empty", ["NaN", "Infinity", "null"])
 def test_what_is_no_number_in_the_json_of_videos_is_empty(prepare, empty):
-    talk = f'{{"x": {{"start": [0, {empty}, 0], "end": [12, 30, 5], "text": ["a b c d e", "f", {empty}]}}}}'
+    talk = (
+        f'{{"x": {{"start": [12, {empty}, 0, 5], "end": [14, 30, 12, 6], "text": ["f", "g", "a b c d e", {empty}]}}}}'
+    )
     rows, skipped = prepare(
         "howto100m", {"HowTo100M_v1.csv": "video_id,category_1\nx,\n", "caption.json": talk}, ["x.mp4"]
     )
-    assert [(row.captions, row.start, row.end) for row in rows] == [(["a b c d e"], 0, 12)]
-    assert reasons(skipped) == {"caption.json: x": "malformed: 1 of 3 lines end before they start"}
+    assert [(row.captions, row.start, row.end) for row in rows] == [(["a b c d e f"], 0, 14)]
+    assert reasons(skipped) == {"caption.json: x": "malformed: 1 of 4 lines end before they start"}
     clip = f'[{{"videoID": "x_000000_000010", "enCap": ["A.", {empty}], "chCap": {empty}}}]'
     rows, skipped = prepare("vatex", {"vatex_training_v1.0.json": clip}, ["x.mp4"])
     assert [row.captions for row in rows] == [["A."]] and not skipped
