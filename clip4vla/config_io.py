@@ -10,7 +10,8 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, Union
 
@@ -23,6 +24,7 @@ Config = TypeVar("Config", RunConfig, DataConfig, ImportConfig)
 DEEPEST = 100  # levels of a file's lists and mappings
 MOST = 10_000_000  # values in a file, those that YAML's aliases repeat counted each time
 LONGEST = 1 << 19  # characters of a YAML file: its parser takes a second for 100 KB
+NOT_UTF8 = "not UTF-8 text; convert the file: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW (or -f UTF-16, or what it is in)"
 _shown = reprlib.Repr()  # YAML's aliases can make a value too long to be printed
 _shown.maxstring = _shown.maxother = 200
 _shown.maxlist, _shown.maxdict, _shown.maxlevel = 12, 12, 3
@@ -79,7 +81,7 @@ def describe(cls: type, prefix: str = "") -> list[tuple[str, str, str]]:
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        tree = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        tree = parse_yaml(decode(Path(path).read_bytes()))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {one_line(error, 300)}") from None
     except (OSError, ValueError) as error:
@@ -90,11 +92,22 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Data alone, as SafeLoader; merge keys of merge keys of merge keys end before they fill the memory."""
+    """Data alone, as SafeLoader; merge keys of merge keys of merge keys end before they fill the memory.
+
+    A key that is given twice is an error, as the first of its values would be lost.
+    """
 
     pairs = 0
 
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.flat: set[int] = set()  # mappings by id() that hold what << brought, which their own keys may repeat
+
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if id(node) not in self.flat and (twice := repeated(keys)):
+            raise yaml.YAMLError(f"the key {twice} is given twice, line {node.start_mark.line + 1} and after it")
+        self.flat.add(id(node))
         super().flatten_mapping(node)
         self.pairs += len(node.value)
         if self.pairs > LONGEST:
@@ -117,11 +130,28 @@ def parse_yaml(text: str) -> Any:
     return tree
 
 
-def parse_json(text: str | bytes, most: float = MOST) -> Any:
-    """Parse a JSON text; ValueError if it is not JSON, nested too deeply, or has half characters, which cannot be written."""
-    text = text if isinstance(text, str) else text.decode("utf-8-sig")
+def decode(data: bytes) -> str:
+    """Decode UTF-8 text, less the mark at its beginning; ValueError that names the first line that is something else."""
     try:
-        tree = json.loads(text)
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line} is {NOT_UTF8}") from None
+
+
+def repeated(names: Iterable[str]) -> str:
+    """Return the first name that is there more than once, "" if none is."""
+    return next((name for name, count in Counter(names).items() if name and count > 1), "")
+
+
+def parse_json(text: str | bytes, most: float = MOST, **hooks: Any) -> Any:
+    """Parse a JSON text; ValueError if it is not JSON, nested too deeply, or has half characters, which cannot be written.
+
+    hooks: those of json.loads.
+    """
+    text = text if isinstance(text, str) else decode(text)
+    try:
+        tree = json.loads(text, **hooks)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEEPEST} levels") from None
     _check_size(tree, most)
@@ -166,7 +196,7 @@ def _measure(tree: dict | list, depth: int, measured: dict[int, _Size], most: fl
 def read_tree(path: Path, parse: Callable[[str], Any] = parse_json) -> dict[str, Any]:
     """Read the names and values in a file that the program wrote; UserError if it cannot be read."""
     try:
-        tree = parse(path.read_text(encoding="utf-8"))
+        tree = parse(decode(path.read_bytes()))
     except (OSError, ValueError, yaml.YAMLError) as error:
         kind = "valid YAML" if isinstance(error, yaml.YAMLError) else "readable"
         raise UserError(f"{path}: not {kind} ({error}); correct it or write it again") from None

@@ -2,6 +2,7 @@
 
 import csv
 import html
+import itertools
 import json
 import math
 import re
@@ -9,14 +10,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from clip4vla.config_io import parse_json
+from clip4vla.config_io import NOT_UTF8, parse_json, repeated
 from clip4vla.data.sample_metadata import CAPTIONS, LONGEST
 from clip4vla.errors import UserError, one_line
 from data_prep.manifest import ManifestRow, MediaFolder, Skipped
 
 BLOCK, PAIR = 1 << 20, 1 << 26  # characters: of a large JSON file read at once; of a key with its value
 QUOTED = 20  # characters of what is no JSON that a message repeats
+UNDECODED = re.compile("[\0\udc80-\udcff]").search
 MARK = re.compile(r"\s*([{}:,])\s*").match
+NAN_IS_NULL: dict[str, Any] = {"parse_constant": lambda _: None}
 MISTAKES = (
     ValueError,
     TypeError,
@@ -61,21 +64,61 @@ def _path(place: Path, name: str) -> Path:
 # Reading
 
 
-def read_csv(path: Path, *columns: str, header: bool = True) -> Iterator[tuple[str, dict[str | None, str]]]:
-    """Yield (FILE:LINE, cells by column, "" where there is none).
+def read_lines(path: Path) -> Iterator[tuple[str, str | ValueError]]:
+    """Yield (FILE:LINE, text, or why it is none) of lines that are not blank."""
+    with path.open(encoding="utf-8", errors="surrogateescape") as stream:
+        for number, line in enumerate(stream, 1):
+            if text := line.removeprefix("\ufeff").strip():
+                yield f"{path.name}:{number}", ValueError(NOT_UTF8) if not_utf8(text) else text
 
-    Raises UserError if the header lacks one of the columns.
+
+def not_utf8(text: str) -> bool:
+    """Tell whether the bytes of a text that was decoded with surrogateescape were something else; UTF-16 has zeros."""
+    return bool(UNDECODED(text))
+
+
+def read_csv(path: Path, *columns: str, header: bool = True) -> Iterator[tuple[str, dict[str, str] | ValueError]]:
+    """Yield (FILE:LINE, cells by column, "" where there is none; or why the line is malformed).
+
+    Each line stands for itself, so that a quote that is not closed takes no other line with it.
+    Raises UserError if the header lacks one of the columns or names one twice.
     """
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as stream:
-        reader = csv.DictReader(stream, None if header else columns, skipinitialspace=True)
+    lines = read_lines(path)
+    names = _header(path, columns, next(lines, ("", ""))[1]) if header else list(columns)
+    for where, line in lines:
         try:
-            if missing := set(columns) - set(reader.fieldnames or []):
-                raise UserError(f"{path}: the first line names no column {' and '.join(sorted(missing))}")
-            for line in reader:
-                if any(line.values()):
-                    yield f"{path.name}:{reader.line_num}", {key: value or "" for key, value in line.items()}
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: not a table: {error}; correct that line") from None
+            cells = _cells(line)
+            if len(cells) > len(names):
+                raise ValueError("more cells than the header has columns")
+        except ValueError as error:
+            yield where, error
+            continue
+        if any(cells):
+            yield where, dict(itertools.zip_longest(names, cells, fillvalue=""))
+
+
+def _header(path: Path, columns: tuple[str, ...], line: str | ValueError) -> list[str]:
+    try:
+        names = _cells(line)
+    except ValueError as error:
+        raise UserError(f"{path}: the first line is malformed: {error}") from None
+    if missing := set(columns) - set(names):
+        raise UserError(f"{path}: the first line names no column {' and '.join(sorted(missing))}")
+    if twice := repeated(names):
+        raise UserError(f"{path}: the first line names column {twice} twice; rename or remove one")
+    return names
+
+
+def _cells(line: str | ValueError) -> list[str]:
+    """Split one line of a table; ValueError if it is malformed."""
+    if isinstance(line, ValueError):
+        raise line
+    try:
+        return next(csv.reader([line], skipinitialspace=True, strict=True))
+    except csv.Error as error:
+        raise ValueError(
+            f"not a line of a table ({error}): write a quote inside a cell twice, and a cell in one line"
+        ) from None
 
 
 def read_csvs(place: Path, splits: dict[str, str], *columns: str, header: bool = True) -> Iterator[Line]:
@@ -84,12 +127,19 @@ def read_csvs(place: Path, splits: dict[str, str], *columns: str, header: bool =
         yield from ((where, split, line) for where, line in read_csv(path, *columns, header=header))
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (FILE:LINE, text) of lines that are not blank."""
-    with path.open(encoding="utf-8-sig", errors="replace") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                yield f"{path.name}:{number}", line.strip()
+def parse_foreign(text: str | bytes) -> Any:
+    """Parse JSON of others; ValueError if it is none or repeats a key, of which one would be lost.
+
+    What JSON has no number for, NaN and Infinity, is null.
+    """
+    return parse_json(text, object_pairs_hook=_object, **NAN_IS_NULL)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError(f"the key {repeated(key for key, _ in pairs)} is given twice")
+    return made
 
 
 def read_json(path: Path, kind: type[list] | type[dict], **keys: type[list] | type[dict]) -> Any:
@@ -98,7 +148,7 @@ def read_json(path: Path, kind: type[list] | type[dict], **keys: type[list] | ty
     Raises UserError if it is something else or lacks one of the keys, of its kind.
     """
     try:
-        data = parse_json(path.read_bytes())
+        data = parse_foreign(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}; get it again") from None
     there = data if isinstance(data, dict) else {}
@@ -111,10 +161,11 @@ def read_json(path: Path, kind: type[list] | type[dict], **keys: type[list] | ty
 def stream_json(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield the keys and values of a JSON object that is too large for memory."""
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             yield from _pairs(file)
     except (ValueError, RecursionError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else one_line(error, 300)
+        what = NOT_UTF8 if not_utf8(what) else what
         raise UserError(f"{path}: not valid JSON, perhaps cut short: {what}; get it again") from None
 
 
@@ -123,7 +174,7 @@ def _pairs(file: TextIO) -> Iterator[tuple[str, Any]]:
 
     ValueError for what is no JSON, or for a pair of more than PAIR characters.
     """
-    decode, text, at, awaited = json.JSONDecoder().raw_decode, "", 0, "{"
+    decode, text, at, awaited = json.JSONDecoder(**NAN_IS_NULL).raw_decode, "", 0, "{"
     while True:
         try:
             mark, begin = _mark(text, at)
@@ -156,9 +207,10 @@ def _mark(text: str, at: int) -> tuple[str, int]:
 # Rows
 
 
-def rows(lines: Iterable[Line], parse: Callable[[str, Any], ManifestRow], join: bool = False) -> RowsOrSkipped:
+def rows(lines: Iterable[Line], parse: Callable[[str, Any], ManifestRow | None], join: bool = False) -> RowsOrSkipped:
     """Yield Skipped for each line that parse(split, line) refuses with a ValueError, then a ManifestRow for each clip.
 
+    A line that is a ValueError already is malformed. parse returns None for a line that is no sample.
     join: lines of one clip (equal id and split) add their captions to it; else a second one is malformed. A line with
     captions that a clip has no more room for is unusable, and its clip keeps the first ones. A row without media is
     Skipped as missing.
@@ -166,11 +218,13 @@ def rows(lines: Iterable[Line], parse: Callable[[str, Any], ManifestRow], join: 
     held: dict[tuple[str, str], tuple[str, ManifestRow]] = {}
     for where, split, line in lines:
         try:
-            if isinstance(line, dict) and None in line:
-                raise ValueError("more cells than the header has columns")
+            if isinstance(line, ValueError):
+                raise line
             row = parse(split, line)
         except MISTAKES as error:
             yield Skipped("malformed", where, reason(error))
+            continue
+        if row is None:
             continue
         first, kept = held.setdefault((row.split, row.id), (where, row))
         if kept is not row and join:
@@ -221,7 +275,9 @@ def captions(texts: Any) -> list[str]:
 
 
 def cleaned(texts: Any) -> list[str]:
-    """Return all texts, each cleaned; ValueError unless they are a list of texts."""
+    """Return all texts, each cleaned, of null none; ValueError unless they are a list of texts."""
+    if texts is None:
+        return []
     if not isinstance(texts, list):
         raise ValueError(f"captions are a list of texts, not {type(texts).__name__}")
     return [clean(text) for text in texts]

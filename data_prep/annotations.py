@@ -8,18 +8,16 @@ import itertools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from clip4vla.config import DataConfig
-from clip4vla.config_io import parse_json
 from clip4vla.errors import UserError
-from clip4vla.media.av_reader import SOUNDS, VIDEOS
-from clip4vla.media.images import PICTURES
 from data_prep import annotation_io
 from data_prep.annotation_io import Line, RowsOrSkipped
-from data_prep.manifest import ManifestRow, MediaFolder, Skipped, inside, slug
+from data_prep.manifest import ManifestRow, MediaFolder, Skipped
+from data_prep.sets.folder import folder
 from data_prep.sets.howto100m import howto100m
 from data_prep.sets.sounds import audiocaps, audioset, clotho, esc10, esc50, grid, urbansound8k
 from data_prep.sets.stamps import stamps
@@ -195,10 +193,17 @@ def youcook2(place: Path, media: MediaFolder) -> RowsOrSkipped:
         video, annotation, segment = step
         if annotation["subset"] not in splits:
             raise ValueError(f"subset {annotation['subset']!r} is not one of {', '.join(splits)}")
-        (start, end), more = segment["segment"], {"label": str(annotation["recipe_type"])}
+        recipe, (start, end) = annotation["recipe_type"], segment["segment"]
         texts = [segment.get("sentence", "")]
         return annotation_io.clip_row(
-            media, "youcook2", splits[annotation["subset"]], video, float(start), float(end), texts, **more
+            media,
+            "youcook2",
+            splits[annotation["subset"]],
+            video,
+            float(start),
+            float(end),
+            texts,
+            label=None if recipe is None else str(recipe),
         )
 
     def lines() -> Iterator[Line]:
@@ -215,15 +220,17 @@ def ucf101(place: Path, media: MediaFolder) -> RowsOrSkipped:
     (classes,) = annotation_io.require_files(place, "classInd.txt")
     numbers: dict[str, str] = {}
     for where, line in annotation_io.read_lines(classes):
-        number, *name = line.split()
-        if name:
-            numbers[name[0]] = number
+        if isinstance(line, str) and len(words := line.split()) > 1:
+            numbers[words[1]] = words[0]
         else:
-            yield Skipped("malformed", where, "not a number and a class")
+            why = "not a number and a class" if isinstance(line, str) else str(line)
+            yield Skipped("malformed", where, why)
     split_of: dict[str, str] = {}
 
-    def row(split: str, line: str) -> ManifestRow:
+    def row(split: str, line: str) -> ManifestRow | None:
         path, *number = line.split()
+        if split == "train" and path in split_of:
+            return None
         label, name = path.partition("/")[0], os.path.splitext(os.path.basename(path))[0]
         if split_of.setdefault(path, split) != split:
             raise ValueError(f"{name} is in {split_of[path]} too")
@@ -236,49 +243,4 @@ def ucf101(place: Path, media: MediaFolder) -> RowsOrSkipped:
     tests = annotation_io.existing_files(place, {f"testlist0{k}.txt": f"test0{k}" for k in (1, 2, 3)})
     trains = annotation_io.existing_files(place, {f"trainlist0{k}.txt": "train" for k in (1, 2, 3)})
     lines = ((where, split, line) for path, split in tests + trains for where, line in annotation_io.read_lines(path))
-    yield from annotation_io.rows(
-        (each for each in lines if each[1] != "train" or each[2].split()[0] not in split_of), row
-    )
-
-
-# A folder with captions.csv or captions.jsonl
-
-
-def folder(place: Path, root: Path) -> RowsOrSkipped:
-    """captions.csv or .jsonl: path, caption[, start, end, audio_type, label, split, lang].
-
-    Lines with equal path, start, end and split are one sample with several captions.
-    """
-    file = next((f for f in (place, place / "captions.csv", place / "captions.jsonl") if f.is_file()), None)
-    if file is None:
-        raise UserError(f"no captions.csv or captions.jsonl in {place}: write one with columns path, caption")
-    lines = annotation_io.read_csv(file, "path", "caption") if file.suffix == ".csv" else annotation_io.read_lines(file)
-    return annotation_io.rows(
-        ((where, "", line) for where, line in lines), lambda _, line: _own_row(root, line), join=True
-    )
-
-
-def _own_row(root: Path, line: Any) -> ManifestRow:
-    line = parse_json(line) if isinstance(line, str) else line
-    if not isinstance(line, dict):
-        raise ValueError("not a JSON object")
-    get: Callable[..., Any] = {key: value for key, value in line.items() if value not in (None, "")}.get
-    path, caption = get("path"), annotation_io.clean(get("caption", ""))
-    kind, lang = get("audio_type", "both"), get("lang", "en")
-    if not path or not caption:
-        raise ValueError("path or caption is empty")
-    if not isinstance(path, str) or not isinstance(lang, str) or isinstance(get("label"), dict | list):
-        raise ValueError("path, lang or label is no text")
-    suffix = os.path.splitext(inside(path))[1].lower()
-    if suffix not in PICTURES + VIDEOS + SOUNDS:
-        raise ValueError(f"{path}: unknown kind of file, not one of {' '.join(PICTURES + VIDEOS + SOUNDS)}")
-    if kind not in ("vb", "nb", "both"):
-        raise ValueError(f"audio_type {kind!r} is not vb, nb or both")
-    start, end = (None if get(name) is None else float(get(name)) for name in ("start", "end"))
-    annotation_io.check_span(start, end)
-    span = "" if start is end is None else f"@{start or 0:.10g}-{'' if end is None else f'{end:.10g}'}"
-    more: dict[str, Any] = {"picture" if suffix in PICTURES else "media": path if (root / path).is_file() else None}
-    label = None if get("label") is None else str(get("label"))
-    more |= {"lang": lang, "audio_type": kind, "label": label, "start": start, "end": end}
-    split = slug(str(get("split", "train")))
-    return ManifestRow(path + span, path, path, slug(root.name), split, [caption], [lang], **more)
+    yield from annotation_io.rows(lines, row)

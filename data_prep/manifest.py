@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,13 +58,14 @@ class MediaFolder:
         self.paths = [path for path in _walk(root) if os.path.splitext(path)[1].lower() in suffixes]
         self.by_stem: dict[str, str] = {}
         for path in self.paths:
-            held = self.by_stem.setdefault(os.path.splitext(os.path.basename(path))[0], path)
+            stem = composed(os.path.splitext(os.path.basename(path))[0])
+            held = self.by_stem.setdefault(stem, path)
             if _rank(path) < _rank(held):  # the same on any file system
-                self.by_stem[os.path.splitext(os.path.basename(path))[0]] = path
+                self.by_stem[stem] = path
 
     def find(self, name: str) -> str | None:
         """Return the file of that name, with whatever suffix of a video or sound and in whatever folder."""
-        return self.by_stem.get(name)
+        return self.by_stem.get(composed(name))
 
     def find_clip(self, video: str, start: float, end: float) -> tuple[str, float | None, float | None] | None:
         """Return (path, start, end in the file) of an interval in seconds: of the whole video, or of a clip cut from it.
@@ -112,6 +114,24 @@ def inside(path: str) -> str:
     if os.path.isabs(path) or ".." in re.split(r"[/\\]", path):
         raise ValueError(f"{path}: leaves the media root")
     return path
+
+
+def composed(name: str) -> str:
+    """Return the name with its accents composed: a table and a disk may have é as one character or as two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def on_disk(root: Path, path: str) -> str | None:
+    """Return the path of a file below root, composed or not as the disk has each part of it; None if it is not there."""
+    if (root / path).is_file():
+        return path
+    here = ""
+    for part in path.split("/"):
+        forms = [os.path.join(here, form) for form in (part, composed(part), unicodedata.normalize("NFD", part))]
+        here = next((form for form in forms if (root / form).exists()), "")
+        if not here:
+            return None
+    return here if (root / here).is_file() else None
 
 
 def slug(text: str) -> str:

@@ -58,6 +58,8 @@ def test_each_official_difference_is_one_named_setting():
         ("model: {head: mean}", "model.head must be global_global|global_local|local_local"),
         ("- a\n- b", "expected `key: value`"),
         ("a: [", "not valid YAML"),
+        ("train: {lr: 1}\ndata: {}\ntrain: {max_steps: 5}", "not valid YAML: the key train is given twice"),
+        ("train:\n  lr: 1\n  seed: 1\n  lr: 2", "not valid YAML: the key lr is given twice, line 2 and after it"),
         ("data: {train: {x: many}}", "data.train.x must be float"),
         ("data: {train: [{x: 1}]}", "data.train must be"),
         ("train: {save_every: 0}", "train.save_every must be at least 1, not 0"),
@@ -71,6 +73,26 @@ def test_a_wrong_file_gets_one_line_with_file_and_key(tmp_path, text, words):
     with pytest.raises(UserError) as caught:
         load(RunConfig, file)
     assert words in str(caught.value) and "wrong.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_a_yaml_merges_may_be_given_again(tmp_path):
+    text = "data: {train: &a {x: 1, y: 2}, val: &b {<<: *a, x: 3}, test: {<<: *b, y: 4}}\n"
+    (tmp_path / "a.yaml").write_text(text)
+    data = load(RunConfig, tmp_path / "a.yaml").data
+    assert data.val == {"x": 3, "y": 2} and data.test == {"x": 3, "y": 4}
+
+
+def test_a_yaml_is_utf8_with_or_without_a_mark(tmp_path):
+    text = "# é\nrun_dir: runs/é\n"
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / "a.yaml").write_text(text, encoding=encoding)
+        assert load(RunConfig, tmp_path / "a.yaml").run_dir == "runs/é"
+    for encoding, line in (("latin-1", 1), ("utf-16", 1)):
+        (tmp_path / "a.yaml").write_text(text, encoding=encoding)
+        with pytest.raises(
+            UserError, match=rf"a.yaml: cannot read this config file \(line {line} is not UTF-8 text; convert"
+        ):
+            load(RunConfig, tmp_path / "a.yaml")
 
 
 def test_forms_of_values(tmp_path):

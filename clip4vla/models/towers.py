@@ -3,7 +3,6 @@
 import difflib
 import functools
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from clip4vla.config_io import parse_json
 from clip4vla.errors import UserError, one_line
 from clip4vla.io import safe_load
 
@@ -33,12 +33,8 @@ def resolve_clip_config(clip: str, quick_gelu: str = "auto") -> dict[str, Any]:
         return config
     if clip.endswith(".json"):
         try:
-            return {
-                key: value
-                for key, value in json.loads(Path(clip).read_text(encoding="utf-8")).items()
-                if key in TOWER_KEYS
-            }
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            return {key: value for key, value in parse_json(Path(clip).read_bytes()).items() if key in TOWER_KEYS}
+        except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"model.clip: {clip}: not a readable open_clip config ({error})") from None
     config = open_clip.get_model_config(clip.partition("/")[0])
     if config is None:

@@ -32,7 +32,7 @@ def read_ds_config(path: str | None) -> tuple[dict[str, Any], str]:
         raise UserError(f"--deepspeed_config {path}: no such file; the shipped ones are in configs/deepspeed/")
     file = Path(path) if path and Path(path).is_file() else Path("ds.json") if Path("ds.json").is_file() else SHIPPED
     try:
-        tree = parse_json(file.read_text(encoding="utf-8"))
+        tree = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(tree, dict):

@@ -22,6 +22,9 @@ def howto100m(place: Path, media: MediaFolder, clips_per_video: int = 0) -> Rows
     table, talks = annotation_io.require_files(place, "HowTo100M_v1.csv", "caption.json")
     videos: dict[str, tuple[str, str, str]] = {}
     for where, line in annotation_io.read_csv(table, "video_id", "category_1"):
+        if isinstance(line, ValueError):
+            yield Skipped("malformed", where, str(line))
+            continue
         video = line["video_id"]
         path = media.find(video)
         if not video or video in videos:
@@ -30,8 +33,12 @@ def howto100m(place: Path, media: MediaFolder, clips_per_video: int = 0) -> Rows
             videos[video] = where, path, sys.intern(line["category_1"])
         else:
             yield annotation_io.missing(video, video)
+    narrated: set[str] = set()
     for video, talk in annotation_io.stream_json(talks):
-        if video in videos:
+        if video in narrated:
+            yield Skipped("malformed", f"{talks.name}: {video}", f"duplicate of {talks.name}: {video}")
+        elif video in videos:
+            narrated.add(video)
             yield from _narrated(f"{talks.name}: {video}", video, talk, *videos.pop(video)[1:], clips_per_video)
     yield from (Skipped("unusable", where, f"no lines in {talks.name}") for where, _, _ in videos.values())
 
@@ -40,8 +47,8 @@ def _narrated(where: str, video: str, talk: Any, path: str, category: str, count
     """The clips of one video; talk = {"start": [..], "end": [..], "text": [..]} in seconds."""
     try:
         lines = list(zip(talk["start"], talk["end"], talk["text"], strict=True))
-        lines = sorted((float(start), float(end), annotation_io.clean(text)) for start, end, text in lines)
-        good = [line for line in lines if 0 <= line[0] <= line[1] < math.inf]
+        timed = [(float(s), float(e), annotation_io.clean(text)) for s, e, text in lines if None not in (s, e)]
+        good = sorted(line for line in timed if 0 <= line[0] <= line[1] < math.inf)
         clips = list(enumerate(merge([line for line in good if line[2]])))
     except annotation_io.MISTAKES as error:
         yield Skipped("malformed", where, f"not start, end and text of equal length: {annotation_io.reason(error)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep import annotation_io
 from data_prep.annotation_io import RowsOrSkipped
-from data_prep.manifest import ManifestRow, MediaFolder, inside, slug
+from data_prep.manifest import ManifestRow, MediaFolder, Skipped, inside, on_disk, slug
 
 GRID: list[dict[str, str]] = [  # the words of a sentence by the letters of its file's name; {}: the letter itself
     {word[0]: word for word in words.split()}
@@ -20,9 +20,16 @@ def audioset(place: Path, media: MediaFolder) -> RowsOrSkipped:
     """10 s of YouTube videos with sound events; caption "The sound of A, B", label "A;B" (the classes' names)."""
     files = {"balanced_train": "train", "unbalanced_train": "train", "eval": "test"}
     (classes,) = annotation_io.require_files(place, "class_labels_indices.csv")
-    names = {line["mid"]: line["display_name"] for _, line in annotation_io.read_csv(classes, "mid", "display_name")}
+    names: dict[str, str] = {}
+    for where, named in annotation_io.read_csv(classes, "mid", "display_name"):
+        if isinstance(named, ValueError):
+            yield Skipped("malformed", where, str(named))
+        else:
+            names[named["mid"]] = named["display_name"]
 
-    def row(split: str, line: dict[str, str]) -> ManifestRow:
+    def row(split: str, line: dict[str, str]) -> ManifestRow | None:
+        if line["YTID"].startswith("#"):
+            return None
         mids = [mid.strip() for mid in line["positive_labels"].split(",")]
         if unknown := [mid for mid in mids if mid not in names]:
             raise ValueError(f"label {unknown[0]!r} is not in {classes.name}")
@@ -37,7 +44,7 @@ def audioset(place: Path, media: MediaFolder) -> RowsOrSkipped:
     lines = annotation_io.read_csvs(
         place, {f"{name}_segments.csv": split for name, split in files.items()}, *columns, header=False
     )
-    return annotation_io.rows((line for line in lines if not line[2]["YTID"].startswith("#")), row)
+    yield from annotation_io.rows(lines, row)
 
 
 def audiocaps(place: Path, media: MediaFolder) -> RowsOrSkipped:
@@ -62,7 +69,7 @@ def clotho(place: Path, media: MediaFolder) -> RowsOrSkipped:
     def row(split: str, line: dict[str, str]) -> ManifestRow:
         name = line["file_name"]
         usual = inside(f"{parts[split]}/{name}")  # where the archives put it: another part may have the same name
-        path = usual if (media.root / usual).is_file() else media.find(os.path.splitext(name)[0])
+        path = on_disk(media.root, usual) or media.find(os.path.splitext(name)[0])
         return annotation_io.whole_row(
             "clotho", split, name, path, [line[column] for column in columns], audio_type="nb"
         )
@@ -74,7 +81,9 @@ def clotho(place: Path, media: MediaFolder) -> RowsOrSkipped:
 def esc50(place: Path, media: MediaFolder, source: str = "esc50") -> RowsOrSkipped:
     """5 s of environmental sounds in 50 classes; the folds fold1 to fold5 are the splits, label = category."""
 
-    def row(split: str, line: dict[str, str]) -> ManifestRow:
+    def row(split: str, line: dict[str, str]) -> ManifestRow | None:
+        if source == "esc10" and line["esc10"] != "True":
+            return None
         name, label = line["filename"], line["category"]
         if not re.fullmatch("[1-5]", line["fold"]):
             raise ValueError(f"fold {line['fold']!r} is not 1 to 5")
@@ -83,8 +92,7 @@ def esc50(place: Path, media: MediaFolder, source: str = "esc50") -> RowsOrSkipp
         return annotation_io.whole_row(source, f"fold{line['fold']}", name, path, [label.replace("_", " ")], **more)
 
     columns = ["filename", "fold", "category", "src_file", *(["esc10"] if source == "esc10" else [])]
-    lines = annotation_io.read_csvs(place, {"meta/esc50.csv": ""}, *columns)
-    return annotation_io.rows((line for line in lines if source == "esc50" or line[2]["esc10"] == "True"), row)
+    return annotation_io.rows(annotation_io.read_csvs(place, {"meta/esc50.csv": ""}, *columns), row)
 
 
 def esc10(place: Path, media: MediaFolder) -> RowsOrSkipped:

@@ -13,8 +13,9 @@ from typing import Any
 
 import soundfile
 
+from clip4vla.config_io import NOT_UTF8
 from clip4vla.media.worker_pool import NO_ITEM, WorkerStatus, run_units
-from data_prep.annotation_io import bounded
+from data_prep.annotation_io import bounded, not_utf8
 from data_prep.manifest import ManifestRow, Skipped
 
 PICTURE_LANGS = ("fr", "ro", "ru", "ca", "bg", "es", "be", "el", "da")
@@ -56,7 +57,8 @@ def _stamp_rows(item: str, stamp: Stamp, group: str, nonverbal: set[str]) -> Ite
     """
     try:
         for text in stamp.texts.values():
-            bounded(text)
+            if not_utf8(bounded(text)):
+                raise ValueError(NOT_UTF8)
     except ValueError as error:
         yield Skipped("malformed", f"{item}.txt", str(error))
         return
@@ -114,7 +116,7 @@ def _first(files: set[str], name: str, suffixes: tuple[str, ...]) -> str | None:
 
 def _texts(path: Path) -> dict[str, str]:
     """Read the texts by language of a stamp's .txt: the first line is English, then `fr.utf8=…`."""
-    first, *lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or [""]
+    first, *lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines() or [""]
     pairs = [line.partition(".utf8=") for line in lines]
     return {"en": first.strip()} | {lang.strip(): text.strip() for lang, sign, text in pairs if sign and text.strip()}
 

@@ -19,7 +19,8 @@ def prepare(tmp_path):
         for name, text in files.items():
             path = tmp_path / "annotations" / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes((text if isinstance(text, str) else json.dumps(text)).encode())
+            text = text if isinstance(text, str | bytes) else json.dumps(text)
+            path.write_bytes(text if isinstance(text, bytes) else text.encode())
         for name in media:
             path = tmp_path / "media" / name
             path.parent.mkdir(parents=True, exist_ok=True)

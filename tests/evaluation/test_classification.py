@@ -276,12 +276,14 @@ def test_names_in_words_and_label_lists(tmp_path):
         "a dog": "a dog",
     }
     assert {name: in_words(name) for name in names} == names
-    (tmp_path / "names.txt").write_text("cat\n\n dog \n")
+    (tmp_path / "names.txt").write_text("\ufeffcat\n\n dog \n")
+    (tmp_path / "latin1.txt").write_bytes("cat\nKäfer\n".encode("latin-1"))
     assert classification.class_names(cfg_of(f"classify.labels={tmp_path}/names.txt")) == ["cat", "dog"]
     for wrong, said in (
         ("[a, a, b]", "3 classes, 2 of them different"),
         ("[one]", "1 classes"),
         ("[no.txt]", "cannot read no.txt"),
+        (f"{tmp_path}/latin1.txt", r"latin1.txt \(line 2 is not UTF-8 text; convert the file: iconv "),
     ):
         with pytest.raises(UserError, match=said):
             classification.class_names(cfg_of(f"classify.labels={wrong}"))

@@ -176,7 +176,7 @@ def test_a_pickle_in_a_weights_file_is_not_run(tmp_path):
 
 def test_a_model_without_open_clips_vit_is_named(tmp_path):
     config = TINY | {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 32, "image_size": 224}}
-    (tmp_path / "resnet.json").write_text(json.dumps(config))
+    (tmp_path / "resnet.json").write_text("\ufeff" + json.dumps(config))
     with pytest.raises(UserError, match="VisionTransformer"):
         towers.build_clip(towers.resolve_clip_config(str(tmp_path / "resnet.json")))
 

@@ -106,8 +106,11 @@ def test_whether_fp16_is_refused_depends_on_the_device(monkeypatch):
 def test_own_ds_json_in_the_working_folder_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert engine.read_ds_config("ds.json")[1] == engine.read_ds_config(None)[1] == str(engine.SHIPPED)
-    Path("ds.json").write_text("{}", encoding="utf-8")
+    Path("ds.json").write_text("\ufeff{}", encoding="utf-8")  # as editors of Windows write it
     assert engine.read_ds_config("ds.json")[1] == engine.read_ds_config(None)[1] == "ds.json"
+    Path("ds.json").write_text('{\n"x": "é"}', encoding="latin-1")
+    with pytest.raises(UserError, match="^ds.json: not valid JSON: line 2 is not UTF-8 text"):
+        engine.read_ds_config(None)
 
 
 def test_learning_rate_is_a_warm_up_and_a_cosine():
