@@ -160,9 +160,11 @@ def write_page(plan: Plan, out: Path, page: Path) -> None:
 
 
 def _interval(metrics: list[dict[str, Any]], place: str) -> str:
-    """Format DIRECTION/METRIC of some seeds: mean ± deviation [interval of the first]."""
+    """Format DIRECTION/METRIC of some seeds: mean ± deviation [interval of the first]; of p-values, the largest."""
     direction, metric = place.rsplit("/", 1)
     values = [float(each[direction][metric]) for each in metrics]
+    if metric == "p_value":
+        return f"{max(values):.2g}"
     text = f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
     interval = metrics[0][direction].get("ci", {}).get(metric)
     return text + (f" [{interval[0]:.1f}, {interval[1]:.1f}]" if interval else "")

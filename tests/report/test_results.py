@@ -37,7 +37,7 @@ def plan_file(tmp_path, tiny, shards):
         "eval.report_queries=0",
     ]
     row = {"name": "spoken", "title": "Spoken names", "script": "pretrain", "config": tiny[0], "words": words}
-    row |= {"seeds": [0, 1], "figures": {"name to sound R@10": "text_to_audio/R@10"}}
+    row |= {"seeds": [0, 1], "figures": {"name to sound R@10": "text_to_audio/R@10", "p": "text_to_audio/p_value"}}
     gone = row | {"name": "gone", "words": [*words, "data.val=nowhere"]}
     more = row | {"name": "more", "start": "spoken", "words": [*words, "train.max_steps=3"], "seeds": [1]}
     tree = {"sets": {"none": {"config": "configs/data/grid.yaml", "folders": ["no_such"]}}, "rows": [row, gone, more]}
@@ -63,6 +63,7 @@ def test_rows_run_once_and_the_page_has_their_figures(tmp_path, tiny, sample_sha
     assert (
         f"| Spoken names | name to sound R@10 |  | {mean:.1f} ± {spread:.1f} [{low:.1f}, {high:.1f}] | 0, 1 |" in page
     )
+    assert f"| Spoken names | p |  | {max(row['p_value'] for row in rows):.2g} | 0, 1 |" in page
     assert "python launch/pretrain.py configs/pretrain/sample.yaml seed=0" in page
 
 
