@@ -303,6 +303,10 @@ class EvalConfig:
     )
     permutations: int = option(2000, "permutations for the p-value; 0: none", low=0)
     report_queries: int = option(20, "queries shown on the report page", low=0)
+    name: str = option(
+        "",
+        "folder of run_dir/eval for launch/evaluate.py's; empty: test, or what sets data and settings apart from the run's",
+    )
 
 
 @dataclass

@@ -17,6 +17,7 @@ from clip4vla.data.shards import INDEX, fingerprint, write_index, write_shard
 from clip4vla.errors import UserError
 from clip4vla.io import atomic
 from clip4vla.io.atomic import write_json, write_text
+from clip4vla.io.walk import is_hidden
 from clip4vla.media.av_reader import MediaClip, read_clip
 from clip4vla.media.images import jpeg, png, read_picture
 from clip4vla.media.spectrogram import crop, encode, log_mel
@@ -260,7 +261,7 @@ def finish(cfg: DataConfig, units: list[ShardPlan]) -> None:
         _remove_stale(place, {units[i].tar.stem for i in members})
         print(place, counts, flush=True)
     for index in sorted(Path(cfg.out).glob(f"*/*/{INDEX}")):
-        if index.parent not in folders:
+        if index.parent not in folders and not any(map(is_hidden, index.parts[-3:-1])):
             print(
                 f"{index.parent}: the annotations have nothing of it any more: delete it if its clips moved", flush=True
             )
@@ -294,6 +295,6 @@ def _write_index(cfg: DataConfig, place: Path, units: list[ShardPlan], notes: li
 
 def _remove_stale(place: Path, kept: set[str]) -> None:
     """Remove shards of an earlier plan that this one does not have."""
-    for path in [*place.glob("*-[0-9][0-9][0-9][0-9][0-9][0-9].tar*"), *(place / ".parts").glob("*.json*")]:
+    for path in [*place.glob("[!.]*-[0-9][0-9][0-9][0-9][0-9][0-9].tar*"), *(place / ".parts").glob("*.json*")]:
         if path.name.partition(".")[0] not in kept:
             path.unlink()

@@ -2,12 +2,14 @@
 
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from clip4vla.io.walk import walk
 from clip4vla.media.av_reader import SOUNDS, VIDEOS
 
 
@@ -89,19 +91,23 @@ class MediaFolder:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Yield the paths of all files below root, relative to it; links to folders are followed, hidden files left out.
+    """Yield the paths of all files below root, relative to it; links to folders are followed, what is hidden is left out.
 
-    A folder that several names lead to is walked once: two links to the one above them would never come to an end.
+    A folder that several names lead to is walked once: two links to the one above them would never come to an end. One that
+    cannot be read is named.
     """
     walked: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in walk(root, follow_links=True, on_error=_name_unreadable):
         here = os.stat(folder)
         if (here.st_dev, here.st_ino) in walked:
             folders.clear()
             continue
         walked.add((here.st_dev, here.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.relpath(os.path.join(folder, name), root) for name in files if not name.startswith("."))
+        yield from (os.path.relpath(os.path.join(folder, name), root) for name in files)
+
+
+def _name_unreadable(error: OSError) -> None:
+    print(f"left out, cannot be read: {error.filename} ({error.strerror})", file=sys.stderr)
 
 
 def _rank(path: str) -> tuple[int, str]:

@@ -6,9 +6,6 @@
 Prints the table and writes RUN_DIR/baseline.json, which tables and pages then show as the row "plain baseline".
 """
 
-import json
-from pathlib import Path
-
 from clip4vla.cli import entry_point, parse_args
 from clip4vla.config import RunConfig
 from clip4vla.quick_imports import quick_imports
@@ -19,11 +16,10 @@ def main() -> None:
     cfg, _ = parse_args(RunConfig, None, __doc__)
     with quick_imports():  # after the settings are read: a typing error shows at once
         from clip4vla.evaluation import baseline
-        from clip4vla.io.atomic import write_text
 
     metrics = baseline.evaluate(cfg)
-    write_text(Path(cfg.run_dir, "baseline.json"), json.dumps(metrics, indent=1))
     print(baseline.table(metrics))
+    baseline.write(metrics, cfg)
 
 
 if __name__ == "__main__":

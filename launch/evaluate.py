@@ -2,6 +2,7 @@
 
 laptop    python launch/evaluate.py configs/pretrain/stamps.yaml
 two ranks deepspeed --num_accelerators 2 launch/evaluate.py configs/pretrain/stamps.yaml eval.audio_types=[both,0.3]
+other set python launch/evaluate.py configs/pretrain/stamps.yaml data.test=SHARDS: beside the run's own, in RUN/eval/NAME
 table     python launch/evaluate.py --table RUN [RUN ...] [--csv]: evaluated runs beside the paper's Tables 1 to 4 and 6
 """
 

@@ -7,8 +7,10 @@ regression for each word's place; a sound and a sentence score the sum of the lo
 n clips, M mel channels, K classes.
 """
 
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,13 @@ import torch
 from torch import Tensor
 
 from clip4vla.config import RunConfig, SpectrogramConfig
+from clip4vla.config_io import read_tree
 from clip4vla.data.loader import open_folders, stable_hash63
 from clip4vla.errors import UserError
 from clip4vla.evaluation import linear_probe, retrieval_metrics
 from clip4vla.evaluation.captioning import interval
 from clip4vla.evaluation.runner import eval_loader
+from clip4vla.io.atomic import write_text
 from clip4vla.media.spectrogram import decode
 from clip4vla.models.classifier import label_of
 
@@ -92,6 +96,17 @@ def evaluate(cfg: RunConfig) -> dict[str, dict[str, Any]]:
     if not metrics:
         raise UserError("a baseline needs clips that all have a label, or captions of equally many words")
     return metrics
+
+
+def write(metrics: dict[str, dict[str, Any]], cfg: RunConfig) -> None:
+    """Write run_dir/baseline.json, with the folders that it is of; print which others' numbers it replaces."""
+    path, made = Path(cfg.run_dir, "baseline.json"), {"train": [*cfg.data.train], "test": [*cfg.data.test]}
+    old = read_tree(path).get("data", made) if path.is_file() else made
+    if old != made:
+        print(
+            f"{path}: replaces the numbers of data.train={old['train']} data.test={old['test']}; run_dir=NEW keeps both"
+        )
+    write_text(path, json.dumps(metrics | {"data": made}, indent=1))
 
 
 def joined(parts: list[Sounds]) -> Sounds:

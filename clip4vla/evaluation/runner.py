@@ -23,7 +23,7 @@ from clip4vla.models import generation
 from clip4vla.models.audio_encoder import type_token_weights
 from clip4vla.models.model import Model, must_have_room
 from clip4vla.models.towers import tokenizer
-from clip4vla.report import page
+from clip4vla.report import evaluations, page
 from clip4vla.report.tracking import read_rows
 
 Say = Callable[[str], None]
@@ -39,11 +39,11 @@ class EvalJob(NamedTuple):
 
 
 def evaluate(
-    model: Model, cfg: RunConfig, weights: dict[str, Any], say: Say
+    model: Model, cfg: RunConfig, name: str, weights: dict[str, Any], say: Say
 ) -> tuple[dict[str, dict], list[page.ClipPreview], list] | None:
     """Evaluate on data.test; rank 0 returns the main metrics by direction and, for the report page, exhibits and queries (or
     captions that were written, or predictions)."""
-    job = EvalJob("test", weights, *run_inference(model, cfg, cfg.data.test, "data.test"))
+    job = EvalJob(name, weights, *run_inference(model, cfg, cfg.data.test, "data.test"))
     if collectives.rank():
         return None
     return compute_metrics(job, cfg, say), *_task(cfg).examples(job.outputs, job.loader, cfg)
@@ -107,7 +107,7 @@ def run_inference(
 def compute_metrics(job: EvalJob, cfg: RunConfig, say: Say) -> dict[str, dict]:
     """Compute the main metrics by direction; write run_dir/eval/NAME/metrics.json and manifest.json.
 
-    Metrics of other type tokens go to metrics-TYPE.json.
+    Metrics of other type tokens go to metrics-TYPE.json. Those of other weights are replaced, which is said.
     """
     folder = Path(cfg.run_dir, "eval", job.name)
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +115,10 @@ def compute_metrics(job: EvalJob, cfg: RunConfig, say: Say) -> dict[str, dict]:
     main = next(iter(results))
     if cfg.eval.best_metric:
         best.value(results[main], cfg.eval.best_metric)  # is there
+    if old := manifest.replaced(folder, job.weights):
+        say(f"{folder}: replaces the numbers of {old}; eval.name=NAME keeps both")
+        for file in folder.glob("metrics-*.json"):
+            file.unlink()
     manifest.write(
         folder / "manifest.json", job.loader, job.outputs.clips, cfg, job.weights, _task(cfg).protocol(job.outputs, cfg)
     )
@@ -130,6 +134,7 @@ def compute_metrics(job: EvalJob, cfg: RunConfig, say: Say) -> dict[str, dict]:
 
 def check_evaluation(cfg: RunConfig) -> None:
     """Raise UserError at the start of a run for what would stop its first evaluation."""
+    manifest.check_name(cfg.eval.name)
     for audio_type in zero_shot.types(cfg):
         if audio_type != "data":
             type_token_weights(audio_type, key="eval.audio_types")
@@ -182,14 +187,18 @@ def eval_loader(cfg: RunConfig, folders: list, device: torch.device, most: int =
 
 def write_report(
     cfg: RunConfig,
+    name: str,
     origin: dict[str, Any],
     metrics: dict[str, dict],
     exhibits: list[page.ClipPreview],
     queries: list,
 ) -> Path:
-    """Write run_dir/report.html: loss curves of this run and those it started from, metrics, exhibits and queries."""
+    """Write the page of an evaluation: loss curves of this run and those it started from, metrics, exhibits and queries.
+
+    run_dir/report.html, which is that of evaluations.TEST, shows the main numbers of all evaluations too.
+    """
     places = {Path(place).name: read_rows(place) for place in [*cfg.init_from, cfg.run_dir]}
-    path = Path(cfg.run_dir, "report.html")
+    path = evaluations.page_path(cfg.run_dir, name)
     data = next(iter(cfg.data.test)) + (f" and {len(cfg.data.test) - 1} more" if len(cfg.data.test) > 1 else "")
     settings = {"run": cfg.run_dir, "checkpoint": Path(origin["folder"]).name, "data": data, "clip": cfg.model.clip}
     media = {"modalities": cfg.model.modalities, "type token": cfg.model.audio_type}
@@ -202,5 +211,7 @@ def write_report(
     runs = {k: v for k, v in places.items() if v}
     makers: dict[str, Callable] = {"captioning": page.captions, "classification": page.classification}
     make = makers.get(cfg.eval.task, page.retrieval)
-    page.write(path, f"{Path(cfg.run_dir).name}: test split", settings, runs, make(metrics, exhibits, queries))
+    title = "test split" if name == evaluations.TEST else name
+    page.write(path, f"{Path(cfg.run_dir).name}: {title}", settings, runs, make(metrics, exhibits, queries))
+    evaluations.show(cfg.run_dir)
     return path

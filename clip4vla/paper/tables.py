@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from clip4vla.config_io import parse_json
 from clip4vla.errors import UserError
+from clip4vla.report import evaluations
 
 DIRECTIONS = {"text_to_video": "T2V", "video_to_text": "V2T"}
 METRICS = {"R@1": "R@1", "R@5": "R@5", "R@10": "R@10", "MedR": "MdR"}
@@ -125,42 +127,54 @@ TableRows = dict[tuple[str, str], list[list[str]]]  # rows by (task, title)
 def tables(runs: Sequence[str], as_csv: bool = False) -> str:
     """Format a table for each task and data set that these run folders were tested on, the paper's rows first.
 
-    Retrieval has a row for each modality of a run. The CSV is one table: cells of the other task's columns are empty.
+    A run has rows for each of its evaluations; retrieval has a row for each modality. The CSV is one table: cells of the
+    other task's columns are empty. Those of a task without tables are left out, which stderr says.
     Raises UserError for a run that is not there, was not evaluated, or on a task without tables.
     """
     rows_by_table: TableRows = {}
     for run in runs:
-        metrics, manifest = (_read(run, name) for name in ("metrics.json", "manifest.json"))
-        try:
-            settings, (source, split) = manifest["settings"], _data_set(manifest)
-            task = _task(run, settings)
-            title, old = KINDS[task].of(source)
-            new = [[f"{run} ({how})", *cells] for how, *cells in KINDS[task].rows(metrics, settings)]
-            rows_by_table.setdefault((task, f"{title}, {split}"), old).extend(new)
-        except UserError:
-            raise
-        except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
-            raise UserError(f"{run}/eval/test: of another version ({error!r}); {_command(run)}") from None
+        made = {folder: _rows(run, folder) for folder in _evaluations(run)}
+        if not any(made.values()):
+            raise UserError(f"{run}: evaluated for no table; {_command(run)} eval.task={' or '.join(KINDS)}")
+        for folder, rows in made.items():
+            if rows:
+                rows_by_table.setdefault(rows[:2], rows[2]).extend(rows[3])
+            else:
+                print(f"left out: {folder}: there is no table of its eval.task", file=sys.stderr)
     if as_csv:
         return _csv(rows_by_table)
     return "\n".join(_markdown(title, KINDS[task].columns, rows) for (task, title), rows in rows_by_table.items())
 
 
-def _task(run: str, settings: dict[str, Any]) -> str:
-    task = settings["eval"]["task"]
-    if task not in KINDS:
-        raise UserError(f"{run}: evaluated with eval.task={task}; {_command(run)} eval.task={' or '.join(KINDS)}")
-    return task
-
-
-def _read(run: str, name: str) -> dict[str, Any]:
-    path = Path(run, "eval", "test", name)
+def _evaluations(run: str) -> list[Path]:
     if not Path(run).is_dir():
         raise UserError(f"{run}: no such run; name the folders that run_dir gave")
+    if not (some := evaluations.folders(run)):
+        raise UserError(f"{run}: not evaluated yet, {run}/eval/test/metrics.json is missing; {_command(run)}")
+    return some
+
+
+def _rows(run: str, folder: Path) -> tuple[str, str, list[list[str]], list[list[str]]] | None:
+    """Return (task, title, the paper's rows, those of an evaluation); None if there is no table of its task."""
+    metrics, manifest = (_read(run, folder / name) for name in ("metrics.json", "manifest.json"))
+    try:
+        settings, (source, split) = manifest["settings"], evaluations.data_set(manifest)
+        task = settings["eval"]["task"]
+        if task not in KINDS:
+            return None
+        title, paper = KINDS[task].of(source)
+        name = run if folder.name == evaluations.TEST else str(folder)
+        return (
+            task, f"{title}, {split}", paper,
+            [[f"{name} ({how})", *cells] for how, *cells in KINDS[task].rows(metrics, settings)],
+        )  # fmt: skip
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise UserError(f"{folder}: of another version ({error!r}); {_command(run)}") from None
+
+
+def _read(run: str, path: Path) -> dict[str, Any]:
     try:
         return parse_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{run}: not evaluated yet, {path} is missing; {_command(run)}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable ({error}); {_command(run)}") from None
 
@@ -168,13 +182,6 @@ def _read(run: str, name: str) -> dict[str, Any]:
 def _command(run: str) -> str:
     config = Path(run, "config.yaml")
     return f"run: python launch/evaluate.py {config if config.is_file() else 'CONFIG.yaml'} run_dir={run}"
-
-
-def _data_set(manifest: dict[str, Any]) -> tuple[str, str]:
-    """Name the (source, split) of a manifest, joined by + where the gallery holds several."""
-    sources = manifest["sources"]
-    source = "+".join(dict.fromkeys(entry["source"] for entry in sources.values()))
-    return source, "+".join(dict.fromkeys(entry["split"] for entry in sources.values()))
 
 
 def _cell(score: dict[str, Any], metric: str) -> str:

@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from clip4vla.checkpoints.best import HIGHER, LOWER
 from clip4vla.config_io import parse_yaml, read_tree
 from clip4vla.errors import UserError
-from clip4vla.report import page
+from clip4vla.report import evaluations, page
+from clip4vla.report.evaluations import NONE, TEST, by_setting, formatted, numbers, scores
 from clip4vla.report.preview import data_uri, to_bytes
 from clip4vla.report.sections.retrieval import arrow
 from clip4vla.report.tracking import read_rows
 
-NONE = "–"
 VALIDATED = ("R@1", "accuracy", "CIDEr", "R@10", "MedR", "BLEU-4", "METEOR", "ROUGE-L")  # the first come first
 MOST = 6  # panels of validation
 Rows = list[dict[str, Any]]
@@ -39,7 +39,7 @@ class Run:
     line: str  # solid, dashed or dotted: matplotlib's words and CSS's
     settings: dict[str, Any]  # by dotted key
     versions: dict[str, str]
-    results: dict[str, dict[str, Any]]  # of eval/test, by direction
+    results: dict[str, dict[str, dict[str, Any]]]  # of each evaluation by name, by direction
     validation: Rows  # a row for each eval/val-STEP, its numbers by direction/metric
     rows: Rows  # of metrics.jsonl
 
@@ -86,67 +86,45 @@ def _run(folder: Path, name: str, number: int) -> Run:
         raise UserError(f"{folder}: no such folder; name the folders that run_dir gave")
     line = ("solid", "dashed", "dotted")[number // 10 % 3]
     settings, versions = _settings(folder)
-    evaluations = sorted((int(f.name[4:]), f) for f in folder.glob("eval/val-*") if f.name[4:].isdecimal())
+    steps = sorted((int(f.name[4:]), f) for f in folder.glob("eval/val-*") if f.name[4:].isdecimal())
     validation = [
-        {"step": step} | {f"{direction}/{k}": v for direction, row in scores.items() for k, v in _numbers(row).items()}
-        for step, scores in ((step, _scores(place)) for step, place in evaluations)
+        {"step": step} | {f"{direction}/{k}": v for direction, row in scored.items() for k, v in numbers(row).items()}
+        for step, scored in ((step, scores(place)) for step, place in steps)
     ]
     rows = page.latest(read_rows(folder))
-    results = _scores(folder / "eval/test")
+    results = {place.name: scores(place) for place in evaluations.folders(folder)}
     return Run(name, to_hex(f"C{number % 10}"), line, settings, versions, results, validation, rows)
 
 
 def _settings(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Return (settings by dotted key, versions) of config.yaml.
 
-    Where the run was evaluated with other settings, these are added as `KEY (test)`.
-    A model that was evaluated, not trained, has only the manifest of that.
+    Where an evaluation was made with other settings, these are added as `KEY (NAME)`.
+    A model that was evaluated, not trained, has only the manifests of that; its first evaluation's are its own settings.
     """
-    config, manifest = folder / "config.yaml", folder / "eval/test/manifest.json"
-    tested = read_tree(manifest) if manifest.exists() else {}
-    flat = _by_setting(_section(tested, "settings"))
-    if not config.exists():
-        if not tested:
-            raise UserError(f"{folder}: not a run, config.yaml is missing; name the folders that run_dir gave")
-        return flat, {name: str(version) for name, version in _section(tested, "versions").items()}
-    trained = _by_setting(read_tree(config, parse_yaml))
-    other = {f"{key} (test)": value for key, value in flat.items() if trained.get(key, value) != value}
-    header = takewhile(lambda line: line.startswith("#"), config.read_text(encoding="utf-8").splitlines())
-    return trained | other, {name: version for name, _, version in (line.strip("# ").partition(" ") for line in header)}
+    config, places = folder / "config.yaml", evaluations.folders(folder)
+    tested = {p.name: read_tree(p / "manifest.json") for p in places if (p / "manifest.json").exists()}
+    if config.exists():
+        own = by_setting(read_tree(config, parse_yaml))
+        header = takewhile(lambda line: line.startswith("#"), config.read_text(encoding="utf-8").splitlines())
+        versions = {name: version for name, _, version in (line.strip("# ").partition(" ") for line in header)}
+    elif tested:
+        first = next(iter(tested.values()))
+        own = by_setting(_section(first, "settings"))
+        versions = {name: str(version) for name, version in _section(first, "versions").items()}
+    else:
+        raise UserError(f"{folder}: not a run, config.yaml is missing; name the folders that run_dir gave")
+    other = {
+        f"{key} ({name})": value
+        for name, tree in tested.items()
+        for key, value in by_setting(_section(tree, "settings")).items()
+        if own.get(key, value) != value
+    }
+    return own | other, versions
 
 
 def _section(tree: dict[str, Any], name: str) -> dict[str, Any]:
     return tree[name] if isinstance(tree.get(name), dict) else {}
-
-
-def _by_setting(tree: dict[str, Any]) -> dict[str, Any]:
-    """Give settings dotted keys, SECTION.NAME, and leave out run_dir.
-
-    Not config_io.flatten: a setting that is a dictionary, as data.train is, stays one value.
-    """
-    flat: dict[str, Any] = {}
-    for section, value in tree.items():
-        if isinstance(value, dict):
-            flat |= {f"{section}.{name}": setting for name, setting in value.items()}
-        else:
-            flat[f"{section}"] = value
-    return {key: value for key, value in flat.items() if key != "run_dir"}
-
-
-def _scores(folder: Path) -> dict[str, dict[str, Any]]:
-    """Read metrics.json by direction; nothing if there is none."""
-    path = folder / "metrics.json"
-    tree = read_tree(path) if path.exists() else {}
-    return {direction: row for direction, row in tree.items() if isinstance(row, dict)}
-
-
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """Return of a direction's row the metrics, without the sizes n_*."""
-    return {
-        name: value
-        for name, value in row.items()
-        if page.is_number(value) and math.isfinite(value) and not name.startswith("n_")
-    }
 
 
 def differing(trees: list[dict[str, Any]]) -> list[str]:
@@ -169,8 +147,9 @@ def settings(runs: list[Run]) -> str:
         if rows
         else '<p class="note">No setting differs.</p>'
     )
-    note = '<p class="note">(test): what data.test was evaluated with, where config.yaml says otherwise.</p>'
-    return f"<section><h2>Settings that differ</h2>{table}{note if '(test)' in table else ''}</section>"
+    evaluated = any(key.endswith(")") for key in differing([run.settings for run in runs]))
+    note = '<p class="note">(NAME): what eval/NAME was made with, where config.yaml says otherwise.</p>'
+    return f"<section><h2>Settings that differ</h2>{table}{note if evaluated else ''}</section>"
 
 
 def _value(tree: dict[str, Any], key: str) -> str:
@@ -184,47 +163,48 @@ def _value(tree: dict[str, Any], key: str) -> str:
 
 
 def results(runs: list[Run]) -> str:
-    """Return HTML of eval/test/metrics.json of the runs, the best of each row bold; nothing if no run was evaluated."""
-    directions = dict.fromkeys(direction for run in runs for direction in run.results)
-    if not directions:
-        return ""
+    """Return HTML of the metrics of each evaluation of the runs, the best of each row bold; nothing if none was evaluated."""
+    names = {name for run in runs for name, scored in run.results.items() if scored}
+    return "".join(_results(runs, name) for name in sorted(names, key=lambda name: (name != TEST, name)))
+
+
+def _results(runs: list[Run], name: str) -> str:
+    scored = [run.results.get(name, {}) for run in runs]
+    directions = dict.fromkeys(direction for by_direction in scored for direction in by_direction)
+
+    def table(some: list[str]) -> str:
+        rows = (_direction(direction, [one.get(direction, {}) for one in scored]) for direction in some)
+        return _table(runs, "results", "".join(rows))
+
     subsets = [direction for direction in directions if "/" in direction]
-    more = f"<details><summary>By subset or modality: {len(subsets)} more</summary>{_results(runs, subsets)}</details>"
+    more = f"<details><summary>By subset or modality: {len(subsets)} more</summary>{table(subsets)}</details>"
     note = "Bold: the best. In brackets: 95% interval, bootstrap over groups. p: permutation test against chance."
-    main = _results(runs, [direction for direction in directions if "/" not in direction])
-    return f'<section><h2>Results</h2>{main}<p class="note">{note}</p>{more if subsets else ""}</section>'
+    main = table([direction for direction in directions if "/" not in direction])
+    title = "Results" if name == TEST else f"Results: {escape(name)}"
+    return f'<section><h2>{title}</h2>{main}<p class="note">{note}</p>{more if subsets else ""}</section>'
 
 
-def _results(runs: list[Run], directions: list[str]) -> str:
-    rows = (_direction(direction, [run.results.get(direction, {}) for run in runs]) for direction in directions)
-    return _table(runs, "results", "".join(rows))
-
-
-def _direction(direction: str, scores: list[dict[str, Any]]) -> str:
+def _direction(direction: str, rows: list[dict[str, Any]]) -> str:
     """Return the rows of a direction.
 
     Numbers from test sets of different sizes are not compared: R@1 of 10 is easier than of 1000.
     """
-    sizes = {str({k: v for k, v in row.items() if k.startswith("n_")}) for row in scores if _numbers(row)}
+    sizes = {str({k: v for k, v in row.items() if k.startswith("n_")}) for row in rows if numbers(row)}
     title = escape(arrow(direction)) + " <i>tested on sets of different sizes: none is the best</i>" * (len(sizes) > 1)
-    metrics = dict.fromkeys(name for row in scores for name in _numbers(row))
-    lines = "".join(f"<tr><td>{escape(name)}</td>{_cells(name, scores, len(sizes) == 1)}</tr>" for name in metrics)
-    return f'<tbody><tr><th colspan="{len(scores) + 1}" scope="rowgroup">{title}</th></tr>{lines}</tbody>'
+    metrics = dict.fromkeys(name for row in rows for name in numbers(row))
+    lines = "".join(f"<tr><td>{escape(name)}</td>{_cells(name, rows, len(sizes) == 1)}</tr>" for name in metrics)
+    return f'<tbody><tr><th colspan="{len(rows) + 1}" scope="rowgroup">{title}</th></tr>{lines}</tbody>'
 
 
-def _cells(name: str, scores: list[dict[str, Any]], comparable: bool) -> str:
-    shown = "{:.2g}".format if name == "p_value" else "{:.1f}".format
-    values = [_numbers(row).get(name) for row in scores]
-    known = [float(shown(value)) for value in values if value is not None]  # what looks the same is as good
+def _cells(name: str, rows: list[dict[str, Any]], comparable: bool) -> str:
+    texts = [formatted(row, name) for row in rows]
+    known = [float(text) for text, _ in texts if text != NONE]  # what looks the same is as good
     better = {**dict.fromkeys(HIGHER, max), **dict.fromkeys(LOWER, min)}.get(name)
     best = better(known) if better and comparable and len(known) > 1 else None
     cells = []
-    for row, value in zip(scores, values, strict=True):
-        text = NONE if value is None else shown(value)
-        interval = _section(row, "ci").get(name) if value is not None else None
-        known_ends = isinstance(interval, list) and all(map(page.is_number, interval))
-        brackets = f" <i>[{', '.join(map(shown, interval))}]</i>" if interval and known_ends else ""
-        cells.append(f"<td>{f'<b>{text}</b>' if text != NONE and float(text) == best else text}{brackets}</td>")
+    for text, interval in texts:
+        value = f"<b>{text}</b>" if text != NONE and float(text) == best else text
+        cells.append(f"<td>{value}{f' <i>{interval}</i>' if interval else ''}</td>")
     return "".join(cells)
 
 

@@ -16,6 +16,7 @@ from clip4vla.data import preprocessing, sample_metadata
 from clip4vla.data.preprocessing import ClipInput
 from clip4vla.data.shards import INDEX, CorruptSample, ShardFolder
 from clip4vla.errors import UserError
+from clip4vla.io.walk import walk
 from clip4vla.media.av_reader import SOUNDS, VIDEOS, duration, window_bounds
 from clip4vla.media.images import PICTURES
 from clip4vla.media.worker_pool import IsolatedIterator
@@ -72,7 +73,8 @@ def find(where: str, model: Model) -> tuple[str, list[Source]]:
     """Return (root, its sources, sorted) of what lies at `where`.
 
     where: a media file; or a folder of media and shard folders, at any depth; or a shard folder's URL.
-    Symbolic links that leave the root, and those to folders, are not followed. UserError if nothing is there.
+    Symbolic links that leave the root, and those to folders, are not followed; what is hidden (io/walk.py) is left out.
+    UserError if nothing is there.
     """
     if "://" in where:
         return where.rstrip("/"), _shards(where.rstrip("/"), model)
@@ -88,13 +90,12 @@ def find(where: str, model: Model) -> tuple[str, list[Source]]:
             )
         return str(root), [Source(str(root), file_state(root), root.name)]
     sources: list[Source] = []
-    for folder, below, names in os.walk(root, onerror=_unreadable):
+    for folder, below, names in walk(root, on_error=_unreadable):
         if INDEX in names and (folder == str(root) or any(name.endswith(".tar") for name in names)):
             sources += _shards(folder, model)
             below.clear()  # vectors
             continue
-        below.sort()
-        files = [Path(folder, name) for name in sorted(names)]
+        files = [Path(folder, name) for name in names]
         sources += [_file(path, root) for path in files if _wanted(path, root)]
     return str(root), sources
 

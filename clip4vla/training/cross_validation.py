@@ -12,6 +12,7 @@ from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.evaluation import classification
 from clip4vla.io.atomic import write_text
+from clip4vla.report.evaluations import TEST
 from clip4vla.training import pipeline
 
 
@@ -36,7 +37,7 @@ def runs(cfg: RunConfig) -> list[RunConfig]:
 
 
 def fit_and_test(cfg: RunConfig, ds_config: str | None) -> None:
-    """Train and test all runs, as far as that is not done; of several folds run_dir/eval/test/ gets the mean."""
+    """Train and test all runs, as far as that is not done; of several folds run_dir/eval/NAME/ gets the mean."""
     some = runs(cfg)
     collectives.setup(cfg.train.hang_timeout_minutes)
     if len(some) == 1:
@@ -45,7 +46,7 @@ def fit_and_test(cfg: RunConfig, ds_config: str | None) -> None:
     pipeline.check_same_settings(cfg.run_dir, {"run": cfg})
     results = [pipeline.fit_and_test(one, ds_config)["label"] for one in some]
     if collectives.rank() == 0:
-        folder = Path(cfg.run_dir, "eval/test")
+        folder = Path(cfg.run_dir, "eval", cfg.eval.name or TEST)
         folder.mkdir(parents=True, exist_ok=True)
         names = [Path(one.run_dir).name for one in some]
         write_text(
@@ -73,7 +74,7 @@ def joined(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _manifest(cfg: RunConfig, some: list[RunConfig]) -> dict[str, Any]:
     """Collect where the folds' own manifests are, and all their sources."""
-    files = [str(Path(one.run_dir, "eval/test/manifest.json")) for one in some]
+    files = [str(Path(one.run_dir, "eval", one.eval.name or TEST, "manifest.json")) for one in some]
     trees = [read_tree(Path(file)) for file in files]
     sources = {url: source for tree in trees for url, source in tree["sources"].items()}
     return {"folds": files, "sources": sources, "settings": to_dict(cfg), "versions": trees[0]["versions"]}

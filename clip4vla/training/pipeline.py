@@ -16,9 +16,12 @@ from clip4vla.checkpoints.lookup import newest_checkpoint
 from clip4vla.config import RunConfig
 from clip4vla.config_io import flatten, parse_yaml, read_tree, to_dict
 from clip4vla.distributed import collectives
+from clip4vla.distributed.rank_0 import run_on_rank_0
 from clip4vla.errors import UserError
+from clip4vla.evaluation import classification, manifest
 from clip4vla.evaluation.runner import check_evaluation, evaluate, write_report
 from clip4vla.io.atomic import write_text
+from clip4vla.report import evaluations
 from clip4vla.training import train
 from clip4vla.training.run_setup import load_eval_model
 
@@ -35,34 +38,43 @@ def fit(cfg: RunConfig, ds_config: str | None) -> bool:
 
 
 def test(cfg: RunConfig) -> None:
-    """Evaluate on data.test: metrics.json, manifest.json and report.html in the run folder."""
+    """Evaluate on data.test: metrics.json and manifest.json in run_dir/eval/NAME/, and its page."""
     device = collectives.setup()
     check_evaluation(cfg)
+    cfg.classify.labels = classification.class_names(cfg)  # not the name of a file, which may change
+    name, failed = run_on_rank_0(lambda _: manifest.choose_name(cfg))
+    if failed:
+        raise UserError(failed)
     model, origin = load_eval_model(cfg)
-    result = evaluate(model.to(device), cfg, origin, print)
+    result = evaluate(model.to(device), cfg, name, origin, print)
     if result:
-        print(f"report: {write_report(cfg, origin, *result)}")
+        print(f"report: {write_report(cfg, name, origin, *result)}")
     collectives.barrier()
 
 
 def fit_and_test(cfg: RunConfig, ds_config: str | None) -> dict[str, dict[str, Any]]:
     """Train and test, as far as that is not done, and return the metrics on data.test by direction, on all ranks."""
-    trained, file = fit(cfg, ds_config), Path(cfg.run_dir, "eval/test/metrics.json")
-    if trained or not _agreed(file.is_file() and Path(cfg.run_dir, "report.html").is_file()):  # which is written last
+    trained, name = fit(cfg, ds_config), cfg.eval.name or evaluations.TEST
+    file = Path(cfg.run_dir, "eval", name, "metrics.json")
+    if trained or not _agreed(file.is_file() and evaluations.page_path(cfg.run_dir, name).is_file()):  # written last
         test(cfg)
     return collectives.all_gather_objects(read_tree(file) if collectives.rank() == 0 else None)[0]
 
 
 def check_same_settings(folder: str | Path, configs: dict[str, RunConfig]) -> None:
-    """Raise UserError if the runs below a folder were begun with other settings, which are written there the first time."""
+    """Raise UserError if the runs below a folder were begun with other settings, which are written there the first time.
+
+    A setting that the version did not have that wrote them had its default value.
+    """
     ours = flatten({name: to_dict(cfg) for name, cfg in configs.items()})
+    defaults = flatten({name: to_dict(type(cfg)()) for name, cfg in configs.items()})
     file = Path(folder, "settings.yaml")
     theirs = collectives.all_gather_objects(read_tree(file, parse_yaml) if file.is_file() else None)[0]
     if theirs is None and collectives.rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, yaml.safe_dump(ours, sort_keys=False))
     for key in {**ours, **theirs} if theirs else ():
-        if theirs.get(key) != ours.get(key):
+        if theirs.get(key, defaults.get(key)) != ours.get(key):
             raise UserError(
                 f"{folder}: its runs have {key}={theirs.get(key)}, not {ours.get(key)}: name another folder"
             )

@@ -19,6 +19,7 @@ from clip4vla.config import SpectrogramConfig
 from clip4vla.data.shards import ENTRIES, INDEX, Shard, ShardFolder, write_index, write_shard
 from clip4vla.errors import UserError
 from clip4vla.io.atomic import write_json, write_text
+from clip4vla.io.walk import walk
 from data_prep.checks.page import REPEATS, FolderReport
 from data_prep.checks.shard import (
     HASHES,
@@ -56,7 +57,7 @@ def find(places: list[str]) -> list[ShardFolder]:
     """
     paths: dict[Path, None] = {}
     for place in places:
-        folders = sorted(path.parent for path in Path(place).rglob(INDEX))
+        folders = sorted(Path(folder) for folder, _, names in walk(place) if INDEX in names)
         if not folders:
             raise UserError(f"{place}: no {INDEX} in it or below; run data_prep/shard.py to make it")
         paths |= dict.fromkeys(folders)

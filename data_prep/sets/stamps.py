@@ -14,6 +14,7 @@ from typing import Any
 import soundfile
 
 from clip4vla.config_io import NOT_UTF8
+from clip4vla.io.walk import walk
 from clip4vla.media.worker_pool import NO_ITEM, WorkerStatus, run_units
 from data_prep.annotation_io import bounded, not_utf8
 from data_prep.manifest import ManifestRow, Skipped
@@ -95,7 +96,8 @@ def split_of(group: str) -> str:
 
 def _find_stamps(root: Path) -> dict[str, Stamp]:
     """Return the by_name with picture and English text by name (path without suffix), sorted."""
-    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    every = (Path(folder, name) for folder, _, names in walk(root) for name in names)
+    files = {path.relative_to(root).as_posix() for path in every if path.is_file()}
     spoken = defaultdict(list)
     for path in sorted(files):
         if match := re.fullmatch(r"(.+)_desc(?:_([A-Za-z_@]+))?\.ogg", path):

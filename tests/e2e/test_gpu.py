@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from forks import ROOT
 from media_models import SOUNDS, STILLS, make
-from running import TINY, ranks, run, trace
+from running import TINY, evaluation, ranks, run, trace
 
 from clip4vla import CLIP4VLA
 from clip4vla.config import DataSources, MaskConfig
@@ -103,7 +103,7 @@ def test_every_head_is_tuned_and_evaluated_in_bf16(tuning, sample_shards, tmp_pa
     done = run("launch/evaluate.py", *words)
     assert done.returncode == 0, done.stderr
     metrics, manifest = (
-        json.loads((tmp_path / f"eval/test/{name}.json").read_text()) for name in ("metrics", "manifest")
+        json.loads((evaluation(tmp_path, done.stdout) / f"{name}.json").read_text()) for name in ("metrics", "manifest")
     )
     assert set(metrics) == {f"{way}{kind}" for way in ("text_to_video", "video_to_text") for kind in ("", "/v", "/a")}
     assert all(row["n_queries"] and row["R@1"] <= row["R@10"] for row in metrics.values())
@@ -124,7 +124,7 @@ def test_captions_are_learnt_in_bf16_and_written_as_on_the_cpu(tiny, sample_shar
     for method, env in itertools.product(("beam", "greedy", "nucleus"), ({}, {"CUDA_VISIBLE_DEVICES": ""})):
         done = run("launch/evaluate.py", *words, f"decode.method={method}", env=env)
         assert done.returncode == 0, done.stderr
-        written.append(json.loads((tmp_path / "eval/test/results.json").read_text()))
+        written.append(json.loads((evaluation(tmp_path, done.stdout) / "results.json").read_text()))
     assert written[0] == written[1] and written[2] == written[3] and len(written[4]) == len(written[5]) == 18
 
 

@@ -70,6 +70,8 @@ def test_the_command_writes_and_prints(sample_shards, tmp_path):
         "launch/baseline.py", f"data.test=[{', '.join(folders)}]", f"run_dir={tmp_path}", "classify.cross_validate=true"
     )
     assert done.returncode == 0 and " ± " in done.stdout, done.stderr
+    assert f"replaces the numbers of data.train=['{folders[0]}'] data.test=['{folders[1]}']" in done.stdout
+    assert json.loads((tmp_path / "baseline.json").read_text())["data"] == {"train": [], "test": folders}
     done = run("launch/baseline.py", *words[:-1], "eval.bootstrap=0")
     assert done.returncode == 0 and f"label: accuracy {row['accuracy']:.1f}, mAP" in done.stdout, done.stderr
     done = run("launch/baseline.py", f"data.test={folders[0]}", f"run_dir={tmp_path}")

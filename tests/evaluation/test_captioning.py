@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from forks import ROOT
-from running import TINY, ranks, trace
+from running import TINY, evaluation, ranks, trace
 from stand_ins import looks
 
 from clip4vla.config import LossConfig, MaskConfig, ModelConfig, SpectrogramConfig
@@ -238,9 +238,8 @@ def evaluated(learnt, *more, n=1, env=None):
     run_dir, words = learnt
     done = ranks(n, "launch/evaluate.py", *words, *more, env=env)
     assert done.returncode == 0, done.stderr
-    files = (
-        json.loads((run_dir / f"eval/test/{name}.json").read_text()) for name in ("metrics", "manifest", "results")
-    )
+    made = evaluation(run_dir, done.stdout)
+    files = (json.loads((made / f"{name}.json").read_text()) for name in ("metrics", "manifest", "results"))
     metrics, manifest, results = files
     return metrics["caption"], manifest, {row["image_id"]: row["caption"] for row in results}, done
 
@@ -248,16 +247,17 @@ def evaluated(learnt, *more, n=1, env=None):
 def test_the_sample_is_learnt_by_heart(learnt, sample_shards, no_java, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     metrics, _, results, done = evaluated(learnt, f"data.test={sample_shards}/speech_fr/train", env=no_java)
-    references = json.loads((learnt[0] / "eval/test/references.json").read_text())["annotations"]
+    made = evaluation(learnt[0], done.stdout)
+    references = json.loads((made / "references.json").read_text())["annotations"]
     truth = {row["image_id"]: [row["caption"]] for row in references}
     best, _ = captioning.score({name: texts[0] for name, texts in truth.items()}, truth)  # the references themselves
     assert metrics["CIDEr"] >= 0.95 * best["CIDEr"] > 400 and metrics["BLEU-1"] > 95
     assert metrics["ci"]["CIDEr"][0] <= metrics["CIDEr"] <= metrics["ci"]["CIDEr"][1]
-    page = (learnt[0] / "report.html").read_text()
+    page = (made / "report.html").read_text()
     said = [json.dumps(text, ensure_ascii=False)[1:-1] for text in results.values()]
     assert "beam 5" in page and "CIDEr" in page and all(text in page for text in said)
     table = ranks(1, "launch/evaluate.py", "--table", learnt[0])
-    assert f"| {learnt[0]} (beam 5, not PTB's words) | av | " in table.stdout, table.stdout + table.stderr
+    assert f"| {made} (beam 5, not PTB's words) | av | " in table.stdout, table.stdout + table.stderr
 
 
 def test_without_java_the_rest_is_scored_and_two_ranks_write_what_one_writes(learnt, no_java):

@@ -8,7 +8,7 @@ import indexes
 import numpy as np
 import pytest
 import torch
-from running import ranks, run
+from running import evaluation, ranks, run
 from stand_ins import OneBatch, Towers, looks
 
 from clip4vla.checkpoints import best as selection
@@ -49,7 +49,8 @@ def evaluated(tuned, head, *more, n=1):
     folder, words = tuned[head]
     done = ranks(n, "launch/evaluate.py", *words, *more)
     assert done.returncode == 0, done.stderr
-    return tuple(json.loads((folder / f"eval/test/{name}.json").read_text()) for name in ("metrics", "manifest"))
+    made = evaluation(folder, done.stdout)
+    return tuple(json.loads((made / f"{name}.json").read_text()) for name in ("metrics", "manifest"))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -180,7 +181,8 @@ def test_the_best_checkpoint_on_val_is_kept_and_evaluated(tuning, sample_shards,
     assert {p.name[-1] for p in (tmp_path / "checkpoints").glob("step-*")} == {best, "4"}
     done = run("launch/evaluate.py", *words, f"data.test={sample_shards}/pictures/test")
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "eval/test/manifest.json").read_text())["checkpoint"]["step"] == int(best)
+    manifest = json.loads((evaluation(tmp_path, done.stdout) / "manifest.json").read_text())
+    assert manifest["checkpoint"]["step"] == int(best)
 
 
 def test_selection(tmp_path):

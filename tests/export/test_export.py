@@ -18,7 +18,7 @@ from forks import ROOT
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from released import checkpoint
-from running import TINY, run
+from running import TINY, evaluation, run
 from safetensors.torch import load_file
 
 from clip4vla import cli
@@ -32,6 +32,7 @@ from clip4vla.training import pipeline
 TRAINING = ("deepspeed", "nvidia", "wandb", "webdataset")
 
 PAGE = (ROOT / "docs/weights.md").read_text()
+EVALUATED = "runs/demo/eval/test,eval.audio_types=vb"  # with a setting on top of the run's
 HOSTILE = "<script>alert(1)</script> | [x](javascript:a) ![y](http://e/z.png) `c` **b** www.evil.com\n# Title\n---\n"
 
 
@@ -51,10 +52,10 @@ def demo(tiny, sample_shards, tmp_path_factory):
     for name in ("launch", "configs"):
         (folder / name).symlink_to(ROOT / name)
     words = [*tiny, "run_dir=runs/demo", "train.max_steps=3", "eval.every_steps=1", "eval.bootstrap=10", "preset=paper"]
+    words.append(f"data.test=[{sample_shards}/speech_fr/test]")
     assert run("launch/pretrain.py", *words, cwd=folder).returncode == 0
-    test = f"data.test=[{sample_shards}/speech_fr/test]"
-    done = run("launch/evaluate.py", *words, test, "eval.audio_types=[vb]", cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = run("launch/evaluate.py", *words, "eval.audio_types=[vb]", cwd=folder)
+    assert done.returncode == 0 and evaluation(folder / "runs/demo", done.stdout) == folder / EVALUATED, done.stderr
     return folder
 
 
@@ -81,7 +82,7 @@ def test_the_card_has_data_training_settings_and_metrics(exported, demo, sample_
     hours = sum(12 / row["clips_per_s"] / 3600 * row["cores"] for row in rows)
     assert f"| time | {hours:.3g} CPU core h |" in text and f"| devices | {rows[-1]['cores']} CPU cores |" in text
     assert "| train.batch_size | 12 | 256 |" in text and "train.lr |" in text and "run_dir" not in text
-    metrics = json.loads((demo / "runs/demo/eval/test/metrics.json").read_text())["text_to_audio"]
+    metrics = json.loads((demo / EVALUATED / "metrics.json").read_text())["text_to_audio"]
     assert f"| text_to_audio | {metrics['R@1']:.3g} (" in text
     assert "val-00000003:" in text and "val-00000002" not in text and "torch 2." in text
 
@@ -89,15 +90,15 @@ def test_the_card_has_data_training_settings_and_metrics(exported, demo, sample_
 def test_the_cards_command_gives_its_metrics_again(exported, demo):
     card, _ = exported
     (command,) = re.findall(r"```bash\npython (.*)\n```", card.text)
-    before = (demo / "runs/demo/eval/test/metrics.json").read_text()
-    (demo / "runs/demo/eval/test/metrics.json").unlink()
+    before = (demo / EVALUATED / "metrics.json").read_text()
+    (demo / EVALUATED / "metrics.json").unlink()
     words = shlex.split(command)
     assert words[:2] == ["launch/evaluate.py", "runs/demo/config.yaml"] and any(
         "eval.audio_types" in word for word in words
     )
     done = run(*words, cwd=demo)
     assert done.returncode == 0, done.stderr
-    assert (demo / "runs/demo/eval/test/metrics.json").read_text() == before
+    assert (demo / EVALUATED / "metrics.json").read_text() == before
 
 
 def test_metrics_of_other_weights_are_left_out(demo):
@@ -176,6 +177,9 @@ def test_settings_of_several_runs_that_cannot_be_read_are_named(tmp_path, text):
     pipeline.check_same_settings(tmp_path, {"run": RunConfig()})
     with pytest.raises(UserError, match="its runs have run.seed"):
         pipeline.check_same_settings(tmp_path, {"run": RunConfig(seed=7)})
+    older = (tmp_path / "settings.yaml").read_text().replace("run.eval.name: ''\n", "")  # by a version that had none
+    (tmp_path / "settings.yaml").write_text(older)
+    assert "run.eval.name" not in older and pipeline.check_same_settings(tmp_path, {"run": RunConfig()}) is None
     (tmp_path / "settings.yaml").write_text(text)
     with pytest.raises(UserError, match=f"{tmp_path}/settings.yaml: .* write it again"):
         pipeline.check_same_settings(tmp_path, {"run": RunConfig()})

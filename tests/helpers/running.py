@@ -55,6 +55,12 @@ def run(
     return _call([sys.executable, *words], env, timeout)
 
 
+def evaluation(run_dir: Path, stdout: str) -> Path:
+    """The folder of an evaluation, whose name the command printed."""
+    (name,) = re.findall(r"^(\S+), type token ", stdout, re.M)
+    return run_dir / "eval" / name
+
+
 def ranks(count: int, *words: object, env: dict[str, str] | None = None, timeout: float = PATIENCE):
     """The same on gloo ranks, without the seconds that a launcher and its imports take."""
     with job(count, *words, env=env) as started:

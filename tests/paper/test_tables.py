@@ -42,14 +42,19 @@ CAPTION = {
 
 
 def evaluated(
-    place: Path, source: str = "msrvtt_1ka", split: str = "test", words: tuple[str, ...] = (), **metrics
+    place: Path,
+    source: str = "msrvtt_1ka",
+    split: str = "test",
+    words: tuple[str, ...] = (),
+    name: str = "test",
+    **metrics,
 ) -> str:
     """A run folder as launch/evaluate.py leaves it."""
     settings = to_dict(load(RunConfig, None, ["eval.task=retrieval", *words]))
     manifest = {"sources": {f"data/{source}/{split}": {"source": source, "split": split}}, "settings": settings}
-    (place / "eval/test").mkdir(parents=True)
-    (place / "eval/test/metrics.json").write_text(json.dumps(metrics))
-    (place / "eval/test/manifest.json").write_text(json.dumps(manifest))
+    (place / "eval" / name).mkdir(parents=True)
+    (place / "eval" / name / "metrics.json").write_text(json.dumps(metrics))
+    (place / "eval" / name / "manifest.json").write_text(json.dumps(manifest))
     return str(place)
 
 
@@ -184,6 +189,26 @@ def test_both_tasks_in_one_command_have_tables_of_their_own(tmp_path):
     assert ours[1:] == list(csv.DictReader(io.StringIO(tables([search], as_csv=True))))[-1:]
     paper = [row["CIDEr"] or row["T2V R@1"] for row in rows if "(paper)" in row["method"]]
     assert paper == ["59.7", "39.7", "55.9", "63.5"]
+
+
+def test_all_evaluations_of_a_run_are_shown(tmp_path, capsys):
+    place = tmp_path / "run"
+    own = evaluated(place, **both())
+    for name, source in (("vatex-test", "vatex"), ("audio", "msrvtt_1ka")):
+        evaluated(place, source, name=name, **both())
+    evaluated(place, name="six", words=("eval.task=zero_shot",), **both())
+    evaluated(place, name="val-00000004", **both())
+    rows = list(csv.DictReader(io.StringIO(tables([own], as_csv=True))))
+    shown = [(row["data set"], row["method"]) for row in rows if "(paper)" not in row["method"]]
+    first, second = "MSR-VTT 1k-A (Table 1), test", "VATEX (Table 1), test"
+    assert shown == [
+        (first, f"{own} (global_global)"),
+        (first, f"{own}/eval/audio (global_global)"),
+        (second, f"{own}/eval/vatex-test (global_global)"),
+    ]
+    assert capsys.readouterr().err == f"left out: {own}/eval/six: there is no table of its eval.task\n"
+    only = evaluated(tmp_path / "other", name="vatex-test", **both())
+    assert f"{only}/eval/vatex-test (global_global)" in tables([only])
 
 
 def test_the_command_prints_it_and_mistakes_are_one_line(tmp_path):
