@@ -305,7 +305,7 @@ class EvalConfig:
     report_queries: int = option(20, "queries shown on the report page", low=0)
     name: str = option(
         "",
-        "folder of run_dir/eval for launch/evaluate.py's; empty: test, or what sets data and settings apart from the run's",
+        "of an evaluation on data.test, a folder in run_dir/eval; empty: test, or what sets its data and settings apart",
     )
 
 

@@ -49,21 +49,14 @@ def choose_name(cfg: RunConfig) -> str:
     other settings that decide the numbers follow as ,KEY=VALUE. Raises UserError where another evaluation has that name.
     """
     shards = {shard.sha256 for folder in open_folders(cfg.data.test, "data.test", cfg.data) for shard in folder.shards}
-    if cfg.eval.name:
-        names = [cfg.eval.name]
-    else:
-        bases, own = _bases(cfg, shards)
-        more = "".join(f",{key}={_word(value)}" for key, (value, _) in _differing(cfg, own).items())
-        names = [_shortened(base + more) for base in bases]
-    held = {name: _held(cfg, name, shards) for name in names}
-    free = next((name for name, what in held.items() if not what), None)
-    if free is None:
-        folder = Path(cfg.run_dir, "eval", names[-1])
-        raise UserError(
-            f"eval.name={cfg.eval.name}: {folder} has an evaluation {held[names[-1]]}; give this one a name of its own, "
-            "eval.name=NAME, or remove that folder"
-        )
-    return free
+    for name in [cfg.eval.name] if cfg.eval.name else _names(cfg, shards):
+        other = _other(cfg, name, shards)
+        if not other:
+            return name
+    raise UserError(
+        f"eval.name={cfg.eval.name}: {cfg.run_dir}/eval/{name} has an evaluation {other}; give this one a name of its own, "
+        "eval.name=NAME, or remove that folder"
+    )
 
 
 def replaced(folder: Path, weights: dict[str, Any]) -> str:
@@ -74,26 +67,33 @@ def replaced(folder: Path, weights: dict[str, Any]) -> str:
     return f"{old.get('folder', '')}, step {old.get('step')}"
 
 
-def _bases(cfg: RunConfig, shards: set[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return (names of these data, to be tried in turn; the settings of the run's own evaluation)."""
+def _names(cfg: RunConfig, shards: set[str]) -> list[str]:
+    """List names of an evaluation by its data and settings, to be tried in turn."""
     config, first = Path(cfg.run_dir, "config.yaml"), _read(Path(cfg.run_dir, "eval", TEST))
     tested = first["settings"] if first else {}
     own = read_tree(config, parse_yaml) if config.is_file() else tested
     test = by_setting(own).get("data.test") or by_setting(tested).get("data.test") or cfg.data.test
     if _places(test) == _places(cfg.data.test) or first and _shards(first) == shards:
-        return [TEST], own
-    places = _places(cfg.data.test)
-    names = (
-        _word(places, parts).lstrip(".") for parts in range(2, max(2, *(place.count("/") + 1 for place in places)) + 1)
-    )
-    return [f"data-{name}" if name == TEST or name.startswith(VALIDATION) else name for name in names], own
+        names = [TEST]
+    else:
+        names = _endings(_places(cfg.data.test))
+    more = "".join(f",{key}={_word(value)}" for key, (value, _) in _differing(cfg, own).items())
+    return [_shortened(name + more) for name in names]
+
+
+def _endings(places: list[str]) -> list[str]:
+    """List the last two parts of paths as a name, the last three, and so on; none is TEST or one of training's."""
+    most = max(2, *(place.count("/") + 1 for place in places))
+    names = (_word(places, parts).lstrip(".") for parts in range(2, most + 1))
+    return [f"data-{name}" if name == TEST or name.startswith(VALIDATION) else name for name in names]
 
 
 def _places(urls: Any) -> list[str]:
     """Return where shard folders lie, sorted, without what URLs hide: absolute paths, or HOST/PATH."""
     urls = urls if isinstance(urls, dict | list) else []
     bare = (
-        re.sub(r"^\w+://([^/]*@)?|[?#].*$", "", str(url)) if "://" in str(url) else os.path.abspath(url) for url in urls
+        re.sub(r"^\w+://([^/]*@)?|[?#].*$", "", str(url)) if "://" in str(url) else os.path.abspath(str(url))
+        for url in urls
     )
     return sorted(place.strip("/") for place in bare)
 
@@ -130,8 +130,8 @@ def _shortened(name: str) -> str:
     return f"{name.encode()[: LONGEST - 9].decode(errors='ignore')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _held(cfg: RunConfig, name: str, shards: set[str]) -> str:
-    """Say what other evaluation has this name: of other data, or with other settings; "" if none."""
+def _other(cfg: RunConfig, name: str, shards: set[str]) -> str:
+    """Say which other evaluation has this name: of other data, or with other settings; "" if none."""
     folder = Path(cfg.run_dir, "eval", name)
     tree = _read(folder) if (folder / "metrics.json").is_file() else {}
     if not tree:

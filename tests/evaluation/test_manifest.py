@@ -157,6 +157,14 @@ def test_a_manifest_that_says_nothing_holds_no_name(named, tmp_path, text):
     assert named() == "test"
 
 
+@pytest.mark.parametrize(
+    "text", ["x: 1", "data: {test: 3, train: 4}", "data: {test: {1: 2}}", "eval: {audio_types: 3}", "eval: 3"]
+)
+def test_a_config_of_other_values_costs_no_traceback(named, tmp_path, text):
+    (tmp_path / "run/config.yaml").write_text(text)
+    assert named()
+
+
 def test_a_password_in_a_url_is_in_no_name(named, monkeypatch, sample_shards):
     opened = ShardFolder.open(str(sample_shards / "sounds/train"))
     monkeypatch.setattr("clip4vla.evaluation.manifest.open_folders", lambda *_: [opened])
@@ -208,3 +216,27 @@ def test_another_test_set_stands_beside_the_runs_own_in_the_table_and_on_the_pag
     assert sorted(path.name for path in (run_dir / "eval").iterdir()) == ["speech_es-train", "test"]
     assert sorted(path.name for path in other.iterdir()) == ["manifest.json", "metrics.json", "report.html"]
     assert page_path(run_dir, "test").read_text().count('<section id="evaluations">') == 1
+
+
+def test_other_classes_in_the_same_file_are_another_evaluation(tiny, sample_shards, tmp_path):
+    run_dir, file = tmp_path / "run", tmp_path / "classes.txt"
+    words = [
+        f"run_dir={run_dir}",
+        "train.max_steps=0",
+        "eval.task=classification",
+        "eval.report_queries=0",
+        "eval.bootstrap=0",
+    ]
+    words += [
+        "classify.method=zero_shot",
+        "data.train={}",
+        f"data.test={sample_shards}/speech_fr/train",
+        f"classify.labels={file}",
+    ]
+    for classes in (["animals", "food"], ["animals", "food", "household"]):
+        file.write_text("\n".join(classes))
+        pipeline.test(load(RunConfig, tiny[0], [*tiny[1:], *words]))
+    names = ["test", "test,classify.labels=animals+food+household"]
+    assert sorted(path.name for path in (run_dir / "eval").iterdir()) == names
+    rows = [json.loads((run_dir / f"eval/{name}/metrics.json").read_text())["label"]["classes"] for name in names]
+    assert rows == [["animals", "food"], ["animals", "food", "household"]]
