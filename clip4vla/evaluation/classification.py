@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip4vla.config import RunConfig
+from clip4vla.config_io import expand_path
 from clip4vla.data.loader import Loader, open_folders, stable_hash63
 from clip4vla.distributed import collectives
 from clip4vla.distributed.rank_0 import ProgressCallback, run_on_rank_0
@@ -144,7 +145,7 @@ def class_names(cfg: RunConfig) -> list[str]:
     names = cfg.classify.labels
     if len(names) == 1 and names[0].endswith(".txt"):
         try:
-            lines = Path(names[0]).read_text(encoding="utf-8").splitlines()
+            lines = Path(expand_path(names[0], "classify.labels")).read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"classify.labels: cannot read {names[0]} ({error}): a file has a class a line") from None
         names = [line.strip() for line in lines if line.strip()] or [""]

@@ -7,7 +7,7 @@ import argparse
 import importlib
 import socket
 
-from clip4vla.cli import entry_point
+from clip4vla.cli import entry_point, path_word
 from clip4vla.errors import UserError
 from clip4vla.quick_imports import quick_imports
 
@@ -33,8 +33,12 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m clip4vla.web", description=__doc__.splitlines()[0])
-    parser.add_argument("index", metavar="IDX", help="a folder that python -m clip4vla.search build made")
-    parser.add_argument("--model", help="a folder or a hub id; default: where the index was built with it")
+    parser.add_argument(
+        "index", type=path_word, metavar="IDX", help="a folder that python -m clip4vla.search build made"
+    )
+    parser.add_argument(
+        "--model", type=path_word, help="a folder or a hub id; default: where the index was built with it"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="of another address than this, others see the page too")
     parser.add_argument(
         "--allowed-hosts", nargs="+", default=[], metavar="NAME", help="more hosts to answer to, as a proxy's"
