@@ -318,7 +318,9 @@ class EvalConfig:
 class TrackConfig:
     """Sets what is written about a run."""
 
-    wandb: Literal["auto", "online", "offline", "off"] = option("auto", "auto: online with a key, else offline")
+    wandb: Literal["auto", "online", "offline", "off"] = option(
+        "auto", "auto: online with a key, else offline; WANDB_MODE comes before all but off"
+    )
     project: str = option("clip4vla", "wandb project")
     log_sample_ids: bool = option(False, "every rank lists its samples, a line a step: RUN/samples/rank-NNNNN.jsonl")
 

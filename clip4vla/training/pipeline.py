@@ -19,6 +19,7 @@ from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.evaluation.runner import check_evaluation, evaluate, write_report
 from clip4vla.io.atomic import write_text
+from clip4vla.report.tracking import watching
 from clip4vla.training import train
 from clip4vla.training.run_setup import load_eval_model
 
@@ -41,7 +42,8 @@ def test(cfg: RunConfig) -> None:
     model, origin = load_eval_model(cfg)
     result = evaluate(model.to(device), cfg, origin, print)
     if result:
-        print(f"report: {write_report(cfg, origin, *result)}")
+        with watching("report.html", OSError):
+            print(f"report: {write_report(cfg, origin, *result)}")
     collectives.barrier()
 
 
