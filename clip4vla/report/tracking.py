@@ -45,6 +45,7 @@ class Tracker:
             return
         _cut(self.folder / "metrics.jsonl", step)
         self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        (self.folder / "log.txt").open("a", encoding="utf-8").close()  # where it never can be written, no run begins
         self.lost: set[str] = set()  # what failed to write
         self.bar = tqdm(total=cfg.train.max_steps, initial=step, disable=None, dynamic_ncols=True, unit="step")
         self.wandb = WandbRun(cfg, self.folder)
