@@ -5,7 +5,10 @@ A text, a sound, a picture or a video asks. Nothing leaves the machine: the page
 
 import argparse
 import importlib
+import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from clip4vla.cli import entry_point, path_word
 from clip4vla.errors import UserError
@@ -23,11 +26,23 @@ def main() -> None:
         from clip4vla.web.app import serve
 
     index, listener = Index.open(args.index), _listener(args.host, args.port)
-    importlib.import_module("gradio")  # its absence is reported before the model is loaded
+    with without_proxies():
+        importlib.import_module("gradio")  # its absence is reported before the model is loaded
     name = args.model or index.model
     model = load_model(name, args.device)
     index.must_fit(model, name)
-    serve(index, model, listener, args.max_upload, args.allowed_hosts)
+    with without_proxies():
+        serve(index, model, listener, args.max_upload, args.allowed_hosts)
+
+
+@contextmanager
+def without_proxies() -> Iterator[None]:
+    """Hide the environment's proxies: the page asks no other host, and gradio's httpx refuses those that it does not know."""
+    hidden = {name: os.environ.pop(name) for name in [*os.environ] if name.lower().endswith("_proxy")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def arguments() -> argparse.Namespace:
