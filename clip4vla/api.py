@@ -3,10 +3,12 @@
 Needs neither DeepSpeed nor DALI, wandb or webdataset. Notation: N clips or texts, K classes, D width of the common space.
 """
 
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip4vla.config import ClassifyConfig, FramesConfig, RunConfig, SpectrogramConfig
-from clip4vla.config_io import load
+from clip4vla.config_io import expand_path, load
 from clip4vla.data import preprocessing
 from clip4vla.data.preprocessing import ClipInput
 from clip4vla.errors import UserError, one_line
@@ -40,7 +42,7 @@ class CLIP4VLA(Model, ModelHubMixin):
 
     Vectors come in fp32, on the model's device.
 
-    Whatever cannot be read raises UserError, a ValueError of one line that names it.
+    Whatever cannot be read or written, and what is no such argument, raises UserError, a ValueError of one line that names it.
     """
 
     @classmethod
@@ -51,11 +53,16 @@ class CLIP4VLA(Model, ModelHubMixin):
     ) -> "CLIP4VLA":  # fmt: skip
         """Load the model of a folder (exported, a checkpoint, or a run: its newest one) or of a hub id such as user/model.
 
-        What follows dtype is huggingface_hub's, for a hub id.
+        In a folder's path ~ and $VARIABLES are expanded. What follows dtype is huggingface_hub's, for a hub id.
         """
         words = {"cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download}
+        name = _folder(name)
         folder = resolve_model_dir(name) or _downloaded(name, revision=revision, token=token, **words)
-        return cls.from_checkpoint(folder).to(device=device, dtype=dtype).eval()
+        model = cls.from_checkpoint(folder)
+        try:
+            return model.to(device=device, dtype=dtype).eval()
+        except (RuntimeError, TypeError, AssertionError) as error:  # torch's, of no such device, type, or room on it
+            raise UserError(f"device={device}, dtype={dtype}: {one_line(error)}") from None
 
     def save_pretrained(  # type: ignore[override]  # config and card are the model's own
         self, save_directory: File, *, repo_id: str | None = None, push_to_hub: bool = False, config: Any = None,
@@ -66,8 +73,12 @@ class CLIP4VLA(Model, ModelHubMixin):
         A model card that is there already is kept. push_to_hub(id), and push_to_hub=True, send the same to the hub.
         """
         own = next((name for name, dtype in model_folder.DTYPES.items() if dtype == self.logit_scale.dtype), "fp32")
-        model_folder.save_model_folder(self, Path(save_directory), dtype=own, replace=True)
-        return self.push_to_hub(repo_id or Path(save_directory).name, **push) if push_to_hub else None
+        folder = Path(_folder(save_directory))
+        try:
+            model_folder.save_model_folder(self, folder, dtype=own, replace=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        return self.push_to_hub(repo_id or folder.name, **push) if push_to_hub else None
 
     @torch.no_grad()
     def encode_text(self, texts: str | Sequence[str]) -> Tensor:
@@ -110,9 +121,12 @@ class CLIP4VLA(Model, ModelHubMixin):
 
         Clips are read ahead in a thread, and few of them are in memory at a time.
         """
+        if isinstance(audio_types, str) or not all(isinstance(name, str) for name in _several(audio_types)):
+            raise UserError(f"encode: audio_types are a list of type tokens, not {audio_types!r}")
         names = ["v", *audio_types] if vision else audio_types
         chunks: dict[str, list[Tensor]] = {name: [torch.zeros(0, self.dim)] for name in names}
-        for batch in preprocessing.batches(clips, self.spectrogram, self.frames):
+        whole = (_whole(clip, self) for clip in _several(clips))
+        for batch in preprocessing.batches(whole, self.spectrogram, self.frames):
             batch = batch.to(self.device)
             for name, vectors in chunks.items():
                 pooled = self.pooled_frames(batch) if name == "v" else self.pooled_segments(batch, name)
@@ -130,6 +144,10 @@ class CLIP4VLA(Model, ModelHubMixin):
         with nothing that the model reads has 0, with local_local minus infinity.
         """
         if isinstance(texts, Tensor) and isinstance(media, Tensor):
+            if texts.ndim != 2 or media.ndim != 2 or texts.shape[1] != media.shape[1]:
+                raise UserError(
+                    f"similarity: vectors are (N, D) and (M, D), not {(*texts.shape,)} and {(*media.shape,)}"
+                )
             return F.normalize(texts.float(), dim=-1) @ F.normalize(media.to(texts.device).float(), dim=-1).T
         if isinstance(texts, Tensor) or isinstance(media, Tensor):
             raise UserError("similarity: give vectors of both sides, or texts and files")
@@ -157,6 +175,8 @@ class CLIP4VLA(Model, ModelHubMixin):
         """Write a sentence for each file; decode: method, num_beams, top_p and the other settings of `decode`."""
         if self.cfg.head != "captioner":
             raise UserError(f"caption: this model has no captioner (model.head={self.cfg.head}): fine-tune one first")
+        if not isinstance(seed, int) or seed < 0:
+            raise UserError(f"caption: the seed is a whole number from 0 on, not {seed!r}")
         words = [f"decode.{name}={value}" for name, value in decode.items()]
         how = generation.resolve_max_tokens(load(RunConfig, None, words).decode, self.cfg.max_tokens)
         tokens, read = generation.special_tokens(self.cfg.clip)
@@ -181,10 +201,10 @@ class CLIP4VLA(Model, ModelHubMixin):
                 raise UserError("classify: name the labels; this model has no classifier that was trained on some")
             rows = [torch.zeros(0, len(self.cfg.labels), device=self.device)]
             return torch.cat(rows + [self.head(parts).softmax(1) for parts in self._parts(media, audio_type)])
-        if isinstance(labels, str) or not len(labels):
+        if isinstance(labels, str) or not (classes := _texts(labels)):
             raise UserError("classify: labels are a list of names, one at least")
-        sentences = [templates] if isinstance(templates, str) else templates or ClassifyConfig().templates
-        names, head = self.class_vectors(self._tokenize, _texts(labels), sentences), fusion.GlobalToGlobal(self.cfg)
+        sentences = _texts(templates or ClassifyConfig().templates)
+        names, head = self.class_vectors(self._tokenize, classes, sentences), fusion.GlobalToGlobal(self.cfg)
         scale = self.logit_scale.float().exp() if self.cfg.learn_temperature else 1 / self.cfg.temperature
         rows = [torch.zeros(0, len(names), device=self.device)]
         return torch.cat(
@@ -220,10 +240,10 @@ class CLIP4VLA(Model, ModelHubMixin):
 def resolve_model_dir(name: File) -> Path | None:
     """Find the folder with the weights of a model, or of the newest checkpoint of a run; None if there is no such folder."""
     folder = Path(name)
+    if not os.path.isdir(folder):  # Path's own raises OSError for a name that is too long
+        return None
     runs = sorted(folder.glob("checkpoints/step-*/model.safetensors"))
-    if runs and not (folder / "model.safetensors").is_file():
-        return runs[-1].parent
-    return folder if folder.is_dir() else None
+    return runs[-1].parent if runs and not (folder / "model.safetensors").is_file() else folder
 
 
 def _downloaded(name: File, **words: Any) -> Path:
@@ -236,11 +256,28 @@ def _downloaded(name: File, **words: Any) -> Path:
         raise UserError(f"{name}: no such folder, and the hub does not give a model of that name ({why})") from None
 
 
+def _folder(name: File) -> str:
+    """Expand a folder's path; UserError for what is none."""
+    text = os.fspath(name) if isinstance(name, File) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise UserError(f"a model is named by a folder or a hub id, not by {name!r}")
+    return expand_path(text)
+
+
 def _texts(texts: str | Sequence[str]) -> list[str]:
-    listed = [texts] if isinstance(texts, str) else list(texts)
-    if not all(isinstance(text, str) for text in listed):
+    listed = [texts] if isinstance(texts, str) else list(_several(texts))
+    if isinstance(texts, Mapping | Set) or not all(isinstance(text, str) for text in listed):
         raise UserError("texts are strings, one or a list of them")
     return listed
+
+
+def _several(items: Any) -> Iterable:
+    """Return what can be gone through; UserError for what cannot."""
+    try:
+        iter(items)
+    except TypeError:
+        raise UserError(f"several things in a list are wanted, not {type(items).__name__}") from None
+    return items
 
 
 def _listed(items: Any) -> list:
@@ -256,12 +293,32 @@ def _clip(clip: Clip, model: Model) -> ClipInput:
     """Read those media of a clip that the model uses (cfg.modalities)."""
     kinds = model.cfg.modalities
     if isinstance(clip, ClipInput):
-        return clip
-    if not isinstance(clip, tuple):
+        return _whole(clip, model)
+    if isinstance(clip, File):
         return _read(clip, model, kinds)
+    if not isinstance(clip, tuple) or len(clip) != 2 or not all(isinstance(part, File | None) for part in clip):
+        raise UserError(f"media are files, or pairs of files (pictures, sound), not {type(clip).__name__}")
     both = zip(clip, "va", strict=True)
     visual, audio = (_read(path, model, kind) if path and kind in kinds else ClipInput() for path, kind in both)
     return ClipInput(visual.frames, audio.segments, audio.rows)
+
+
+def _whole(clip: ClipInput, model: Model) -> ClipInput:
+    """Return the clip; UserError unless it is one, of the model's sizes."""
+    if not isinstance(clip, ClipInput):
+        raise UserError(f"a clip is a ClipInput, not {type(clip).__name__}")
+    spec, size = model.spectrogram, model.frames.size
+    channels = 1 if spec.channels == "mono" else 3
+    sizes = {"frames": (3, size, size), "segments": (channels, spec.segment_rows, spec.n_mels)}
+    for name, wanted in sizes.items():
+        part = getattr(clip, name)
+        if part is not None and not (
+            isinstance(part, Tensor) and part.dtype == torch.uint8 and part.shape[1:] == wanted
+        ):
+            raise UserError(f"a ClipInput's {name} are a uint8 tensor (n, {', '.join(map(str, wanted))})")
+    if not isinstance(clip.rows, int):
+        raise UserError(f"a ClipInput's rows are a whole number, not {clip.rows!r}")
+    return clip
 
 
 def _fitting(clip: ClipInput, model: Model) -> ClipInput:
@@ -296,8 +353,14 @@ def _windows(sound: Sound, rate: int | None, whole: bool, spec: SpectrogramConfi
         if len(sound) != 2 or not isinstance(sound[0], Wave):
             raise UserError("encode_audio: a tuple is a waveform and its rate in Hz; give several sounds as a list")
         sound, rate = sound
+    if isinstance(rate, Tensor) and rate.numel() == 1:
+        rate = rate.item()
     with _naming(sound if isinstance(sound, File) else "a waveform"):
         if isinstance(sound, Wave):
+            if isinstance(sound, np.ndarray) and sound.dtype.kind not in "biufc":
+                raise ValueError(f"samples are numbers, not {sound.dtype}")
+            if not (rate is None or isinstance(rate, Real) and math.isfinite(rate)):
+                raise ValueError(f"its rate is a number of Hz, not {rate!r}")
             yield from preprocessing.windows_of(torch.as_tensor(sound), rate, spec, whole)
         elif not isinstance(sound, File):
             raise ValueError(f"neither a file nor samples, but {type(sound).__name__}")
@@ -309,9 +372,15 @@ def _windows(sound: Sound, rate: int | None, whole: bool, spec: SpectrogramConfi
 
 def _video_input(video: Pictures, frames: FramesConfig) -> ClipInput:
     with _naming(video if isinstance(video, File) else "a picture"):
+        if isinstance(video, Image.Image) and 0 in video.size:
+            raise ValueError("a picture without pixels")
         if isinstance(video, Image.Image):
             return preprocessing.of_image(video, frames.size)
         if isinstance(video, File):
             return preprocessing.read(video, SpectrogramConfig(), frames, "v")
-        pixels = np.asarray(video.cpu() if isinstance(video, Tensor) else video)
-        return preprocessing.of_frames(preprocessing.sample_uniformly(pixels, frames.max_frames), frames.size)
+        if not isinstance(video, Wave):
+            raise ValueError(f"neither a file, a picture nor frames, but {type(video).__name__}")
+        if isinstance(video, Tensor):
+            video = (video.detach() if video.dtype == torch.uint8 else video.detach().float()).cpu().numpy()
+        pixels = preprocessing.sample_uniformly(np.atleast_1d(video), frames.max_frames)
+        return preprocessing.of_frames(pixels, frames.size)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from clip4vla.config_io import Config, describe, load
+from clip4vla.config_io import Config, describe, expand_path, load
 from clip4vla.distributed.watchdog import watch
 from clip4vla.errors import UserError
 
@@ -37,6 +37,14 @@ def help_text(cls: type) -> str:
     )
 
 
+def path_word(text: str) -> str:
+    """Expand ~ and $VARIABLES in a path or URL of the command line, as argparse's `type`."""
+    try:
+        return expand_path(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse_args(
     cls: type[Config], default: str | None, about: str, dry_run: bool = False
 ) -> tuple[Config, argparse.Namespace]:
@@ -45,7 +53,9 @@ def parse_args(
     parser = argparse.ArgumentParser(description=about, epilog=help_text(cls), formatter_class=raw)
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml|KEY=VALUE", help=f"default config: {default}")
     parser.add_argument(
-        "--deepspeed_config", help="DeepSpeed's JSON; default: ./ds.json, else configs/deepspeed/ds.json"
+        "--deepspeed_config",
+        type=path_word,
+        help="DeepSpeed's JSON; default: ./ds.json, else configs/deepspeed/ds.json",
     )
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     if dry_run:
@@ -54,7 +64,7 @@ def parse_args(
     files = [word for word in args.words if "=" not in word]
     if len(files) > 1:
         raise UserError(f"command line: one config file at most, not {' and '.join(files)}")
-    path = files[0] if files else default
+    path = expand_path(files[0]) if files else default
     if path == default and path and not Path(path).is_file():
         path = str(Path(__file__).parent.parent / path)
     return load(cls, path, [word for word in args.words if "=" in word]), args

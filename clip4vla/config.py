@@ -4,9 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-def option(default: Any, meaning: str, low: float | None = None) -> Any:
-    """Make a dataclass field with its meaning, which `--help` prints, and the least value that makes sense."""
-    metadata = {"help": meaning, "low": low}
+def option(default: Any, meaning: str, low: float | None = None, path: bool = False) -> Any:
+    """Make a dataclass field with its meaning, which `--help` prints, and the least value that makes sense.
+
+    path: it names files or folders, in which config_io.py expands ~ and $VARIABLES.
+    """
+    metadata = {"help": meaning, "low": low, "path": path}
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -55,12 +58,14 @@ class DataConfig:
         "folder", "stamps", "howto100m", "audioset", "msrvtt", "msrvtt_1ka", "vatex", "audiocaps", "clotho",
         "activitynet", "youcook2", "esc50", "esc10", "urbansound8k", "grid", "ucf101",
     ] = option("folder", "which annotation format, see data_prep/annotations.py")  # fmt: skip
-    annotations: str = option("", "annotation file or folder; empty: media_root")
-    media_root: str = option("", "folder with the media; paths in manifests are relative to it and stay inside")
+    annotations: str = option("", "annotation file or folder; empty: media_root", path=True)
+    media_root: str = option(
+        "", "folder with the media; paths in manifests are relative to it and stay inside", path=True
+    )
     clips_already_cut: bool = option(False, "files named after a whole video hold the annotated interval alone")
     languages: list[str] = option([], "captions of these languages are kept, e.g. en; empty: all")
     clips_per_video: int = option(0, "howto100m: clips taken of a video, spread over it; 0: all", low=0)
-    out: str = option("", "folder that receives SOURCE/SPLIT/{*.tar, index.json, quarantine.jsonl}")
+    out: str = option("", "folder that receives SOURCE/SPLIT/{*.tar, index.json, quarantine.jsonl}", path=True)
     preset: Literal["paper", "official"] = option("paper", "defaults as in the paper, or as in the authors' code")
     samples_per_shard: int = option(256, "samples in one tar", low=1)
     workers: int = option(0, "processes; 0: one for each core", low=0)
@@ -77,6 +82,7 @@ class ModelConfig:
     clip: str = option(
         "ViT-B-32-quickgelu/openai",
         "open_clip name, NAME/PRETRAINED tag, weights file (.safetensors, .pt), or .json in open_clip's format",
+        path=True,
     )
     quick_gelu: Literal["auto", "yes", "no"] = option(
         "auto", "activation; auto: as the weights were trained, yes for OpenAI's"
@@ -127,9 +133,11 @@ class ModelConfig:
 class DataSources:
     """Sets where samples come from: shard folders with their shares of a batch, and how they are read."""
 
-    train: dict[str, float] = option({}, "shard folder: share; a folder or a list of folders means equal shares")
-    val: dict[str, float] = option({}, "shard folders for evaluation during training")
-    test: dict[str, float] = option({}, "shard folders for launch/evaluate.py")
+    train: dict[str, float] = option(
+        {}, "shard folder: share; a folder or a list of folders means equal shares", path=True
+    )
+    val: dict[str, float] = option({}, "shard folders for evaluation during training", path=True)
+    test: dict[str, float] = option({}, "shard folders for launch/evaluate.py", path=True)
     shuffle_window: int = option(8, "shards whose samples are shuffled together", low=1)
     decode_threads: int = option(2, "DALI threads of a rank", low=1)
     prefetch: int = option(2, "batches prepared ahead", low=0)
@@ -138,7 +146,9 @@ class DataSources:
         60.0, "seconds for one answer of a remote storage (s3://, gs://, https://)", low=0.1
     )
     retries: int = option(5, "further attempts after a failed request to a remote storage", low=0)
-    cache: str = option("", "folder on a local disk of the node that keeps what was read remotely; empty: none")
+    cache: str = option(
+        "", "folder on a local disk of the node that keeps what was read remotely; empty: none", path=True
+    )
     cache_gb: float = option(100.0, "GB that the cache may take, for all ranks of the node", low=0)
     caption_sampling: Literal["random", "cycle", "first"] = option(
         "random", "of a clip, for each visit in training: one at random, all of them in turn, or always the first"
@@ -232,7 +242,9 @@ class TrainConfig:
     save_async: bool = option(False, "write checkpoints in the background, from a copy in memory")
     keep_last: int = option(2, "newest checkpoints kept", low=1)
     keep_every: int = option(0, "checkpoints of steps divisible by this are kept too; 0: none", low=0)
-    mirror: str = option("", "URL (s3://, gs://, ...) where checkpoints are copied to and resumed from; empty: none")
+    mirror: str = option(
+        "", "URL (s3://, gs://, ...) where checkpoints are copied to and resumed from; empty: none", path=True
+    )
 
 
 @dataclass
@@ -313,7 +325,9 @@ class EvalConfig:
 class TrackConfig:
     """Sets what is written about a run."""
 
-    wandb: Literal["auto", "online", "offline", "off"] = option("auto", "auto: online with a key, else offline")
+    wandb: Literal["auto", "online", "offline", "off"] = option(
+        "auto", "auto: online with a key, else offline; WANDB_MODE comes before all but off"
+    )
     project: str = option("clip4vla", "wandb project")
     log_sample_ids: bool = option(False, "every rank lists its samples, a line a step: RUN/samples/rank-NNNNN.jsonl")
 
@@ -322,9 +336,11 @@ class TrackConfig:
 class RunConfig:
     """Holds all settings of one run of launch/*.py."""
 
-    run_dir: str = option("runs/default", "everything about the run goes here")
+    run_dir: str = option("runs/default", "everything about the run goes here", path=True)
     preset: Literal["paper", "official"] = option("paper", "defaults as in the paper, or as in the authors' code")
-    init_from: list[str] = option([], "run or checkpoint folders, or scratch; the first that exists gives the weights")
+    init_from: list[str] = option(
+        [], "run or checkpoint folders, or scratch; the first that exists gives the weights", path=True
+    )
     seed: int = option(0, "seed of the sample order, masks and fresh weights", low=0)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataSources = field(default_factory=DataSources)

@@ -1,12 +1,15 @@
 """Read settings from defaults, presets, YAML files and the command line, strictly.
 
 Order of precedence, lowest first: config.py's defaults, the preset, the YAML file, `key=value` words of the command line.
+Text is taken as it stands, never as YAML's number, truth value or date; ~ and $VARIABLES are expanded in paths.
 """
 
 import dataclasses
 import difflib
 import json
 import math
+import os
+import re
 import reprlib
 import types
 import typing
@@ -25,6 +28,9 @@ DEEPEST = 100  # levels of a file's lists and mappings
 MOST = 10_000_000  # values in a file, those that YAML's aliases repeat counted each time
 LONGEST = 1 << 19  # characters of a YAML file: its parser takes a second for 100 KB
 NOT_UTF8 = "not UTF-8 text; convert the file: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW (or -f UTF-16, or what it is in)"
+HALF = re.compile("[\ud800-\udfff]")  # of a character, or a byte that is no UTF-8: no file can hold it
+QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""")
+VARIABLE = re.compile(r"\$(\{[^}]*\}|[A-Za-z_]\w*)", re.ASCII)
 _shown = reprlib.Repr()  # YAML's aliases can make a value too long to be printed
 _shown.maxstring = _shown.maxother = 200
 _shown.maxlist, _shown.maxdict, _shown.maxlevel = 12, 12, 3
@@ -32,15 +38,16 @@ _shown.maxlist, _shown.maxdict, _shown.maxlevel = 12, 12, 3
 
 def load(cls: type[Config], path: str | Path | None = None, overrides: typing.Sequence[str] = ()) -> Config:
     """Read the settings of a YAML file with `a.b=value` overrides; raises UserError that names file, key and nearest key."""
-    layers = [(str(path), _read_yaml(path))] if path else []
-    layers += [(f"command line: {word}", _override(word)) for word in overrides]
+    layers = [(str(path), _read_yaml(expand_path(str(path))))] if path else []
+    layers += [(f"command line: {word}", _override(cls, word)) for word in overrides]
     config = cls()
     preset = next((tree["preset"] for _, tree in reversed(layers) if "preset" in tree), config.preset)
     if preset == "official":
         keys = {name for name, _, _ in describe(cls)}
-        layers = [("preset official", _override(k, v)) for k, v in OFFICIAL.items() if k in keys] + layers
+        layers = [("preset official", _nested(k, v)) for k, v in OFFICIAL.items() if k in keys] + layers
     for where, tree in layers:
         _merge(config, tree, where, "")
+    _expand_paths(config, "")
     return config
 
 
@@ -49,6 +56,36 @@ def from_tree(cls: type[Any], tree: dict[str, Any], where: str | Path, prefix: s
     config = cls()
     _merge(config, tree, str(where), prefix)
     return config
+
+
+def expand_path(text: str, key: str = "") -> str:
+    """Expand ~ and $VARIABLES in a path or URL, the value of the setting `key`; UserError for one that is empty or not set.
+
+    A file whose very name looks like that is taken as it is called.
+    """
+    path, name = os.path.expanduser(text), f"{key}={text}" if key else text
+    unset = [variable for variable in VARIABLE.findall(path) if not os.environ.get(variable.strip("{}"))]
+    if (unset or path.startswith("~")) and os.path.exists(path):
+        return path
+    if path.startswith("~"):
+        raise UserError(f"{name}: there is no user {path.partition('/')[0][1:]}: write the path out")
+    if unset:
+        raise UserError(f"{name}: ${unset[0]} is empty or not set: export it, or write the path out")
+    return os.path.expandvars(path)
+
+
+def _expand_paths(config: Any, prefix: str) -> None:
+    """Expand the settings that config.py marks as paths: texts, lists of texts, and the names of dictionaries."""
+    for item in dataclasses.fields(config):
+        value, key = getattr(config, item.name), prefix + item.name
+        if dataclasses.is_dataclass(value):
+            _expand_paths(value, f"{key}.")
+        elif item.metadata["path"] and isinstance(value, dict):
+            setattr(config, item.name, {expand_path(name, key): share for name, share in value.items()})
+        elif item.metadata["path"] and isinstance(value, list):
+            setattr(config, item.name, [expand_path(name, key) for name in value])
+        elif item.metadata["path"]:
+            setattr(config, item.name, expand_path(value, key))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -113,13 +150,28 @@ class _Loader(yaml.SafeLoader):
         if self.pairs > LONGEST:
             raise yaml.YAMLError("<< brings too much")
 
+    def construct_number(self, node: yaml.ScalarNode) -> Any:
+        """Return a number, or as Ambiguous what YAML 1.1 reads in base 8 or 60."""
+        if ":" in node.value or re.fullmatch(r"[-+]?0[\d_]+", node.value):
+            return Ambiguous(node.value)
+        is_int = node.tag.endswith("int")
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
 
-def parse_yaml(text: str) -> Any:
+
+class Ambiguous(str):
+    """Holds the text of a number that means another one to YAML 1.1 than to its reader: 010 is 8, 1:30 is 90."""
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
+
+
+def parse_yaml(text: str, loader: type = _Loader) -> Any:
     """Parse a YAML text, data alone; yaml.YAMLError if it is not YAML, is too long, or nested too deeply."""
     if len(text) > LONGEST:
         raise yaml.YAMLError(f"{len(text)} characters, {LONGEST} at most")
     try:
-        tree = yaml.load(text, _Loader)
+        tree = yaml.load(text, loader)
         _check_size(tree)
         if "\\" in text:  # half characters
             json.dumps(tree, ensure_ascii=False, default=str, skipkeys=True).encode()
@@ -205,18 +257,44 @@ def read_tree(path: Path, parse: Callable[[str], Any] = parse_json) -> dict[str,
     return tree
 
 
-def _override(word: str, value: Any = None) -> dict[str, Any]:
+def _override(cls: type, word: str) -> dict[str, Any]:
+    """Turn KEY=VALUE of the command line into a nested dictionary."""
     key, sign, text = word.partition("=")
-    if value is None:
-        if not sign:
-            raise UserError(f"command line: {word!r} is neither a .yaml file nor KEY=VALUE")
-        try:
-            value = parse_yaml(text)
-        except yaml.YAMLError:
-            raise UserError(f"command line: {word}: the value is not valid YAML") from None
+    if not sign:
+        raise UserError(f"command line: {word!r} is neither a .yaml file nor KEY=VALUE")
+    if len(text) > LONGEST or HALF.search(word):
+        raise UserError(f"command line: {word}: not valid Unicode, or more than {LONGEST} characters")
+    try:
+        return _nested(key, _parse_word(text, _type_of(cls, key)))
+    except yaml.YAMLError:
+        raise UserError(f"command line: {word}: the value is not valid YAML") from None
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """Turn a dotted key and its value into nested dictionaries."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
+
+
+def _type_of(cls: Any, key: str) -> Any:
+    """Return the type of the setting with a dotted key; None if there is no such setting."""
+    for part in key.split("."):
+        cls = typing.get_type_hints(cls).get(part) if dataclasses.is_dataclass(cls) else None
+    return cls
+
+
+def _parse_word(text: str, kind: Any) -> Any:
+    """Parse the value of a command line: text as it stands, in quotes without them, by itself or in [...] or {...}; else YAML."""
+    several = kind == list[str] or typing.get_origin(kind) is dict
+    if QUOTED.fullmatch(text) or not (kind is str or several):
+        return parse_yaml(text)
+    if kind is str or text.lstrip()[:1] not in ("", "[", "{"):
+        return text
+    tree = parse_yaml(text, yaml.BaseLoader)  # which makes text of everything
+    if not isinstance(tree, dict):
+        return tree
+    return {name: parse_yaml(value) if isinstance(value, str) else value for name, value in tree.items()}
 
 
 def _merge(config: Any, tree: dict[str, Any], where: str, prefix: str) -> None:
@@ -250,19 +328,20 @@ def _coerce(value: Any, kind: Any, where: str, key: str) -> Any:
                 return number
         except (ValueError, OverflowError):
             pass
-    if kind is str and value is None:  # KEY= on the command line
-        return ""
     if kind in (int, str, bool) and type(value) is kind:
         return value
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if origin is list and isinstance(value, list | str | int | float):
+    if kind is str and not isinstance(value, list | dict):
+        raise UserError(
+            f"{where}: {key} is text, and YAML reads {_shown.repr(value)} ({type(value).__name__}): put it in quotes"
+        )
+    if origin is list and not isinstance(value, dict | types.NoneType):
         items = value if isinstance(value, list) else [value]
         return [_coerce(item, args[0], where, key) for item in items]
-    names = [value] if isinstance(value, str) else value
-    if origin is dict and isinstance(names, dict | list) and all(isinstance(name, str) for name in names):
-        shares = names if isinstance(names, dict) else dict.fromkeys(names, 1.0)
-        return {name: _coerce(share, args[1], where, f"{key}.{name}") for name, share in shares.items()}
+    if origin is dict and value is not None:
+        names = [_coerce(name, str, where, key) for name in (value if isinstance(value, dict | list) else [value])]
+        shares = value.values() if isinstance(value, dict) else [1.0] * len(names)
+        pairs = zip(names, shares, strict=True)
+        return {name: _coerce(share, args[1], where, f"{key}.{name}") for name, share in pairs}
     raise UserError(f"{where}: {key} must be {_type_name(kind)}, not {_shown.repr(value)}")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clip4vla.cli import entry_point  # noqa: E402
+from clip4vla.cli import entry_point, path_word  # noqa: E402
 from clip4vla.errors import UserError  # noqa: E402
 from clip4vla.quick_imports import quick_imports  # noqa: E402
 
@@ -25,10 +25,10 @@ from clip4vla.quick_imports import quick_imports  # noqa: E402
 def _arguments() -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("folders", nargs="+", metavar="FOLDER")
+    parser.add_argument("folders", nargs="+", type=path_word, metavar="FOLDER")
     parser.add_argument("--decode", default="100", metavar="N|all", help="clips of a folder to decode (default 100)")
     parser.add_argument("--repair", action="store_true", help="drop corrupt clips; implies --decode all")
-    parser.add_argument("--report", metavar="FILE.html", help="default: check.html in the first FOLDER")
+    parser.add_argument("--report", type=path_word, metavar="FILE.html", help="default: check.html in the first FOLDER")
     args = parser.parse_args()
     if args.decode != "all" and not args.decode.isdecimal():
         raise UserError(f"command line: --decode takes a number or all, not {args.decode!r}")

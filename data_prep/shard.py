@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clip4vla.cli import entry_point, help_text  # noqa: E402
 from clip4vla.config import DataConfig  # noqa: E402
-from clip4vla.config_io import load  # noqa: E402
+from clip4vla.config_io import expand_path, load  # noqa: E402
 from clip4vla.errors import UserError  # noqa: E402
 from clip4vla.quick_imports import quick_imports  # noqa: E402
 
@@ -36,10 +36,15 @@ def _command_line() -> tuple[DataConfig, argparse.Namespace]:
     only = parser.add_mutually_exclusive_group()
     for flag in ("--dry-run", "--plan", "--merge"):
         only.add_argument(flag, action="store_true")
-    only.add_argument("--part", type=_part, metavar="I/N")
+    only.add_argument("--part", metavar="I/N")
     args = parser.parse_intermixed_args()
+    args.part = args.part and _part(args.part)
     words = args.words
-    config = words.pop(0) if words and "=" not in words[0] else str(Path(__file__).resolve().parents[1] / DEFAULT)
+    config = (
+        expand_path(words.pop(0))
+        if words and "=" not in words[0]
+        else str(Path(__file__).resolve().parents[1] / DEFAULT)
+    )
     cfg = load(DataConfig, config, words)
     for key in ("media_root", "out"):
         if not getattr(cfg, key):

@@ -13,9 +13,9 @@ Cost      python launch/ablate.py cost runs/demo
 import argparse
 from pathlib import Path
 
-from clip4vla.cli import entry_point
+from clip4vla.cli import entry_point, path_word
 from clip4vla.config import RunConfig
-from clip4vla.config_io import load
+from clip4vla.config_io import expand_path, load
 from clip4vla.errors import UserError
 from clip4vla.quick_imports import quick_imports
 
@@ -26,11 +26,11 @@ def main() -> None:
     parser.add_argument("what", choices=("table5", "figure4", "audio-types", "cost"))
     parser.add_argument("words", nargs="+", metavar="CONFIG.yaml|RUN|KEY=VALUE")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of table5")
-    parser.add_argument("--out", default="runs/ablation", help="folder of table5 and figure4")
-    parser.add_argument("--deepspeed_config", help="DeepSpeed's JSON, of all runs of table5")
+    parser.add_argument("--out", type=path_word, default="runs/ablation", help="folder of table5 and figure4")
+    parser.add_argument("--deepspeed_config", type=path_word, help="DeepSpeed's JSON, of all runs of table5")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     args = parser.parse_intermixed_args()
-    args.places = [word for word in args.words if "=" not in word]
+    args.places = [expand_path(word) for word in args.words if "=" not in word]
     args.words = [word for word in args.words if "=" in word]
     {"table5": table5, "figure4": figure4, "audio-types": types, "cost": cost}[args.what](args)
 

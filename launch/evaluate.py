@@ -9,7 +9,7 @@ table     python launch/evaluate.py --table RUN [RUN ...] [--csv]: evaluated run
 import argparse
 import sys
 
-from clip4vla.cli import entry_point, parse_args
+from clip4vla.cli import entry_point, parse_args, path_word
 from clip4vla.config import RunConfig
 from clip4vla.quick_imports import quick_imports
 
@@ -30,7 +30,7 @@ def print_tables() -> None:
         from clip4vla.paper.tables import tables
 
     parser = argparse.ArgumentParser(description="Evaluated runs beside the paper's tables, as Markdown.")
-    parser.add_argument("--table", nargs="+", metavar="RUN", required=True, help="run folders")
+    parser.add_argument("--table", nargs="+", type=path_word, metavar="RUN", required=True, help="run folders")
     parser.add_argument("--csv", action="store_true", help="CSV instead")
     args = parser.parse_args()
     print(tables(args.table, args.csv), end="")

@@ -9,7 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from clip4vla.cli import entry_point
+from clip4vla.cli import entry_point, path_word
 from clip4vla.errors import UserError, one_line
 from clip4vla.quick_imports import quick_imports
 
@@ -17,12 +17,13 @@ from clip4vla.quick_imports import quick_imports
 @entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="run folder, checkpoint folder, or URL of a train.mirror")
-    parser.add_argument("out", type=Path, help="new folder")
+    parser.add_argument("source", type=path_word, help="run folder, checkpoint folder, or URL of a train.mirror")
+    parser.add_argument("out", type=path_word, help="new folder")
     parser.add_argument("--step", type=int, help="default: the newest")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
     parser.add_argument("--onnx", action="store_true", help="the audio and the text tower for onnxruntime too")
     args = parser.parse_args()
+    args.out = Path(args.out)
     with quick_imports():
         from clip4vla.config_io import read_tree
         from clip4vla.export import model_card, model_folder

@@ -10,21 +10,25 @@ Data that are not there are named, with the config whose header says where they 
 import argparse
 from pathlib import Path
 
-from clip4vla.cli import entry_point
+from clip4vla.cli import entry_point, path_word
 from clip4vla.quick_imports import quick_imports
 
 
 @entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", default="configs/results.yaml", help="the rows: configs, scripts, figures")
+    parser.add_argument(
+        "--plan", type=path_word, default="configs/results.yaml", help="the rows: configs, scripts, figures"
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", default=[], help="rows to run; the page has all that are there"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="instead of the plan's")
-    parser.add_argument("--data", nargs="+", default=["data"], help="folders that hold the data sets' own folders")
-    parser.add_argument("--out", default="runs/results", help="folder of the runs")
-    parser.add_argument("--page", default="docs/results.md", help="page to write")
+    parser.add_argument(
+        "--data", nargs="+", type=path_word, default=["data"], help="folders that hold the data sets' own folders"
+    )
+    parser.add_argument("--out", type=path_word, default="runs/results", help="folder of the runs")
+    parser.add_argument("--page", type=path_word, default="docs/results.md", help="page to write")
     args = parser.parse_args()
     with quick_imports():  # after the words are read: a typing error shows at once
         from clip4vla.report import results

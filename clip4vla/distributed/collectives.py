@@ -15,6 +15,7 @@ from clip4vla.errors import UserError
 
 LATE = 30  # s that torch may take longer than its time-out
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")  # ranks on this machine, of the deepspeed launcher and of torchrun
 LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),  # srun; the batch script itself has no step
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -45,17 +46,26 @@ def setup(minutes: float = math.inf) -> torch.device:
 
 
 def _take_names() -> None:
-    """Set rank, local rank and world size in the environment under torch's names, if the launcher uses others or none."""
-    if not os.environ.keys() & {"RANK", "WORLD_SIZE"}:
-        names = next((names for names in LAUNCHERS if int(os.environ.get(names[2], "1")) > 1), None)
-        values = [os.environ[name] for name in names] if names else ["0", "0", "1"]
+    """Set rank, local rank and world size in the environment under torch's names, if the launcher uses others or none.
+
+    A single rank needs none of them: PyTorchJob gives it no LOCAL_RANK.
+    """
+    if not (os.environ.get("RANK") or os.environ.get("WORLD_SIZE")):
+        names = next((names for names in LAUNCHERS if os.environ.get(names[2], "1") != "1"), None)
+        values = [os.environ.get(name, "") for name in names] if names else ["0", "0", "1"]
         os.environ.update(zip(NAMES, values, strict=True))
-    missing = [name for name in (*NAMES, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if os.environ.get("WORLD_SIZE") == "1":
+        os.environ.update((name, "0") for name in NAMES[:2] if not os.environ.get(name))
+    missing = [name for name in (*NAMES, "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing and os.environ.get("WORLD_SIZE") != "1":
         raise UserError(
             f"{', '.join(missing)} not set: start the ranks with deepspeed, torchrun or launch/slurm/pretrain.sbatch; by hand, "
             "MASTER_ADDR and MASTER_PORT are rank 0's host and a free port there, the same for all ranks"
         )
+    given = {name: os.environ.get(name, "") for name in (*NAMES, *SIZES, "MASTER_PORT")}
+    wrong = [f"{name}={value}" for name, value in given.items() if value and not value.isdecimal()]
+    if wrong:
+        raise UserError(f"{wrong[0]}: launchers set it to a whole number: set it so, or unset it")
 
 
 def _device(local: int) -> torch.device:
@@ -69,7 +79,7 @@ def _device(local: int) -> torch.device:
         os.environ["LOCAL_RANK"] = str(local % count)  # DeepSpeed takes its device from it
         torch.cuda.set_device(local % count)
         return torch.device("cuda", local % count)
-    ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"])
+    ranks = int(next(filter(None, map(os.environ.get, SIZES)), os.environ["WORLD_SIZE"]))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     torch.backends.cuda.enable_flash_sdp(False)  # at 50 tokens the CPU's flash attention is slower than plain products
@@ -88,7 +98,7 @@ def _join(backend: str, minutes: float) -> None:
     late.start()
     try:
         dist.init_process_group(backend, timeout=patience)
-    except dist.DistError as error:
+    except (dist.DistError, ValueError) as error:  # the second: a port or a rank that cannot be
         raise UserError(f"{failed}: {str(error).splitlines()[0]}") from None
     finally:
         late.cancel()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip4vla.config import RunConfig
-from clip4vla.config_io import decode
+from clip4vla.config_io import decode, expand_path
 from clip4vla.data.loader import Loader, open_folders, stable_hash63
 from clip4vla.distributed import collectives
 from clip4vla.distributed.rank_0 import ProgressCallback, run_on_rank_0
@@ -145,7 +145,7 @@ def class_names(cfg: RunConfig) -> list[str]:
     names = cfg.classify.labels
     if len(names) == 1 and names[0].endswith(".txt"):
         try:
-            lines = decode(Path(names[0]).read_bytes()).splitlines()
+            lines = decode(Path(expand_path(names[0], "classify.labels")).read_bytes()).splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"classify.labels: cannot read {names[0]} ({error}): a file has a class a line") from None
         names = [line.strip() for line in lines if line.strip()] or [""]

@@ -11,6 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
@@ -42,6 +43,8 @@ class Range(NamedTuple):
 
 def open_folder(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Open a URL or local path: (file system, path in it); raises ValueError or ImportError for an unknown protocol."""
+    if "://" not in url:  # fsspec takes data:x and a::b for URLs too
+        return LocalFileSystem(), str(Path(url).absolute())
     return fsspec.core.url_to_fs(url)
 
 

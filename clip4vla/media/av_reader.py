@@ -59,8 +59,11 @@ def _read(path, start, end, frames, longest, skip) -> MediaClip:
 def _opened(path: Path) -> Iterator[av.container.InputContainer]:
     """Open a file for the block; what PyAV raises while it is read is a ValueError."""
     try:
-        # a playlist posing as a video opens nothing but files; some AVIs have no timestamps of their own
-        with av.open(str(path), container_options={"protocol_whitelist": "file", "fflags": "+genpts"}) as file:
+        # a playlist posing as a video opens nothing but files; some AVIs have no timestamps of their own; FFmpeg takes a name
+        # before a colon for a protocol, but for absolute paths
+        with av.open(
+            str(path.absolute()), container_options={"protocol_whitelist": "file", "fflags": "+genpts"}
+        ) as file:
             yield file
     except (av.FFmpegError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"unreadable media: {getattr(error, 'strerror', None) or error}") from None

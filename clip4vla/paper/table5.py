@@ -67,7 +67,13 @@ class Plan(NamedTuple):
             place = folder / "pretrain"
             start = [self.stage("pretrain", [*row.pretrain, f"run_dir={place}", f"seed={seed}"])]
         origins = [str(place)] if start else self.stage("pretrain", []).init_from
-        words = [*TUNED, *row.finetune, f"run_dir={folder}/finetune", f"seed={seed}", f"init_from={origins}"]
+        words = [
+            *TUNED,
+            *row.finetune,
+            f"run_dir={folder}/finetune",
+            f"seed={seed}",
+            f"init_from={json.dumps(origins)}",
+        ]
         some = [*start, self.stage("finetune", words)]
         for cfg in some:
             cfg.train.mirror = pipeline.mirror_url_of(cfg, f"{row.name}/seed-{seed}/{Path(cfg.run_dir).name}")

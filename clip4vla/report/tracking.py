@@ -1,15 +1,18 @@
-"""Write about a run while it goes on: metrics.jsonl, log.txt, samples/, a progress bar on a terminal, wandb."""
+"""Write about a run while it goes on: metrics.jsonl, log.txt, samples/, a progress bar on a terminal, wandb.
+
+metrics.jsonl is part of the run, which goes on from it. What only watches ends no run: it is left out, with a warning.
+"""
 
 import contextlib
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,9 +23,10 @@ from clip4vla.config import RunConfig
 from clip4vla.config_io import parse_json, to_dict
 from clip4vla.data.batch import Batch
 from clip4vla.distributed import collectives
-from clip4vla.errors import UserError
+from clip4vla.errors import UserError, one_line
 from clip4vla.io import atomic
 from clip4vla.io.atomic import atomic_write, write_text
+from clip4vla.report.wandb_run import WandbRun
 
 WAIT = 60.0  # s for another run in the folder: a requeued job may start while the old one is dying
 PACKAGES = ("torch", "deepspeed", "open_clip_torch", "nvidia-dali-cuda130", "webdataset")
@@ -41,8 +45,10 @@ class Tracker:
             return
         _cut(self.folder / "metrics.jsonl", step)
         self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        (self.folder / "log.txt").open("a", encoding="utf-8").close()  # where it never can be written, no run begins
+        self.lost: set[str] = set()  # what failed to write
         self.bar = tqdm(total=cfg.train.max_steps, initial=step, disable=None, dynamic_ncols=True, unit="step")
-        self.wandb = _start_wandb(cfg, self.folder)
+        self.wandb = WandbRun(cfg, self.folder)
 
     def took(self, step: int, micros: list[Batch]) -> None:
         """Note the ids of this rank's samples of a step, with track.log_sample_ids; of a corrupt one it is empty."""
@@ -57,30 +63,62 @@ class Tracker:
             return
         self.metrics.writelines(json.dumps(row) + "\n" for row in rows)
         self.metrics.flush()
-        self.bar.update(len(rows))
+        self._let("progress bar", lambda: self.bar.update(len(rows)))
         last = rows[-1]
         self.say(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in last.items()))
-        if self.wandb:
-            for row in rows:
-                self.wandb.log(row, step=row["step"])
+        self.wandb.log(rows)
 
     def say(self, line: str) -> None:
         """Print one line on the terminal and into log.txt."""
         if self.active:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-            with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
-                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            self._let("stdout", lambda: _print(line))
+            self._let("log.txt", lambda: self._log(line))
+
+    def _log(self, line: str) -> None:
+        with (self.folder / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def _let(self, name: str, write: Callable[[], object]) -> None:
+        """Let something that only watches write; once it has failed it is left out."""
+        if name not in self.lost:
+            try:
+                write()
+            except Exception as error:
+                self.lost.add(name)
+                _warn(name, error)
 
     def close(self) -> None:
         """Finish the bar and the wandb run."""
         if self.samples:
             self.samples.close()
         if self.active:
-            self.bar.close()
+            self._let("progress bar", self.bar.close)
             self.metrics.close()
-            if self.wandb:
-                self.wandb.finish()
+            self.wandb.finish()
+
+
+@contextlib.contextmanager
+def watching(name: str, *but: type[Exception]) -> Iterator[None]:
+    """Turn whatever fails in the block, which only watches a run, into a warning; `but` these, which are raised."""
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:
+        _warn(name, error)
+
+
+def _warn(name: str, error: Exception) -> None:
+    logging.warning(f"{name}: {one_line(error)}: the run goes on without it")
+
+
+def _print(line: str) -> None:
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:  # what waits in the buffer would fail once more at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 @contextlib.contextmanager
@@ -175,26 +213,11 @@ def git_commit() -> str:
     here = Path(__file__).parent
     try:
         return subprocess.run(
-            ["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+            ["git", "-C", here, "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
         ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return "unknown"
-
-
-def _start_wandb(cfg: RunConfig, folder: Path) -> Any:
-    mode = cfg.track.wandb
-    if mode == "auto":
-        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    if mode == "off":
-        return None
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("track.wandb: wandb is not installed: pip install wandb, or set track.wandb=off") from None
-    os.environ.setdefault("WANDB_SILENT", "true")
-    mark = folder / "wandb_id"  # a resumed run goes on as the same one
-    if not mark.exists():
-        write_text(mark, uuid.uuid4().hex)
-    named = {"project": cfg.track.project, "name": folder.name, "id": mark.read_text(encoding="utf-8")}
-    known: dict[str, Any] = named | {"resume": "allow", "config": to_dict(cfg)}
-    return wandb.init(dir=folder, mode=mode, **known)

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clip4vla.cli import entry_point
+from clip4vla.cli import entry_point, path_word
 from clip4vla.errors import UserError
 from clip4vla.quick_imports import quick_imports
 from clip4vla.search import faiss_index
@@ -42,9 +42,11 @@ def arguments() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="build|query|info|remove|plan")
     build = commands.add_parser("build", help="make an index, or bring it up to date")
     build.set_defaults(run=run_build)
-    build.add_argument("places", nargs="+", metavar="SHARDS|FOLDER|FILE", help="shard folders, or media at any depth")
-    build.add_argument("--model", required=True, help="a folder or a hub id")
-    build.add_argument("--out", required=True, type=Path, metavar="IDX")
+    build.add_argument(
+        "places", nargs="+", type=path_word, metavar="SHARDS|FOLDER|FILE", help="shard folders, or media at any depth"
+    )
+    build.add_argument("--model", required=True, type=path_word, help="a folder or a hub id")
+    build.add_argument("--out", required=True, type=_folder, metavar="IDX")
     build.add_argument(
         "--audio-types", nargs="+", default=[], help="type tokens stored; default: vb, nb and the model's own"
     )
@@ -52,8 +54,8 @@ def arguments() -> argparse.ArgumentParser:
     query.set_defaults(run=run_query)
     asked = query.add_mutually_exclusive_group(required=True)
     asked.add_argument("text", nargs="?")
-    asked.add_argument("--sound", metavar="FILE")
-    asked.add_argument("--picture", metavar="FILE", help="or a video")
+    asked.add_argument("--sound", type=path_word, metavar="FILE")
+    asked.add_argument("--picture", type=path_word, metavar="FILE", help="or a video")
     query.add_argument("-k", type=int, default=10, help="hits")
     query.add_argument(
         "--audio-weight", type=float, default=0.5, help="of the sound, 0..1; the rest is of the pictures"
@@ -61,7 +63,7 @@ def arguments() -> argparse.ArgumentParser:
     query.add_argument(
         "--nb-ratio", type=float, help="share of [NB] in the sound, 0..1; default: the model's own token"
     )
-    query.add_argument("--model", help="default: where the index was built with it")
+    query.add_argument("--model", type=path_word, help="default: where the index was built with it")
     query.add_argument("--json", action="store_true")
     for command in (build, query):
         command.add_argument("--device", help="default: cuda if there is one")
@@ -75,12 +77,12 @@ def arguments() -> argparse.ArgumentParser:
     )
     info = commands.add_parser("info", help="what an index holds, as JSON")
     info.set_defaults(run=run_info)
-    info.add_argument("index", type=Path, metavar="IDX")
+    info.add_argument("index", type=_folder, metavar="IDX")
     drop = commands.add_parser("remove", help="take sources out of an index")
     drop.set_defaults(run=run_remove)
-    drop.add_argument("places", nargs="+", metavar="FOLDER|FILE")
+    drop.add_argument("places", nargs="+", type=path_word, metavar="FOLDER|FILE")
     for command in (query, drop):
-        command.add_argument("--index", required=True, type=Path, metavar="IDX")
+        command.add_argument("--index", required=True, type=_folder, metavar="IDX")
     plan = commands.add_parser(
         "plan", help="memory by number of items", description=faiss_index.__doc__, formatter_class=raw
     )
@@ -91,6 +93,10 @@ def arguments() -> argparse.ArgumentParser:
     for command in (build, drop, plan):
         command.add_argument("--memory-gb", type=float, default=4.0, help="of the faiss index, which decides its kind")
     return parser
+
+
+def _folder(text: str) -> Path:
+    return Path(path_word(text))
 
 
 def run_build(args: argparse.Namespace) -> None:

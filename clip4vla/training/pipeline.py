@@ -22,6 +22,7 @@ from clip4vla.evaluation import classification, manifest
 from clip4vla.evaluation.runner import check_evaluation, evaluate, write_report
 from clip4vla.io.atomic import write_text
 from clip4vla.report import evaluations
+from clip4vla.report.tracking import watching
 from clip4vla.training import train
 from clip4vla.training.run_setup import load_eval_model
 
@@ -48,7 +49,8 @@ def test(cfg: RunConfig) -> None:
     model, origin = load_eval_model(cfg)
     result = evaluate(model.to(device), cfg, name, origin, print)
     if result:
-        print(f"report: {write_report(cfg, name, origin, *result)}")
+        with watching("report.html", OSError):
+            print(f"report: {write_report(cfg, name, origin, *result)}")
     collectives.barrier()
 
 

@@ -81,7 +81,8 @@ def _train(cfg: RunConfig, ds_config: str | None, stop: "_Signals") -> None:
     tracker.say(f"step {step} of {cfg.train.max_steps}: state saved in {cfg.run_dir}/checkpoints")
     tracker.close()
     if collectives.rank() == 0:
-        page.write_plot(cfg.run_dir, tracking.read_rows(cfg.run_dir))
+        with tracking.watching("curves.png"):
+            page.write_plot(cfg.run_dir, tracking.read_rows(cfg.run_dir))
     collectives.barrier()
     if step < cfg.train.max_steps:
         sys.exit(PREEMPTED)

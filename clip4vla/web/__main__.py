@@ -5,9 +5,12 @@ A text, a sound, a picture or a video asks. Nothing leaves the machine: the page
 
 import argparse
 import importlib
+import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from clip4vla.cli import entry_point
+from clip4vla.cli import entry_point, path_word
 from clip4vla.errors import UserError
 from clip4vla.quick_imports import quick_imports
 
@@ -23,18 +26,34 @@ def main() -> None:
         from clip4vla.web.app import serve
 
     index, listener = Index.open(args.index), _listener(args.host, args.port)
-    importlib.import_module("gradio")  # its absence is reported before the model is loaded
+    with without_proxies():
+        importlib.import_module("gradio")  # its absence is reported before the model is loaded
     name = args.model or index.model
     model = load_model(name, args.device)
     index.must_fit(model, name)
-    serve(index, model, listener, args.max_upload, args.allowed_hosts)
+    with without_proxies():
+        serve(index, model, listener, args.max_upload, args.allowed_hosts)
+
+
+@contextmanager
+def without_proxies() -> Iterator[None]:
+    """Hide the environment's proxies: the page asks no other host, and gradio's httpx refuses those that it does not know."""
+    hidden = {name: os.environ.pop(name) for name in [*os.environ] if name.lower().endswith("_proxy")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m clip4vla.web", description=__doc__.splitlines()[0])
-    parser.add_argument("index", metavar="IDX", help="a folder that python -m clip4vla.search build made")
-    parser.add_argument("--model", help="a folder or a hub id; default: where the index was built with it")
+    parser.add_argument(
+        "index", type=path_word, metavar="IDX", help="a folder that python -m clip4vla.search build made"
+    )
+    parser.add_argument(
+        "--model", type=path_word, help="a folder or a hub id; default: where the index was built with it"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="of another address than this, others see the page too")
     parser.add_argument(
         "--allowed-hosts", nargs="+", default=[], metavar="NAME", help="more hosts to answer to, as a proxy's"

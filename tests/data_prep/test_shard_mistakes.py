@@ -65,7 +65,9 @@ def test_broken_media_are_quarantined_then_too_many_stop_the_run(run, tmp_path):
         (["out=README.md/x"], "README.md"),
         (["out=/sys/clip4vla"], "/sys/clip4vla"),  # read-only even for root
         (["out=''"], "out is empty"),
+        (["out="], "out is empty"),
         (["outt=x"], "unknown key outt"),
+        (["--part", "3/3"], "--part 3/3: give I/N with 0 <= I < N"),
         (["dataset=folder"], "no captions.csv"),
     ],
 )

@@ -275,6 +275,35 @@ def test_what_the_launcher_left_out_is_one_line():
     assert "error: RANK, LOCAL_RANK, " in run("launch/pretrain.py", env={"WORLD_SIZE": "2"}).stderr
 
 
+@pytest.mark.parametrize(
+    "given", ["WORLD_SIZE=1 RANK=0", "WORLD_SIZE=1", "WORLD_SIZE=1 RANK= LOCAL_RANK=", "RANK= WORLD_SIZE="]
+)
+def test_a_single_rank_needs_no_other_name(given, monkeypatch):
+    """As PyTorchJob and shells with left-over names set them."""
+    for name in (*collectives.NAMES, *given.split()):
+        monkeypatch.delenv(name, raising=False) if "=" not in name else monkeypatch.setenv(*name.split("="))
+    collectives.setup()
+    assert (dist.get_rank(), dist.get_world_size(), os.environ["LOCAL_RANK"]) == (0, 1, "0")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("WORLD_SIZE=two RANK=0 LOCAL_RANK=0 MASTER_PORT=1", "WORLD_SIZE=two: launchers set it to a whole number"),
+        ("WORLD_SIZE=1 LOCAL_WORLD_SIZE=x", "LOCAL_WORLD_SIZE=x: launchers set it to a whole number"),
+        ("WORLD_SIZE=2 RANK=0 LOCAL_RANK=0 MASTER_PORT=99999", "the ranks did not meet at 127.0.0.1:99999: port must"),
+        ("SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=1 MASTER_PORT=1", "LOCAL_RANK not set: start the ranks with"),
+    ],
+)
+def test_names_that_no_launcher_sets_are_one_line(given, message, monkeypatch):
+    for name in (*collectives.NAMES, "MASTER_ADDR=127.0.0.1", *given.split()):
+        monkeypatch.delenv(name, raising=False) if "=" not in name else monkeypatch.setenv(*name.split("="))
+    with pytest.raises(UserError) as caught:
+        collectives.setup(1)
+    assert str(caught.value).startswith(message)
+
+
 def test_a_rank_0_that_is_stopped_before_the_ranks_meet_keeps_nobody_waiting():
     """Its machine goes on taking connections, on which torch's store has no time limit."""
     code = "from clip4vla.distributed import collectives as distributed; distributed.LATE = 1; distributed._join('gloo', -0.97)"

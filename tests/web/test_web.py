@@ -59,9 +59,10 @@ def place(sample_shards, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(place):
-    """(its address, its process), in the folder; a small limit of uploads."""
+    """(its address, its process), in the folder; a small limit of uploads, and proxies that httpx refuses."""
     command = [sys.executable, "-m", "clip4vla.web", "IDX", "--model", "M", "--port", "0", "--max-upload", "1"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(place)}
+    proxies = {"ALL_PROXY": "socks5://127.0.0.1:9", "https_proxy": "ftp://127.0.0.1:9", "NO_PROXY": "[::1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(place)} | proxies
     process = subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline()
     assert "clips" in line, process.communicate()

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from clip4vla.cli import path_word
 from clip4vla.config import DataConfig
 from clip4vla.config_io import load
 from clip4vla.errors import UserError
@@ -40,7 +41,9 @@ TAR = 512  # bytes of a member's header, and what its data are padded to
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this benchmark."""
     parser.add_argument("--rounds", type=count, default=5, metavar="N", help="medians are over N rounds")
-    parser.add_argument("--markdown", metavar="FILE.json", help="print the tables of a plan that was saved")
+    parser.add_argument(
+        "--markdown", type=path_word, metavar="FILE.json", help="print the tables of a plan that was saved"
+    )
 
 
 def main(args: argparse.Namespace) -> dict[str, Any] | str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from clip4vla.cli import path_word
 from clip4vla.config import DecodeConfig, ModelConfig
 from clip4vla.models import generation, towers
 from clip4vla.models.captioner import CaptionDecoder, Captioner
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--words", type=count, default=20, help="tokens of every caption")
     parser.add_argument("--beams", type=count, default=5)
     parser.add_argument("--rounds", type=count, default=3, help="rounds to take medians over")
-    parser.add_argument("--clip", default="ViT-B-32-quickgelu", help="open_clip's name, or its configuration as .json")
+    parser.add_argument(
+        "--clip", type=path_word, default="ViT-B-32-quickgelu", help="open_clip's name, or its configuration as .json"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clip4vla.cli import path_word
 from clip4vla.config import ModelConfig
 from clip4vla.evaluation.text_video import CAPTIONS
 from clip4vla.models import towers
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", type=count, default=1000)
     parser.add_argument("--compared", type=count, default=128, help="clips of which the plain way scores the captions")
     parser.add_argument("--rounds", type=count, default=3, help="rounds to take medians over")
-    parser.add_argument("--clip", default="ViT-B-32-quickgelu", help="open_clip's name, or its configuration as .json")
+    parser.add_argument(
+        "--clip", type=path_word, default="ViT-B-32-quickgelu", help="open_clip's name, or its configuration as .json"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from clip4vla.cli import path_word
 from clip4vla.config import FramesConfig, SpectrogramConfig
 from clip4vla.config_io import to_dict
 from clip4vla.search import faiss_index
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim", type=count, default=64)
     parser.add_argument("--queries", type=count, default=60)
     parser.add_argument("--rounds", type=count, default=3, help="rounds to take medians over")
-    parser.add_argument("--folder", help="where the index is made; default: a temporary one")
+    parser.add_argument("--folder", type=path_word, help="where the index is made; default: a temporary one")
 
 
 def clips(args: argparse.Namespace, draw: np.random.Generator, topics: np.ndarray) -> Iterator[np.ndarray]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from clip4vla.checkpoints.manager import CheckpointManager, frozen_weights
+from clip4vla.cli import path_word
 from clip4vla.config import RunConfig
 from clip4vla.config_io import load
 from clip4vla.distributed import collectives
@@ -28,8 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this benchmark."""
     parser.add_argument("--rounds", type=count, default=3, help="rounds to take medians over")
     parser.add_argument("--ranks", type=count, default=2)
-    parser.add_argument("--clip", default="ViT-B-32", help="open_clip's name, or its configuration as .json")
-    parser.add_argument("--folder", help="on the disk to be measured; default: where temporary files go")
+    parser.add_argument(
+        "--clip", type=path_word, default="ViT-B-32", help="open_clip's name, or its configuration as .json"
+    )
+    parser.add_argument(
+        "--folder", type=path_word, help="on the disk to be measured; default: where temporary files go"
+    )
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from clip4vla.cli import path_word
 from clip4vla.config import RunConfig
 from clip4vla.config_io import load
 from clip4vla.data.batch import Batch
@@ -49,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this benchmark."""
     parser.add_argument("--rounds", type=count, default=3, help="steps to take medians over")
     parser.add_argument("--batch", type=count, default=4, help="clips of a rank in the check")
-    parser.add_argument("--clip", default="ViT-B-32", help="open_clip's name, or its configuration as .json")
+    parser.add_argument(
+        "--clip", type=path_word, default="ViT-B-32", help="open_clip's name, or its configuration as .json"
+    )
     parser.add_argument("--gpu-batch", type=count, default=512, help="clips of a GPU in the table")
     parser.add_argument("--gpu-tflops", type=float, default=800.0, help="bf16 products of a GPU, TFLOP/s")
     parser.add_argument("--mfu", type=float, default=0.45, help="share of it that the towers reach")

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from clip4vla.cli import path_word
 from launch.bench.common import count
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -26,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of this benchmark."""
     parser.add_argument("--rounds", type=count, default=3, help="rounds to take medians over")
     parser.add_argument("--ranks", type=count, default=2, help="ranks of the deepspeed launcher")
-    parser.add_argument("--clip", default="ViT-B-32", help="open_clip's name, or its configuration as .json")
+    parser.add_argument(
+        "--clip", type=path_word, default="ViT-B-32", help="open_clip's name, or its configuration as .json"
+    )
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:

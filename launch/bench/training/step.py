@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clip4vla.cli import path_word
 from clip4vla.config import RunConfig
 from clip4vla.config_io import load
 from clip4vla.data.batch import Batch
@@ -49,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=count, default=20 if CUDA else 1, help="of ours in a round")
     parser.add_argument("--batch", type=count, default=512 if CUDA else 4, help="clips of ours in a step")
     parser.add_argument("--peer-batch", type=count, default=32 if CUDA else 4, help="clips of the peer's in a step")
-    parser.add_argument("--clip", default="ViT-B-32", help="open_clip's name, or its configuration as .json")
+    parser.add_argument(
+        "--clip", type=path_word, default="ViT-B-32", help="open_clip's name, or its configuration as .json"
+    )
     parser.add_argument("--compile", default="off", help="torch.compile's backend for ours")
 
 
