@@ -34,6 +34,7 @@ def plan_file(tmp_path, tiny, shards):
         f"data.test={shards}/speech_fr/train",
         "train.max_steps=2",
         "eval.bootstrap=50",
+        "eval.permutations=50",
         "eval.report_queries=0",
     ]
     row = {"name": "spoken", "title": "Spoken names", "script": "pretrain", "config": tiny[0], "words": words}
