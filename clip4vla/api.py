@@ -298,7 +298,7 @@ def _windows(sound: Sound, rate: int | None, whole: bool, spec: SpectrogramConfi
         sound, rate = sound
     with _naming(sound if isinstance(sound, File) else "a waveform"):
         if isinstance(sound, Wave):
-            yield from preprocessing.windows_of(torch.as_tensor(sound), rate, spec, whole)
+            yield from preprocessing.windows_of(sound, rate, spec, whole)
         elif not isinstance(sound, File):
             raise ValueError(f"neither a file nor samples, but {type(sound).__name__}")
         elif whole:
