@@ -361,7 +361,7 @@ def _windows(sound: Sound, rate: int | None, whole: bool, spec: SpectrogramConfi
                 raise ValueError(f"samples are numbers, not {sound.dtype}")
             if not (rate is None or isinstance(rate, Real) and math.isfinite(rate)):
                 raise ValueError(f"its rate is a number of Hz, not {rate!r}")
-            yield from preprocessing.windows_of(torch.as_tensor(sound), rate, spec, whole)
+            yield from preprocessing.windows_of(sound, rate, spec, whole)
         elif not isinstance(sound, File):
             raise ValueError(f"neither a file nor samples, but {type(sound).__name__}")
         elif whole:

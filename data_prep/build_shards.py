@@ -20,7 +20,7 @@ from clip4vla.io.atomic import write_json, write_text
 from clip4vla.io.walk import is_hidden
 from clip4vla.media.av_reader import MediaClip, read_clip
 from clip4vla.media.images import jpeg, png, read_picture
-from clip4vla.media.spectrogram import crop, encode, log_mel
+from clip4vla.media.spectrogram import crop, encode, is_silent, log_mel
 from clip4vla.media.worker_pool import NO_ITEM, WorkerStatus, run_units
 from data_prep.annotations import read
 from data_prep.manifest import ManifestRow, inside
@@ -219,10 +219,10 @@ def sample(cfg: DataConfig, row: ManifestRow) -> tuple[dict[str, Any], dict[str,
 
 def fbank(cfg: DataConfig, clip: MediaClip) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return counts of the spectrogram and, unless there is no sound or digital silence, its picture."""
-    if clip.wave is None or not clip.wave.any():
-        return {"n_rows": 0, "n_segments": 0, "has_audio": False}, {}
     spec = cfg.spectrogram
-    decibels = crop(log_mel(clip.wave, clip.rate, spec), spec)
+    decibels = None if clip.wave is None else crop(log_mel(clip.wave, clip.rate, spec), spec)
+    if decibels is None or is_silent(decibels, spec):
+        return {"n_rows": 0, "n_segments": 0, "has_audio": False}, {}
     picture = encode(decibels, spec)
     data = png(picture) if spec.codec == "png" else jpeg(picture, spec.quality, "4:4:4")
     counts = {"n_rows": decibels.shape[1], "n_segments": len(picture) // spec.segment_rows, "has_audio": True}

@@ -191,6 +191,12 @@ def test_waveforms_and_pictures_are_taken_in_every_usual_form(model, video):
     many = np.random.default_rng(0).integers(0, 256, (60, 64, 64, 3), dtype=np.uint8)
     near(model.encode_video(many), model.encode_video(many[2::5]))  # the middles of twelve parts
     near(model.encode_audio(sounds[0][0], float(sounds[0][1])), want[:1])
+    loud = 1.3 * mono.numpy() / np.abs(mono.numpy()).max()  # as decoders of MP3 give them
+    near(
+        model.encode_audio(loud[::-1].astype(">f8"), sounds[0][1]), model.encode_audio(loud[::-1].copy(), sounds[0][1])
+    )
+    inverted = model.encode_audio(torch.stack([mono, -mono]), sounds[0][1])
+    near(inverted, model.encode_audio(mono, sounds[0][1]))
     grey = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
     eight = Image.fromarray((grey / 257).round().astype(np.uint8))
     near(model.encode_video(Image.fromarray(grey)), model.encode_video(eight), 1e-3)
@@ -219,6 +225,13 @@ def test_what_cannot_be_read_is_named_in_one_line(model, tmp_path):
         (lambda: model.encode_audio(np.ones((32000, 2)), 16000), "a waveform: samples are"),
         (lambda: model.encode_audio(np.ones(32000, np.int16), 16000), "a waveform: samples are"),
         (lambda: model.encode_audio(np.ones(32000), 16000.5), "a waveform: samples are"),
+        (lambda: model.encode_audio(np.arange(32000, dtype=np.float32), 16000), "float32 up to 3.2e+04, 16000 Hz"),
+        (lambda: model.encode_audio(torch.full((2, 32000), -2.0), 16000), "a waveform: samples are"),
+        (lambda: model.encode_audio(np.array(["a"] * 32000), 16000), "a waveform: samples are"),
+        (lambda: model.encode_audio(np.ones(32000), "44100"), "a waveform: samples are"),
+        (lambda: model.encode_audio(np.ones(32000), np.inf), "a waveform: samples are"),
+        (lambda: model.encode_audio(np.ones(32000), 2**32), "a sampling rate of 4294967296 Hz"),
+        (lambda: model.encode_video(np.zeros((1, 3, 5000, 3), np.uint8)), "pictures of 5000 x 3"),
         (lambda: model.encode_audio((SOUNDS[0], SOUNDS[1])), "give several sounds as a list"),
         (lambda: model.encode_audio([None]), "neither a file nor samples"),
         (lambda: model.encode_video(cut), "a picture: "),

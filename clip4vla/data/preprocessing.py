@@ -4,11 +4,13 @@ What is read here and what shard.py stores differ by its JPEGs alone: the spectr
 """
 
 import io
+import math
 import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,10 +22,12 @@ from torch import Tensor
 from clip4vla.config import FramesConfig, SpectrogramConfig
 from clip4vla.data.batch import Batch
 from clip4vla.media.av_reader import iter_audio_windows, read_clip, window_bounds
-from clip4vla.media.images import PICTURES, fitted, read_picture
-from clip4vla.media.spectrogram import crop, encode, log_mel
+from clip4vla.media.av_streams import check_sampling_rate
+from clip4vla.media.images import PICTURES, check_aspect_ratio, fitted, read_picture
+from clip4vla.media.spectrogram import crop, encode, is_silent, log_mel
 
 CLIPS, TILES = 64, 256  # of a pass through the towers, at most: clips, frames and segments
+LOUDEST = 2**0.5  # of samples: those of decoders and resamplers go a little beyond 1
 AHEAD = 16  # clips that are read while the towers are busy
 T = TypeVar("T")
 
@@ -82,20 +86,14 @@ def windows(
         yield begin, finish, ClipInput() if wave is None else of_wave(wave, rate, spec)
 
 
-def windows_of(wave: Tensor, rate: int | None, spec: SpectrogramConfig, whole: bool = True) -> Iterator[ClipInput]:
+def windows_of(
+    wave: np.ndarray | Tensor, rate: int | None, spec: SpectrogramConfig, whole: bool = True
+) -> Iterator[ClipInput]:
     """Yield the windows of samples (T,) or (channels, T), or if not `whole` their centre alone.
 
     Raises ValueError for what is no waveform.
     """
-    wave = wave.detach().cpu()
-    wave = wave[None] if wave.ndim == 1 else wave
-    shaped = wave.ndim == 2 and 0 < wave.shape[0] <= wave.shape[1] and wave.is_floating_point()
-    if not shaped or not wave.isfinite().all() or not rate or rate < 1 or rate != int(rate):
-        given = f"{tuple(wave.shape)}, {wave.dtype}, {rate} Hz"
-        raise ValueError(
-            f"samples are (T,) or (channels, T), floats in -1..1, with their rate in whole Hz; these are {given}"
-        )
-    wave, rate = wave.float(), int(rate)
+    wave, rate = _checked(wave, rate)
     total, most = wave.shape[1] / rate, max_clip_seconds(spec)
     centre = max(0.0, (total - most) / 2)
     for begin, finish in (
@@ -105,11 +103,33 @@ def windows_of(wave: Tensor, rate: int | None, spec: SpectrogramConfig, whole: b
         yield of_wave(wave[:, first : first + round((finish - begin) * rate)], rate, spec)
 
 
+def _checked(samples: np.ndarray | Tensor, rate: int | None) -> tuple[Tensor, int]:
+    """Return a waveform (channels, T) float32 and its rate in Hz; ValueError for what is none."""
+    is_float = samples.is_floating_point() if isinstance(samples, Tensor) else samples.dtype.kind == "f"
+    wave = _float32(samples) if is_float else torch.zeros(0)
+    wave = wave[None] if wave.ndim == 1 else wave
+    shaped = wave.ndim == 2 and 0 < wave.shape[0] <= wave.shape[1]
+    peak = float(wave.abs().max()) if shaped else math.nan
+    if not peak <= LOUDEST or not isinstance(rate, Real) or not float(rate).is_integer() or rate < 1:
+        given = f"{tuple(samples.shape)}, {samples.dtype} up to {peak:.4g}, {rate} Hz"
+        raise ValueError(
+            f"samples are (T,) or (channels, T), floats in -1..1, with their rate in whole Hz; these are {given}"
+        )
+    check_sampling_rate(int(rate))
+    return wave, int(rate)
+
+
+def _float32(samples: np.ndarray | Tensor) -> Tensor:
+    if isinstance(samples, np.ndarray):  # also with steps backwards, and of the other order of bytes
+        samples = torch.from_numpy(np.ascontiguousarray(samples, np.float32))
+    return samples.detach().cpu().float()
+
+
 def of_wave(wave: Tensor, rate: int, spec: SpectrogramConfig) -> ClipInput:
     """Turn a waveform (channels, T) in [-1, 1] at `rate` Hz, or its centre if it is too long, into segments (S, C, 224, 224)."""
-    if not wave.any():
-        return ClipInput()
     decibels = crop(log_mel(wave, rate, spec), spec)
+    if is_silent(decibels, spec):
+        return ClipInput()
     code = torch.from_numpy(encode(decibels, spec))  # S*224 M C
     return ClipInput(segments=_tiles(code, spec.segment_rows), rows=decibels.shape[1])
 
@@ -118,6 +138,7 @@ def of_frames(frames: np.ndarray, size: int) -> ClipInput:
     """Turn RGB frames (F, H, W, 3) uint8 into (F, 3, size, size), as CLIP does: shorter side to `size`, bicubic, the centre."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise ValueError(f"frames are (F, H, W, 3) uint8, not {frames.shape} {frames.dtype}")
+    check_aspect_ratio(frames.shape[2], frames.shape[1])
     if frames.shape[1:3] != (size, size):
         frames = np.stack([_cropped(Image.fromarray(frame), size) for frame in frames])
     return ClipInput(torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2))

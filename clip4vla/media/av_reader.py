@@ -6,24 +6,19 @@ not say or there is none. Whatever is wrong with a file is a ValueError that say
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import av
 import numpy as np
-from av.stream import Disposition
 from torch import Tensor
 
 from clip4vla.config import FramesConfig
-from clip4vla.media.av_streams import AudioReader, Skipped, VideoReader, check_sampling_rate
+from clip4vla.media.av_streams import AudioReader, Skipped, VideoReader
+from clip4vla.media.containers import SLACK, STILL, Medium
+from clip4vla.media.layouts import open_medium
 
 VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ts", ".wmv", ".ogv")
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma")
-PREROLL = 0.5  # s read before the interval: decoders of sound need some packets to settle
-SLACK = 0.5  # s that streams may end before the length that the header states
-GUESSED = ("mp3", "aac")  # their headers state no length: libavformat divides the file's size by a bit rate
-LONGEST = 14 * 86400  # s of a medium; what claims more would be cut into windows for years
 
 
 @dataclass
@@ -51,24 +46,8 @@ def read_clip(
 
 
 def _read(path, start, end, frames, longest, skip) -> MediaClip:
-    with _opened(path) as file:
-        return _interval(file, start or 0.0, end, frames, longest, skip)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[av.container.InputContainer]:
-    """Open a file for the block; what PyAV raises while it is read is a ValueError."""
-    try:
-        # a playlist posing as a video opens nothing but files; some AVIs have no timestamps of their own; FFmpeg takes a name
-        # before a colon for a protocol, but for absolute paths
-        with av.open(
-            str(path.absolute()), container_options={"protocol_whitelist": "file", "fflags": "+genpts"}
-        ) as file:
-            yield file
-    except (av.FFmpegError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"unreadable media: {getattr(error, 'strerror', None) or error}") from None
-    except (AttributeError, IndexError, TypeError) as error:  # what PyAV makes of headers that contradict themselves
-        raise ValueError(f"unreadable media: no codec or no timestamps where there must be some ({error})") from None
+    with open_medium(path) as medium:
+        return _interval(medium, start or 0.0, end, frames, longest, skip)
 
 
 def iter_audio_windows(
@@ -79,18 +58,10 @@ def iter_audio_windows(
     One pass through the file, one window in memory; each is what read_clip gives of its interval. What is left after the
     last one is a window too if it has `least` seconds, or is all there is. Raises ValueError as read_clip does.
     """
-    with _opened(path) as file:
-        stream = _sound_stream(file)
-        if not stream:
-            raise ValueError("no sound in it")
-        begin, length = start or 0.0, _length(file, _video_stream(file) or stream)
-        finish = length if end is None else min(end, length)
-        if begin >= finish:
-            raise ValueError(f"the interval begins at {begin:g} s, the medium ends at {length:.2f} s")
-        if begin > PREROLL:
-            file.seek(int((begin - PREROLL + _origin(file)) * av.time_base))
-        for sound in _windows(file, stream, window_bounds(begin, finish, seconds, least)):
-            yield sound.begin, sound.until, sound.wave(), sound.rate or stream.sample_rate
+    try:
+        yield from _windows(path, seconds, least, start or 0.0, end, skip=True)
+    except Skipped:  # raised before the first window, if at all
+        yield from _windows(path, seconds, least, start or 0.0, end, skip=False)
 
 
 def window_bounds(begin: float, finish: float, seconds: float, least: float) -> Iterator[tuple[float, float]]:
@@ -99,83 +70,88 @@ def window_bounds(begin: float, finish: float, seconds: float, least: float) -> 
     return ((begin + i * seconds, min(finish, begin + (i + 1) * seconds)) for i in range(count))
 
 
-def _windows(
-    file: av.container.InputContainer, stream: av.AudioStream, coming: Iterator[tuple[float, float]]
-) -> Iterator["AudioReader"]:
-    sound = AudioReader(stream, *next(coming), _origin(file))
-    for packet in file.demux(stream):
+def _windows(path, seconds, least, begin, end, skip) -> Iterator[tuple[float, float, Tensor | None, int]]:
+    with open_medium(path) as medium:
+        if not medium.audio:
+            raise ValueError("no sound in it")
+        bounds = window_bounds(begin, _finish(medium, begin, end), seconds, least)
+        for sound in _sounds(medium, bounds, begin, skip):
+            yield sound.begin, sound.until, sound.wave(), sound.rate or medium.audio.sample_rate
+
+
+def _finish(medium: Medium, begin: float, end: float | None) -> float:
+    """Return the seconds at which the interval ends; ValueError if it begins no earlier."""
+    length = medium.seconds()
+    finish = length if end is None else min(end, length)
+    if begin >= finish:
+        raise ValueError(f"the interval begins at {begin:g} s, the medium ends at {length:.2f} s")
+    return finish
+
+
+def _sounds(medium: Medium, bounds: Iterator[tuple[float, float]], begin: float, skip: bool) -> Iterator[AudioReader]:
+    """Yield the readers of windows as they are full."""
+    sound = AudioReader(medium.audio, *next(bounds), medium.origin)
+    for packet in medium.packets([medium.audio], begin, skip):
         for frame in sound.decoded(packet):
             sound.add_frame(frame)
             while sound.done:
                 yield sound
-                following = next(coming, None)
+                following = next(bounds, None)
                 if not following:
                     return
-                sound = AudioReader(stream, *following, _origin(file))
+                sound = AudioReader(medium.audio, *following, medium.origin)
                 sound.add_frame(frame)  # it may reach into this one
-        if not packet.size:
-            sound.close()
-    _check_truncation(file, [sound])
+    sound.close()
+    _check_truncation(medium, [sound])
     yield sound
 
 
-def _interval(file, start, end, frames, longest, skip) -> MediaClip:
-    video = _video_stream(file) if frames else None
-    sound = _sound_stream(file)
+def _interval(medium: Medium, start, end, frames, longest, skip) -> MediaClip:
+    video, sound = medium.video if frames else None, medium.audio
     if not video and not sound:
         raise ValueError("neither pictures nor sound in it" if frames else "no sound in it")
-    length = _length(file, _video_stream(file) or sound)  # also where the pictures are not wanted: it is the same clip
-    finish = length if end is None else min(end, length)
-    if start >= finish:
-        raise ValueError(f"the interval begins at {start:g} s, the medium ends at {length:.2f} s")
-    middle, half = (start + finish) / 2, min(finish - start, longest) / 2
-    pictures = (
-        VideoReader(video, frame_times(start, finish, frames), frames.size, _origin(file), skip) if video else None
-    )
-    audio = AudioReader(sound, middle - half, middle + half, _origin(file)) if sound else None
-    begin = start if video else middle - half
-    if skip and begin > PREROLL:
-        file.seek(int((begin - PREROLL + _origin(file)) * av.time_base))
-    readers = {reader.stream.index: reader for reader in (pictures, audio) if reader}
-    for packet in file.demux([reader.stream for reader in readers.values()]):
-        readers[packet.stream.index].take(packet)
+    finish = _finish(medium, start, end)  # with the pictures where they are not wanted, too: it is the same clip
+    times = frame_times(start, finish, frames) if video else []
+    pictures = VideoReader(video, times, frames.size, medium.origin, skip) if video else None
+    begin, until = _centre(medium, start, finish, longest)
+    audio = AudioReader(sound, begin, until, medium.origin) if sound else None
+    readers = {reader.stream.type: reader for reader in (pictures, audio) if reader}
+    streams = [reader.stream for reader in readers.values()]
+    for packet in medium.packets(streams, start if video else begin, skip):
+        readers[packet.stream.type].take(packet)
         if all(reader.done for reader in readers.values()):
             break
-    _check_truncation(file, list(readers.values()))
+    for reader in readers.values():
+        reader.close()
+    _check_truncation(medium, list(readers.values()))
     clip = MediaClip(finish - start, pictures.frames if pictures else [])
     return replace(clip, wave=audio.wave(), rate=audio.rate or 0) if audio else clip
 
 
-def _sound_stream(file: av.container.InputContainer) -> av.AudioStream | None:
-    stream = next((s for s in file.streams.audio if s.codec_context), None)
-    if stream:
-        check_sampling_rate(stream.sample_rate)
-        stream.codec_context.thread_count = 1  # shard.py has a process for each core
-    return stream
+def _centre(medium: Medium, start: float, finish: float, longest: float) -> tuple[float, float]:
+    """Return the bounds of the central `longest` seconds of an interval; where pictures outlast the sound, of that with sound."""
+    end = medium.stated_end(medium.audio) if medium.audio else math.inf
+    if finish - start > longest and start < end < finish - SLACK:
+        finish = end
+    middle, half = (start + finish) / 2, min(finish - start, longest) / 2
+    return middle - half, middle + half
 
 
-def _check_truncation(file: av.container.InputContainer, readers: list) -> None:
+def _check_truncation(medium: Medium, readers: list) -> None:
     """Raise ValueError if a stream ended before its header says, or if all did in files whose streams state nothing."""
-    stated = [_stated(file, reader.stream) for reader in readers]
+    stated = [medium.stated_end(reader.stream) for reader in readers]
     short = [r.end < min(r.until, s) - SLACK for r, s in zip(readers, stated, strict=True)]
-    if all(short) or any(early and s < math.inf for early, s in zip(short, stated, strict=True)):
+    still = [r.stream.type == "video" and r.end < STILL for r in readers]
+    states = [s < math.inf and not shown for s, shown in zip(stated, still, strict=True)]
+    if all(short) or any(early and sure for early, sure in zip(short, states, strict=True)):
         reader = readers[short.index(True)]
         raise ValueError(f"truncated: {reader.stream.type} ends at {reader.end:.2f} s, {reader.until:.2f} s is wanted")
 
 
-def _video_stream(file: av.container.InputContainer) -> av.VideoStream | None:
-    """Find the first video stream that can be decoded; a cover is none."""
-    shown = (s for s in file.streams.video if s.codec_context and not s.disposition & Disposition.attached_pic)
-    return next(shown, None)
-
-
 def duration(path: Path) -> float:
     """Return the seconds of a file's pictures, or of its sound if it has none; ValueError if unreadable or without both."""
-    with _opened(path) as file:
-        stream = _video_stream(file) or _sound_stream(file)
-        if not stream:
-            raise ValueError("neither pictures nor sound in it")
-        return _length(file, stream)
+    with open_medium(path) as medium:
+        return medium.seconds()
 
 
 def frame_times(begin: float, finish: float, cfg: FramesConfig) -> list[float]:
@@ -183,29 +159,3 @@ def frame_times(begin: float, finish: float, cfg: FramesConfig) -> list[float]:
     seconds = finish - begin
     n = min(cfg.max_frames, max(1, round(seconds * cfg.fps))) if cfg.fps else cfg.max_frames
     return [begin + (i + 0.5) * seconds / n for i in range(n)]
-
-
-def _origin(file: av.container.InputContainer) -> float:
-    """Return the seconds that timestamps start with: transport streams begin anywhere."""
-    return (file.start_time or 0) / av.time_base
-
-
-def _length(file: av.container.InputContainer, stream: av.stream.Stream) -> float:
-    """Return the seconds from a file's start to its end, as the headers state; by its packets where they state nothing."""
-    length = _stated(file, stream)
-    if length == math.inf and file.duration and file.format.name not in GUESSED:
-        length = file.duration / av.time_base
-    elif length == math.inf:
-        ends = ((p.pts + (p.duration or 0)) * p.time_base for p in file.demux(stream) if p.pts is not None)
-        length = float(max(ends, default=0)) - _origin(file)
-        file.seek(int(_origin(file) * av.time_base))
-    if length > LONGEST:
-        raise ValueError(f"a length of {length:.3g} s, more than {LONGEST} s")
-    return length
-
-
-def _stated(file: av.container.InputContainer, stream: av.stream.Stream) -> float:
-    """Return the seconds at which a stream ends by its own header; infinite if that says nothing."""
-    if not stream.duration or file.format.name in GUESSED:
-        return math.inf
-    return float(((stream.start_time or 0) + stream.duration) * stream.time_base) - _origin(file)

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clip4vla.media.images import check_aspect_ratio
+
 GAP = 0.1  # s that timestamps of sound may wander before it counts as a gap
-LONGEST_SIDE = 200  # of a picture, in shortest sides: it is scaled whole before its centre is cut out
 WAITING, PACKET = 1 << 26, 1 << 10  # bytes of packets that are held undecoded; of one, beside its data
 RATES = range(1000, 768001)  # Hz of sound; what claims others costs hours or gigabytes to resample
 
@@ -42,6 +43,7 @@ class VideoReader:
         self.held = 0  # bytes of those
         self.stamps: list[int] = []  # of all packets since the last keyframe that was jumped to, sorted
         self.last: av.VideoFrame | None = None
+        self.repeated: float = -math.inf  # the end of the last packet that repeats a picture, in the stream's units
         self.until, self.end = times[-1], math.inf  # s that are wanted, and where the stream ended if that was earlier
         stream.codec_context.thread_count = 1  # shard.py has a process for each core
 
@@ -51,18 +53,15 @@ class VideoReader:
         return len(self.frames) == len(self.times)
 
     def take(self, packet: av.Packet) -> None:
-        """Take the next packet of the stream; an empty one ends it."""
+        """Take the next packet of the stream; an empty one without a time ends it."""
         if self.done:
             return
         target, stamp = self.times[len(self.frames)], _stamp(packet)
-        if packet.size:
-            if self.skip and not self.stamps and stamp > target and self.last is None:
-                raise Skipped
-            if self.skip and packet.is_keyframe and stamp <= target and self.waiting:
-                self.waiting.clear()
-                self.held = 0
-                self.stamps.clear()
-                self.stream.codec_context.flush_buffers()
+        if not packet.size and stamp is not None:  # the picture before stays on show: Theora and AVI have such packets
+            self.repeated = stamp + (packet.duration or 0)
+            return
+        if stamp is not None:
+            self._skip_to(packet, stamp, target)
             bisect.insort(self.stamps, stamp)
         self.waiting.append(packet)
         self.held += packet.size + PACKET
@@ -70,6 +69,18 @@ class VideoReader:
         if not packet.size or (packet.dts is not None and packet.dts > target) or self.held > WAITING:
             self._decode()
             self.held = 0
+        if not packet.size:
+            self.close()
+
+    def _skip_to(self, packet: av.Packet, stamp: int, target: float) -> None:
+        """Drop what waits if this packet is a keyframe before the wanted time; Skipped if the first one is after it."""
+        if self.skip and not self.stamps and stamp > target and self.last is None:
+            raise Skipped
+        if self.skip and packet.is_keyframe and stamp <= target and self.waiting:
+            self.waiting.clear()
+            self.held = 0
+            self.stamps.clear()
+            self.stream.codec_context.flush_buffers()
 
     def _decode(self) -> None:
         context = self.stream.codec_context
@@ -80,28 +91,42 @@ class VideoReader:
                 for frame in context.decode(packet if packet.size else None):
                     self._show(frame)
             except av.error.InvalidDataError:
-                raise ValueError(f"corrupt pictures at {self._seconds(_stamp(packet)):.2f} s") from None
-            if not packet.size:
-                self._end()
+                raise ValueError(f"corrupt pictures at {self._seconds(_stamp(packet) or 0):.2f} s") from None
 
     def _wanted(self, packet: av.Packet) -> bool:
         """Tell whether the packet's frame may be on show at one of the times."""
-        if not packet.size:
+        stamp = _stamp(packet)
+        if stamp is None:
             return True
-        after = bisect.bisect_right(self.stamps, _stamp(packet))
+        after = bisect.bisect_right(self.stamps, stamp)
         until = self.stamps[after] if after < len(self.stamps) else math.inf
-        return any(_stamp(packet) <= time < until for time in self.times)
+        return any(stamp <= time < until for time in self.times)
 
     def _show(self, frame: av.VideoFrame) -> None:
+        if frame.pts is None:
+            frame.pts = self._next_stamp() if frame.dts is None else frame.dts
         while not self.done and frame.pts > self.times[len(self.frames)]:
             self._keep(self.last or frame)
         self.last = frame
 
-    def _end(self) -> None:
-        """End the stream: the last frame stays on show."""
+    def _next_stamp(self) -> int:
+        """Return the time after the last frame, in the stream's units, or of the file's start; Skipped if neither is known."""
+        if self.last is None and self.skip:
+            raise Skipped
+        unit = float(self.stream.time_base)
         if self.last is None:
+            return round(self.origin / unit)
+        return self.last.pts + (self.last.duration or round(1 / float(self.stream.average_rate or 25) / unit))
+
+    def close(self) -> None:
+        """End the stream: the last frame stays on show."""
+        if self.done:
+            return
+        if self.last is None:
+            if self.skip:
+                raise Skipped
             raise ValueError("no picture can be decoded")
-        self.end = self._seconds(self.last.pts + (self.last.duration or 0))
+        self.end = self._seconds(max(self.last.pts + (self.last.duration or 0), self.repeated))
         while not self.done:
             self._keep(self.last)
 
@@ -126,27 +151,39 @@ def fit(frame: av.VideoFrame, aspect: Fraction | None, size: int) -> np.ndarray:
     aspect: width of a pixel by its height.
     """
     width, height = frame.width * float(aspect or 1), frame.height
-    if max(width, height) > LONGEST_SIDE * min(width, height):
-        raise ValueError(
-            f"pictures of {width:.0f} x {height:.0f}: one side is more than {LONGEST_SIDE} times the other"
-        )
+    check_aspect_ratio(width, height)
     scale = size / min(width, height)
     width, height = max(size, round(width * scale)), max(size, round(height * scale))
     picture = frame.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
-    picture = np.rot90(picture, round(frame.rotation / 90))
+    picture = _upright(picture, frame)
     top, left = (round((side - size) / 2) for side in picture.shape[:2])
     return np.ascontiguousarray(picture[top : top + size, left : left + size])
 
 
+def _upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """Turn and mirror a picture (H, W, 3) of a frame as its display matrix says, to the nearest quarter of a turn."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return picture
+    (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32).reshape(3, 3)  # x' = a x + c y, y' = b x + d y
+    if abs(int(a)) + abs(int(d)) < abs(int(b)) + abs(int(c)):
+        picture, across, down = picture.swapaxes(0, 1), c, b
+    else:
+        across, down = a, d
+    return picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+
 class AudioReader:
-    """Takes the packets of a sound stream and keeps the samples of an interval, in one or two channels."""
+    """Takes the packets of a sound stream and keeps the samples of an interval, in one or two channels.
+
+    Where the sound changes its sampling rate, the higher one is kept; where it changes from one channel to two, both.
+    """
 
     def __init__(self, stream: av.AudioStream, begin: float, finish: float, origin: float):
         self.stream, self.begin, self.until, self.origin = stream, begin, finish, origin
-        surround = stream.codec_context.layout.nb_channels > 2
-        # mixing to integers keeps the sum within full scale, mixing to floats would not
-        self.mix = av.AudioResampler("s32p", "stereo") if surround else av.AudioResampler("fltp")
-        self.chunks: list[np.ndarray] = []
+        self.form: tuple[str, str, int] | None = None  # sample format, channel layout and rate of the last frame
+        self.mix = av.AudioResampler()  # of frames of this form
+        self.chunks: list[np.ndarray] = []  # (1 or 2, T) each
         self.rate: int | None = None
         self.first = self.next = 0  # samples from `begin` to the first one, and to the one that follows the last
         self.end = math.inf  # s where the stream ended, if it did within the interval
@@ -163,55 +200,109 @@ class AudioReader:
         return round((self.until - self.begin) * self.rate)
 
     def take(self, packet: av.Packet) -> None:
-        """Take the next packet of the stream; an empty one ends it."""
+        """Take the next packet of the stream."""
         if self.done:
             return
         for frame in self.decoded(packet):
             self.add_frame(frame)
-        if not packet.size and not self.done:
-            self.close()
 
     def decoded(self, packet: av.Packet) -> list[av.AudioFrame]:
         """Decode the frames of a packet; ValueError if it is corrupt and lies in the interval."""
+        if not packet.size and _stamp(packet) is not None:
+            return []  # an empty one would end the stream
         try:
-            return self.stream.codec_context.decode(packet if packet.size else None)
+            frames = packet.decode()
+            if not _is_broken(packet, frames):
+                return frames
         except av.error.InvalidDataError:
-            time = float((_stamp(packet) or 0) * self.stream.time_base) - self.origin
-            if time >= self.begin:
-                raise ValueError(f"corrupt sound at {time:.2f} s") from None
-            return []
+            pass
+        at = self._seconds(packet)
+        if at >= self.begin:
+            raise ValueError(f"corrupt sound at {at:.2f} s")
+        return []
+
+    def _seconds(self, packet: av.Packet) -> float:
+        if _stamp(packet) is None:
+            return self.begin + self.next / self.rate if self.rate else 0.0
+        return float(_stamp(packet) * packet.time_base) - self.origin
 
     def close(self) -> None:
         """End the stream: nothing more comes."""
-        self.end = self.begin + self.next / self.rate if self.rate else 0.0
+        if not self.done:
+            self._append(self.mix.resample(None))
+            self.end = self.begin + self.next / self.rate if self.rate else 0.0
 
     def add_frame(self, frame: av.AudioFrame) -> None:
         """Keep what of a decoded frame lies in the interval."""
-        if not self.rate:
-            check_sampling_rate(frame.sample_rate)
-            self.rate = frame.sample_rate
-        at = round((float(frame.pts * frame.time_base) - self.origin - self.begin) * self.rate)
-        if at + frame.samples <= 0:
+        form = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if form != self.form:
+            self._change(frame)
+            self.form = form
+        assert self.rate
+        at = self.next  # of a frame without a time, such as the last one of WMA and every second one of ADPCM
+        if frame.time is not None:
+            at = round((frame.time - self.origin - self.begin) * self.rate)
+        after = at + round(frame.samples * self.rate / frame.sample_rate)
+        if after <= 0:
+            self.next = after
             return  # before the interval; decoders shift their first packets, so none of them sets the clock
         if not self.chunks:
             self.first = self.next = at
         elif at - self.next > GAP * self.rate:  # sound is missing; what follows stays in step with the pictures
             self._silence(min(at, self.length) - self.next)
-        for part in self.mix.resample(frame):
-            samples = part.to_ndarray()
+        self._append(self.mix.resample(frame))
+
+    def _change(self, frame: av.AudioFrame) -> None:
+        """Prepare for frames of another form than those before."""
+        check_sampling_rate(frame.sample_rate)
+        self._append(self.mix.resample(None))
+        if self.rate and frame.sample_rate > self.rate:
+            self._raise_rate(frame.sample_rate)
+        self.rate = max(self.rate or 0, frame.sample_rate)
+        # mixing to integers keeps the sum within full scale, mixing to floats would not
+        surround = frame.layout.nb_channels > 2
+        self.mix = av.AudioResampler("s32p" if surround else "fltp", "stereo" if surround else None, self.rate)
+
+    def _raise_rate(self, rate: int) -> None:
+        """Resample what is kept to a higher rate."""
+        assert self.rate
+        chunks, mix = self.chunks, av.AudioResampler("fltp", None, rate)
+        self.chunks, self.first = [], round(self.first * rate / self.rate)
+        self.next = self.first if chunks else round(self.next * rate / self.rate)
+        if chunks:
+            kept = _joined(chunks)
+            frame = av.AudioFrame.from_ndarray(kept, "fltp", "mono" if len(kept) == 1 else "stereo")
+            frame.sample_rate = self.rate
+            self._append([*mix.resample(frame), *mix.resample(None)])
+
+    def _append(self, frames: list[av.AudioFrame]) -> None:
+        for frame in frames:
+            samples = frame.to_ndarray()
             self.chunks.append(samples if samples.dtype == np.float32 else (samples / 2**31).astype(np.float32))
-            self.next += part.samples
+            self.next += frame.samples
 
     def _silence(self, samples: int) -> None:
-        self.chunks.append(np.zeros((len(self.chunks[0]), max(0, samples)), np.float32))
+        self.chunks.append(np.zeros((1, max(0, samples)), np.float32))
         self.next += self.chunks[-1].shape[1]
 
     def wave(self) -> Tensor | None:
         """Join the waveform (channels, T) from begin to finish, or to the end of the sound; None if there is none."""
         if not self.chunks:
             return None
-        late = np.zeros((len(self.chunks[0]), min(self.length, max(0, self.first))), np.float32)
-        wave = np.concatenate([late, *self.chunks], 1)[:, max(0, -self.first) :][:, : self.length]
+        late = np.zeros((1, min(self.length, max(0, self.first))), np.float32)
+        wave = _joined([late, *self.chunks])[:, max(0, -self.first) :][:, : self.length]
         if not np.isfinite(wave).all():
             raise ValueError("the sound holds samples that are not finite")
         return torch.from_numpy(np.ascontiguousarray(wave)) if wave.shape[1] else None
+
+
+def _is_broken(packet: av.Packet, frames: list[av.AudioFrame]) -> bool:
+    """Tell whether a packet of a FLAC file holds not one numbered frame, as packets without errors do."""
+    numbered = [frame.pts for frame in frames] == [packet.pts]
+    return bool(packet.size) and not numbered and packet.stream.container.format.name == "flac"
+
+
+def _joined(chunks: list[np.ndarray]) -> np.ndarray:
+    """Join waveforms (1 or 2, T); where any has two channels, one channel becomes both."""
+    channels = max(map(len, chunks))
+    return np.concatenate([c if len(c) == channels else c.repeat(channels, 0) for c in chunks], 1)

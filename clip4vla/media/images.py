@@ -11,6 +11,7 @@ from clip4vla.errors import UserError
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".svg")
 ORIENTATION = 0x0112  # in EXIF
 BAND = 256  # rows that are laid on white at once
+LONGEST_SIDE = 200  # of a frame, in shortest sides: it is scaled whole before its centre is cut out
 UNREADABLE = "unreadable picture: "
 
 
@@ -40,7 +41,17 @@ def fitted(image: Image.Image, size: int) -> np.ndarray:
         band = image.crop((0, top, image.width, min(top + BAND, image.height))).convert("RGBA")
         white = Image.new("RGBA", band.size, "white")
         flat.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
+    if not round(min(flat.size) / max(flat.size) * size):  # a line, that would be thinner than a pixel
+        flat = flat.resize((size, 1) if flat.width > flat.height else (1, size), Image.Resampling.BICUBIC)
     return np.asarray(ImageOps.pad(flat, (size, size), Image.Resampling.BICUBIC, color="white"))
+
+
+def check_aspect_ratio(width: float, height: float) -> None:
+    """Raise ValueError for pictures whose shorter side cannot be scaled to a frame without filling the memory."""
+    if max(width, height) > LONGEST_SIDE * min(width, height):
+        raise ValueError(
+            f"pictures of {width:.0f} x {height:.0f}: one side is more than {LONGEST_SIDE} times the other"
+        )
 
 
 def _render_svg(path: Path, size: int) -> bytes:

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from clip4vla.config import SpectrogramConfig
 
+CANCELLED = 1e-3  # power of the mean by that of the channels; of two independent ones it is 1/2
+FLOOR = -100.0  # dB that nothing is below
+
 
 def log_mel(wave: Tensor, rate: int, cfg: SpectrogramConfig) -> Tensor:
     """Compute log-mel power in dB, (C, R, M) float32, of a waveform (channels, T) in [-1, 1] at `rate` Hz.
@@ -31,8 +34,13 @@ def log_mel(wave: Tensor, rate: int, cfg: SpectrogramConfig) -> Tensor:
         wave, cfg.n_fft, cfg.hop_length, cfg.win_length, window, center=True, pad_mode="constant", return_complex=True
     )
     power = (stft.real.square() + stft.imag.square()).transpose(1, 2)[:, :rows]  # C R n_fft//2+1
-    decibels = 10 * torch.log10((power @ mel_filters(cfg)).clamp(min=1e-10))
+    decibels = 10 * torch.log10((power @ mel_filters(cfg)).clamp(min=10 ** (FLOOR / 10)))
     return torch.maximum(decibels, decibels.max() - cfg.top_db)
+
+
+def is_silent(decibels: Tensor, cfg: SpectrogramConfig) -> bool:
+    """Tell whether a spectrogram (C, R, M) of dB shows nothing, as that of digital silence."""
+    return bool(decibels.max() <= max(FLOOR, cfg.db_min))
 
 
 def mel_filters(cfg: SpectrogramConfig) -> Tensor:
@@ -45,9 +53,16 @@ def _mel_filters(n_fft: int, f_min: float, f_max: float, n_mels: int, rate: int)
     return AF.melscale_fbanks(n_fft // 2 + 1, f_min, f_max, n_mels, rate, norm="slaney", mel_scale="slaney")
 
 
+def mix(wave: Tensor) -> Tensor:
+    """Mix a waveform (channels, T) to one channel (1, T): their mean, or the loudest where they cancel each other in it."""
+    power = wave.square().mean(1)
+    mean = wave.mean(0, keepdim=True)
+    return wave[power.argmax()][None] if mean.square().mean() < CANCELLED * power.mean() else mean
+
+
 def _channels(wave: Tensor, cfg: SpectrogramConfig) -> Tensor:
     """Mix a waveform (channels, T) to mono (1, T), or to left, mid, right (3, T); more than two channels give mid alone."""
-    mid = wave.mean(0, keepdim=True)
+    mid = mix(wave)
     if cfg.channels == "mono":
         return mid
     left, right = (wave[:1], wave[1:2]) if wave.shape[0] == 2 else (mid, mid)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip4vla.data.shards import CorruptSample, ShardFolder
+from clip4vla.media.spectrogram import mix
 
 if TYPE_CHECKING:
     from clip4vla.data.loader import Loader
@@ -137,7 +138,7 @@ def original_sound(folder: ShardFolder, meta: dict, rate: int) -> Tensor | None:
 def mono(wave: Tensor, rate: int, wanted: int) -> Tensor:
     """Resample a waveform (channels, T) at `rate` Hz to (T,) at the rate wanted."""
     ratio = Fraction(wanted, rate).limit_denominator(1000)  # as in spectrogram.log_mel
-    return AF.resample(wave.mean(0), ratio.denominator, ratio.numerator)
+    return AF.resample(mix(wave)[0], ratio.denominator, ratio.numerator)
 
 
 def ogg(wave: Tensor, rate: int) -> bytes:

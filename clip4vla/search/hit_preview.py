@@ -10,7 +10,7 @@ from clip4vla.config import FramesConfig, SpectrogramConfig
 from clip4vla.data.shards import ShardFolder
 from clip4vla.media.av_reader import read_clip
 from clip4vla.media.images import PICTURES, jpeg, read_picture
-from clip4vla.media.spectrogram import encode, log_mel
+from clip4vla.media.spectrogram import encode, is_silent, log_mel
 from clip4vla.report.preview import RATE, ClipPreview, film_strip, mono, ogg, preview_sample, spectrogram_jpeg
 from clip4vla.search.sources import file_state, parsed
 
@@ -67,8 +67,10 @@ def _fill(
     clip = read_clip(path, start, end, frames)
     if clip.frames:
         exhibit.picture = film_strip(jpeg(np.concatenate(clip.frames), frames.quality))
-    if clip.wave is not None and clip.wave.any():
-        decibels = log_mel(clip.wave, clip.rate, spec)
+    if clip.wave is None:
+        return
+    decibels = log_mel(clip.wave, clip.rate, spec)
+    if not is_silent(decibels, spec):
         code = encode(decibels, spec)[: decibels.shape[1], :, decibels.shape[0] // 2]  # of left, mid, right the middle
         exhibit.spectrogram = spectrogram_jpeg(code)
         exhibit.audio = ogg(mono(clip.wave, clip.rate, RATE), RATE)

@@ -8,6 +8,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from media_files import colours, ffmpeg, pitch, shown, tone
 from scipy.signal import correlate
 
 from clip4vla.config import FramesConfig
@@ -33,12 +34,6 @@ FILTERS = {
     "variable.mp4": "select='not(mod(n,7))+lt(n,30)',scale=320:180",
     "wide_pixels.mp4": "scale=320:180,setsar=3/2",
 }
-
-
-def ffmpeg(*words):
-    done = subprocess.run(["ffmpeg", "-v", "error", "-y", *map(str, words)], capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +162,44 @@ def test_streams_that_are_not_there(videos, original, tmp_path):
     assert read_clip(tmp_path / "cover.m4a", None, None, FramesConfig()).frames == []  # a cover is no video
     with pytest.raises(ValueError, match="no sound in it"):
         read_clip(videos / "ten_bits.mkv", None, None, None)
+
+
+STILLS = {
+    "s.mp4": "libx264 -c:a aac", "s.mkv": "libx264 -c:a libvorbis", "s.avi": "mpeg4 -c:a libmp3lame",
+    "s.ts": "mpeg2video -r 25 -c:a mp2", "s.mpg": "mpeg2video -r 25 -c:a mp2", "s.wmv": "wmv2 -c:a wmav2",
+    "s.ogv": "libtheora -c:a libvorbis", "song.m4a": "mjpeg -c:a aac -f mp4",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stills(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stills")
+    outputs = [
+        word for name, words in STILLS.items()
+        for word in ("-map", "0:v", "-map", "1:a", "-c:v", *words.split(), folder / name)
+    ]  # fmt: skip
+    ffmpeg(*colours("blue", seconds=0.1), *tone(400, 4), *outputs)
+    return folder
+
+
+@pytest.mark.parametrize("name", STILLS)
+def test_a_still_with_sound_is_as_long_as_the_sound(stills, name):
+    cfg = FramesConfig(size=32, fps=1)
+    clip = read_clip(stills / name, None, None, cfg)
+    assert clip.seconds == pytest.approx(4, abs=0.25) and shown(clip.frames) == "bbbb"
+    assert clip.wave.shape[1] / clip.rate == pytest.approx(4, abs=0.25)
+    later = read_clip(stills / name, 1.7, 3.7, cfg)
+    assert later.seconds == 2 and shown(later.frames) == "bb" and pitch(later.wave, later.rate, 0, 2) == 400
+    assert [round(end) for _, end, *_ in iter_audio_windows(stills / name, 2.0, 0.5)] == [2, 4]
+
+
+def test_moving_pictures_give_the_length_and_where_they_outlast_the_sound_its_centre_is_kept(tmp_path):
+    ffmpeg(*colours("red", seconds=2), *tone(400, 4), "-c:v", "libx264", "-c:a", "aac", tmp_path / "short.mp4")
+    clip = read_clip(tmp_path / "short.mp4", None, None, FramesConfig(size=32))
+    assert clip.seconds == 2 and clip.wave.shape[1] == 2 * clip.rate
+    ffmpeg(*colours("red", seconds=20), *tone(400, 3), "-c:v", "mpeg4", "-c:a", "aac", tmp_path / "long.mp4")
+    clip = read_clip(tmp_path / "long.mp4", None, None, FramesConfig(size=32), longest=2)
+    assert clip.seconds == 20 and len(clip.frames) == 12 and pitch(clip.wave, clip.rate, 0, 2) == 400
 
 
 def test_silence_short_clips_and_intervals_beyond_the_end(videos, original, tmp_path):

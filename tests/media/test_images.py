@@ -31,3 +31,14 @@ def test_drawings_render_but_fetch_nothing(tmp_path):
     )
     with pytest.raises(ValueError, match="the drawing refers to file"):
         read_picture(tmp_path / "b.svg", 64)
+
+
+def test_a_line_is_drawn_one_pixel_wide(tmp_path):
+    for size in ((5000, 3), (3, 5000), (9000, 1)):
+        Image.new("RGB", size, "blue").save(tmp_path / "line.png")
+        pixels = read_picture(tmp_path / "line.png", 64)
+        is_blue = (pixels == (0, 0, 255)).all(2)
+        assert is_blue.sum() == 64 and (is_blue.all(1).sum(), is_blue.all(0).sum()) == (
+            (1, 0) if size[0] > size[1] else (0, 1)
+        )
+        assert (pixels[~is_blue] == 255).all()

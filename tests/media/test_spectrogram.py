@@ -13,7 +13,17 @@ from PIL import Image
 
 from clip4vla.config import DataConfig, SpectrogramConfig
 from clip4vla.config_io import load
-from clip4vla.media.spectrogram import crop, decode, encode, log_mel, mel_filters, n_segments, normalise
+from clip4vla.media.spectrogram import (
+    crop,
+    decode,
+    encode,
+    is_silent,
+    log_mel,
+    mel_filters,
+    mix,
+    n_segments,
+    normalise,
+)  # fmt: skip
 
 CFG = SpectrogramConfig()
 OFFICIAL = load(DataConfig, None, ["preset=official"]).spectrogram
@@ -113,6 +123,27 @@ def test_left_mid_right_and_mono():
     mono = log_mel(noise(1), 16000, OFFICIAL)
     assert torch.equal(mono[0], mono[1]) and torch.equal(mono[1], mono[2])
     torch.testing.assert_close(log_mel(stereo, 16000, CFG), log_mel(stereo.mean(0, keepdim=True), 16000, CFG))
+
+
+def test_channels_that_cancel_each_other_are_heard_as_one_of_them():
+    """As where a cable was soldered the wrong way round."""
+    sound = noise(1)
+    for inverted in (torch.cat([sound, -sound]), torch.cat([sound, -sound + 1e-4 * noise(1).flip(1)])):
+        assert torch.equal(mix(inverted), sound)
+        torch.testing.assert_close(log_mel(inverted, 16000, CFG), log_mel(sound, 16000, CFG))
+    left, mid, right = log_mel(torch.cat([sound, -sound]), 16000, OFFICIAL)
+    torch.testing.assert_close(mid, left)
+    torch.testing.assert_close(right, left)
+    assert torch.equal(mix(torch.cat([0 * sound, sound, -sound])), sound)
+    for wave in (noise(1, channels=2), torch.cat([sound, 0.9 * -sound]), torch.cat([sound, 0 * sound])):
+        assert torch.equal(mix(wave), wave.mean(0, keepdim=True))
+
+
+def test_what_shows_nothing_is_silent():
+    for quiet, silent in ((0.0, True), (1e-8, True), (3e-7, True), (1 / 32768, False), (1.0, False)):
+        wave = quiet * torch.sin(torch.arange(16000) * 0.2)[None]
+        decibels = log_mel(wave, 16000, CFG)
+        assert is_silent(decibels, CFG) == silent == (not encode(decibels, CFG).any())
 
 
 @pytest.mark.parametrize("samples", [0, 1, 100, 511])

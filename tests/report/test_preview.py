@@ -141,7 +141,8 @@ def test_media_outside_the_root_are_never_read(tmp_path, monkeypatch):
 def test_without_pyav_nothing_is_heard(tmp_path, monkeypatch):
     soundfile.write(tmp_path / "in.wav", np.zeros(16000), 16000)
     monkeypatch.setitem(sys.modules, "av", None)
-    monkeypatch.delitem(sys.modules, "clip4vla.media.av_reader", raising=False)
+    for name in ("av_reader", "containers"):
+        monkeypatch.delitem(sys.modules, f"clip4vla.media.{name}", raising=False)
     assert heard("in.wav", tmp_path) is None
 
 
