@@ -1,7 +1,7 @@
 """Read moving pictures and sound in one forward pass through a file, from just before the interval to its end.
 
-Times are seconds from the file's own start. The length is that of the video stream, or of the container where the stream does
-not say or there is none. Whatever is wrong with a file is a ValueError that says what.
+Times are seconds from the file's own start. The length is that of the pictures, or of the sound where there are none or a
+still. Whatever is wrong with a file is a ValueError that says what.
 """
 
 import math
@@ -149,7 +149,7 @@ def _check_truncation(medium: Medium, readers: list) -> None:
 
 
 def duration(path: Path) -> float:
-    """Return the seconds of a file's pictures, or of its sound if it has none; ValueError if unreadable or without both."""
+    """Return the seconds of a file's pictures, or of its sound if they are none or a still; ValueError if it cannot be read."""
     with open_medium(path) as medium:
         return medium.seconds()
 

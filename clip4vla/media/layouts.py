@@ -66,15 +66,16 @@ def _of_parts(medium: Medium, ranges: list[tuple[int, int]]) -> Layout:
     parts = tuple(medium.source.part(*bounds) for bounds in ranges)
     if len(parts) == 1:
         return Layout(parts=parts)
-    if medium.video:
-        raise ValueError("several files with pictures, joined to one")
     seconds = tuple(_seconds(part) for part in parts)
     return Layout({"audio": sum(seconds)}, parts, seconds)
 
 
 def _seconds(part: Source) -> float:
     with opened(part) as file:
-        return _with_layout(Medium(part, file)).seconds()
+        medium = _with_layout(Medium(part, file))
+        if medium.video:
+            raise ValueError("several files with pictures, joined to one")
+        return medium.seconds()
 
 
 def _scan_ogg(medium: Medium) -> Layout:
@@ -102,21 +103,23 @@ def _scan_frames(medium: Medium) -> Layout:
     assert medium.audio
     frames, clock = _Frames(FRAME[medium.file.format.name]), AdtsClock()
     packets = (packet for packet in medium.file.demux(medium.audio) if packet.size)
+    readable = True
     try:
         for packet in map(clock.go_on, packets) if medium.file.format.name == "aac" else packets:
             frames.take(packet)
     except av.error.InvalidDataError:
+        readable = False
         if not _is_foreign(medium.source, frames.after):
             raise
-        frames.after = -1
     ranges = frames.ranges()
-    if ranges != [(0, frames.after)]:
-        if len(ranges) == 1 and frames.count + MISSING < (stated := _stated_frames(medium.source, frames.first)):
-            end, wanted = frames.seconds(medium), frames.seconds(medium) * stated / frames.count
-            raise ValueError(f"truncated: {medium.audio.type} ends at {end:.2f} s, {wanted:.2f} s is wanted")
-        return _of_parts(medium, ranges)
-    medium.rewind()
-    return Layout({"audio": frames.seconds(medium)}, clock=AdtsClock if len(clock.rates) > 1 else None)
+    if readable and ranges == [(0, frames.after)]:
+        medium.rewind()
+        return Layout({"audio": frames.seconds(medium)}, clock=AdtsClock if len(clock.rates) > 1 else None)
+    stated = _stated_frames(medium.source, frames.first)
+    if len(ranges) == 1 and frames.count + MISSING < stated:  # not the end of the sound: a download that broke off
+        end, wanted = frames.seconds(medium), frames.seconds(medium) * stated / frames.count
+        raise ValueError(f"truncated: {medium.audio.type} ends at {end:.2f} s, {wanted:.2f} s is wanted")
+    return _of_parts(medium, ranges)
 
 
 class _Frames:
@@ -218,11 +221,8 @@ def _scan_sizes(medium: Medium) -> Layout:
             ranges.append((end, min(end + stated, size)))
             end += stated
             file.seek(end)
-    return (
-        _of_parts(medium, ranges)
-        if len(ranges) > 1 or medium.file.format.name == "asf" and 0 < end < size
-        else Layout()
-    )
+    is_followed = medium.file.format.name == "asf" and 0 < end < size
+    return _of_parts(medium, ranges) if is_followed or len(ranges) > 1 else Layout()
 
 
 def _stated_size(head: bytes) -> int:

@@ -124,11 +124,12 @@ def test_joined_transport_streams_keep_pictures_and_sound_in_step(tmp_path, ext,
     assert shown(later.frames) == "bb" and pitch(later.wave, later.rate, 0, 0.5) == 800
 
 
-def test_joined_ogg_files_with_pictures_are_named(tmp_path):
+def test_joined_ogg_files_with_pictures_are_named(files, tmp_path):
     ffmpeg(*colours("red"), "-c:v", "libtheora", tmp_path / "a.ogv")
-    path = joined(tmp_path / "aa.ogv", *[(tmp_path / "a.ogv").read_bytes()] * 2)
-    with pytest.raises(ValueError, match="several files with pictures, joined to one"):
-        read_clip(path, None, None, FramesConfig())
+    video, sound = (tmp_path / "a.ogv").read_bytes(), (files[0] / "vorbis.ogg").read_bytes()
+    for parts in ((video, video), (sound, video), (video, sound)):
+        with pytest.raises(ValueError, match="several files with pictures, joined to one"):
+            read_clip(joined(tmp_path / "two.ogv", *parts), None, None, FramesConfig())
 
 
 def test_a_file_that_changes_is_looked_at_again(files, tmp_path):
