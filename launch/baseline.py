@@ -19,9 +19,10 @@ def main() -> None:
     cfg, _ = parse_args(RunConfig, None, __doc__)
     with quick_imports():  # after the settings are read: a typing error shows at once
         from clip4vla.evaluation import baseline
-        from clip4vla.io.atomic import write_text
+        from clip4vla.io.atomic import removed_if_empty, write_text
 
-    metrics = baseline.evaluate(cfg)
+    with removed_if_empty(Path(cfg.run_dir)):
+        metrics = baseline.evaluate(cfg)
     write_text(Path(cfg.run_dir, "baseline.json"), json.dumps(metrics, indent=1))
     print(baseline.table(metrics))
 

@@ -18,10 +18,12 @@ from clip4vla.config_io import flatten, parse_yaml, read_tree, to_dict
 from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.evaluation.runner import check_evaluation, evaluate, write_report
-from clip4vla.io.atomic import write_text
+from clip4vla.io.atomic import removed_if_empty, write_text
 from clip4vla.report.tracking import watching
 from clip4vla.training import train
 from clip4vla.training.run_setup import load_eval_model
+
+SETTINGS = "settings.yaml"  # of a folder of several runs
 
 
 def fit(cfg: RunConfig, ds_config: str | None) -> bool:
@@ -39,8 +41,9 @@ def test(cfg: RunConfig) -> None:
     """Evaluate on data.test: metrics.json, manifest.json and report.html in the run folder."""
     device = collectives.setup()
     check_evaluation(cfg)
-    model, origin = load_eval_model(cfg)
-    result = evaluate(model.to(device), cfg, origin, print)
+    with removed_if_empty(Path(cfg.run_dir)):
+        model, origin = load_eval_model(cfg)
+        result = evaluate(model.to(device), cfg, origin, print)
     if result:
         with watching("report.html", OSError):
             print(f"report: {write_report(cfg, origin, *result)}")
@@ -58,7 +61,7 @@ def fit_and_test(cfg: RunConfig, ds_config: str | None) -> dict[str, dict[str, A
 def check_same_settings(folder: str | Path, configs: dict[str, RunConfig]) -> None:
     """Raise UserError if the runs below a folder were begun with other settings, which are written there the first time."""
     ours = flatten({name: to_dict(cfg) for name, cfg in configs.items()})
-    file = Path(folder, "settings.yaml")
+    file = Path(folder, SETTINGS)
     theirs = collectives.all_gather_objects(read_tree(file, parse_yaml) if file.is_file() else None)[0]
     if theirs is None and collectives.rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
