@@ -36,8 +36,7 @@ def shard(cfg: DataConfig, part: tuple[int, int] | None = None, plan: bool = Fal
     Raises UserError for what the user can correct, OSError if `out` cannot be written.
     """
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with lock(out, shared=part is not None):
+    with atomic.removed_if_empty(out, ".lock", ".plan.lock"), lock(out, shared=part is not None):
         known = read_plan(out) if part or merge else None
         if merge and not known:
             raise UserError(f"--merge: no manifest in {out}: make the parts first (--part I/N)")
@@ -56,7 +55,8 @@ def shard(cfg: DataConfig, part: tuple[int, int] | None = None, plan: bool = Fal
 
 
 def lock(out: Path, name: str = ".lock", shared: bool = False, wait: bool = False) -> TextIO:
-    """Return the open lock file of `out`; workers inherit it, so it is free once the last of them is gone."""
+    """Return the open lock file of `out`, which it makes; workers inherit it, so it is free once the last of them is gone."""
+    out.mkdir(parents=True, exist_ok=True)
     file = (out / name).open("w", encoding="utf-8")
     if not atomic.lock(file, shared, wait):
         file.close()

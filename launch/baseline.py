@@ -6,6 +6,8 @@
 Prints the table and writes RUN_DIR/baseline.json, which tables and pages then show as the row "plain baseline".
 """
 
+from pathlib import Path
+
 from clip4vla.cli import entry_point, parse_args
 from clip4vla.config import RunConfig
 from clip4vla.quick_imports import quick_imports
@@ -16,8 +18,10 @@ def main() -> None:
     cfg, _ = parse_args(RunConfig, None, __doc__)
     with quick_imports():  # after the settings are read: a typing error shows at once
         from clip4vla.evaluation import baseline
+        from clip4vla.io.atomic import removed_if_empty
 
-    metrics = baseline.evaluate(cfg)
+    with removed_if_empty(Path(cfg.run_dir)):
+        metrics = baseline.evaluate(cfg)
     print(baseline.table(metrics))
     baseline.write(metrics, cfg)
 

@@ -6,6 +6,7 @@ ONNX      python launch/export.py runs/stamps exported/stamps --onnx    also aud
 """
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -27,11 +28,16 @@ def main() -> None:
     with quick_imports():
         from clip4vla.config_io import read_tree
         from clip4vla.export import model_card, model_folder
+        from clip4vla.io.atomic import removed_if_empty
         from clip4vla.models.model import Model
 
     model_folder.must_be_new(args.out)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent) as temporary:  # as large as a checkpoint, if that is remote
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(removed_if_empty(args.out.parent))
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = stack.enter_context(
+            tempfile.TemporaryDirectory(dir=args.out.parent)
+        )  # room for a remote checkpoint
         folder = find(args.source, args.step, Path(temporary))
         model, step = Model.from_checkpoint(folder), read_tree(folder / "config.json").get("step")
         if not isinstance(step, int | None):

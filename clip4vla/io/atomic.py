@@ -15,7 +15,7 @@ from clip4vla.errors import UserError
 
 
 def lock(stream: IO, shared: bool = False, wait: bool = False) -> bool:
-    """Lock a file until it is closed or the process is gone; returns False if another process has locked it.
+    """Lock a file until it is closed or the process is gone; returns False if another process has locked it, or has removed it.
 
     File systems without locks (Lustre without flock, NFS without lockd) give True, with a warning.
     """
@@ -25,7 +25,10 @@ def lock(stream: IO, shared: bool = False, wait: bool = False) -> bool:
         return False
     except OSError as error:
         _no_locks(error.strerror)
-    return True
+    try:
+        return os.stat(stream.name).st_ino == os.fstat(stream.fileno()).st_ino
+    except FileNotFoundError:
+        return False
 
 
 @functools.cache
@@ -36,16 +39,37 @@ def _no_locks(reason: str) -> None:
 
 def open_exclusive(path: str) -> BinaryIO:
     """Open a file, emptied, and lock it until it is closed; UserError if another process has it."""
-    stream = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
-    try:
-        free = lock(stream) and os.stat(path).st_ino == os.fstat(stream.fileno()).st_ino
-    except FileNotFoundError:
-        free = False
-    if not free:  # or another process has just finished it
+    stream = open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT, 0o644))
+    if not lock(stream):  # or another process has just finished it
         stream.close()
         raise UserError(f"{path}: another run is writing it; wait for it, or choose another folder")
     stream.truncate()
     return stream
+
+
+@contextlib.contextmanager
+def removed_if_empty(folder: Path, *locks: str) -> Iterator[None]:
+    """Where the block fails, remove a folder that it made and left nothing in but `locks`, with the parents that it made."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _remove_empty(missing, [folder / name for name in locks])
+        raise
+
+
+def _remove_empty(folders: list[Path], locks: list[Path]) -> None:
+    """Remove folders, the innermost first, unless that holds more than these files or another process has locked one."""
+    if not folders or not set(folders[0].iterdir()) <= {*locks}:
+        return
+    with contextlib.ExitStack() as held:
+        there = [path for path in locks if path.exists()]
+        if all(lock(held.enter_context(path.open("a", encoding="utf-8"))) for path in there):
+            for path in there:
+                path.unlink()
+            for path in folders:
+                path.rmdir()
 
 
 def line(tree: Any) -> str:
@@ -103,8 +127,11 @@ def fsync(path: Path) -> None:
 
 def atomic_folder(place: Path, fill: Callable[[Path], object]) -> None:
     """Make a file or folder that is complete or absent: fill(aside), sync, rename; into a filled folder, file by file."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f"{place.name}.partial-") as temporary:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(removed_if_empty(place.parent))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f"{place.name}.partial-"
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=place.parent, prefix=prefix))
         aside = Path(temporary, place.name)
         fill(aside)
         for file in (*aside.glob("*"), aside):

@@ -16,7 +16,7 @@ from clip4vla.config import RunConfig
 from clip4vla.config_io import load
 from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
-from clip4vla.io.atomic import write_text
+from clip4vla.io.atomic import removed_if_empty, write_text
 from clip4vla.training import pipeline
 
 METRICS = {"R@1": "R@1", "R@5": "R@5", "R@10": "R@10", "MedR": "MdR"}
@@ -84,6 +84,11 @@ def run(plan: Plan, seeds: Sequence[int], ds_config: str | None) -> str:
     """Run what is not there yet, seed by seed; return the table, which is OUT/table5.md; all values: OUT/table5.csv."""
     collectives.setup(plan.stage("pretrain", []).train.hang_timeout_minutes)
     _must_differ(plan)
+    with removed_if_empty(plan.out, pipeline.SETTINGS):
+        return _run(plan, seeds, ds_config)
+
+
+def _run(plan: Plan, seeds: Sequence[int], ds_config: str | None) -> str:
     pipeline.check_same_settings(plan.out, {name: plan.stage(name, []) for name in ("pretrain", "finetune")})
     results: dict[str, dict[int, dict]] = {row.name: {} for row in ROWS}
     for seed in seeds:

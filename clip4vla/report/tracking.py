@@ -125,22 +125,27 @@ def _print(line: str) -> None:
 def own(cfg: RunConfig) -> Iterator[None]:
     """Hold, on rank 0, a lock on the run folder, which it makes: another run, or one that dies, has a minute to end.
 
-    Raises UserError if it cannot be had. It is free, too, when the process is gone.
+    Raises UserError if it cannot be had. It is free, too, when the process is gone. A run that fails before it wrote
+    anything leaves no folder.
     """
-    with contextlib.nullcontext() if collectives.rank() else _locked(cfg):
+    with contextlib.ExitStack() as stack:
+        if collectives.rank() == 0:
+            stack.enter_context(atomic.removed_if_empty(Path(cfg.run_dir), ".lock"))
+            stack.enter_context(_locked(cfg))
         yield
 
 
 def _locked(cfg: RunConfig) -> TextIO:
     end = time.monotonic() + min(WAIT, 30 * cfg.train.hang_timeout_minutes)
-    try:
-        Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-        lock = Path(cfg.run_dir, ".lock").open("a", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"run_dir {cfg.run_dir}: cannot be written ({error.strerror})") from None
     while time.monotonic() < end:
+        try:
+            Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+            lock = Path(cfg.run_dir, ".lock").open("a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"run_dir {cfg.run_dir}: cannot be written ({error.strerror})") from None
         if atomic.lock(lock):
             return lock
+        lock.close()
         time.sleep(0.5)
     raise UserError(f"run_dir {cfg.run_dir}: another run is writing there; wait for it, or choose another run_dir")
 

@@ -23,6 +23,7 @@ from clip4vla.errors import UserError
 from clip4vla.io import atomic
 from clip4vla.io.atomic import write_text
 from clip4vla.media.worker_pool import IsolatedIterator
+from clip4vla.models.audio_encoder import type_token_weights
 from clip4vla.search import faiss_index
 from clip4vla.search.faiss_index import IndexType
 from clip4vla.search.index import Index, index_sha256, must_be_of
@@ -80,6 +81,8 @@ def build(
     seconds after which a file that gives no further clip is given up, as one that crashes its decoder is.
     """
     faiss_index.faiss()  # better known now than after hours
+    for audio_type in {*types} - {"data"}:
+        type_token_weights(audio_type, key="--audio-types")
     roots = [find(where, model) for where in places]
     for where, (root, sources) in zip(places, roots, strict=True):
         if not sources:

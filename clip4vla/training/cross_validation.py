@@ -11,7 +11,7 @@ from clip4vla.config_io import read_tree, to_dict
 from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.evaluation import classification
-from clip4vla.io.atomic import write_text
+from clip4vla.io.atomic import removed_if_empty, write_text
 from clip4vla.report.evaluations import TEST
 from clip4vla.training import pipeline
 
@@ -43,8 +43,9 @@ def fit_and_test(cfg: RunConfig, ds_config: str | None) -> None:
     if len(some) == 1:
         pipeline.fit(cfg, ds_config)
         return pipeline.test(cfg)
-    pipeline.check_same_settings(cfg.run_dir, {"run": cfg})
-    results = [pipeline.fit_and_test(one, ds_config)["label"] for one in some]
+    with removed_if_empty(Path(cfg.run_dir), pipeline.SETTINGS):
+        pipeline.check_same_settings(cfg.run_dir, {"run": cfg})
+        results = [pipeline.fit_and_test(one, ds_config)["label"] for one in some]
     if collectives.rank() == 0:
         folder = Path(cfg.run_dir, "eval", cfg.eval.name or TEST)
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,11 +20,13 @@ from clip4vla.distributed.rank_0 import run_on_rank_0
 from clip4vla.errors import UserError
 from clip4vla.evaluation import classification, manifest
 from clip4vla.evaluation.runner import check_evaluation, evaluate, write_report
-from clip4vla.io.atomic import write_text
+from clip4vla.io.atomic import removed_if_empty, write_text
 from clip4vla.report import evaluations
 from clip4vla.report.tracking import watching
 from clip4vla.training import train
 from clip4vla.training.run_setup import load_eval_model
+
+SETTINGS = "settings.yaml"  # of a folder of several runs
 
 
 def fit(cfg: RunConfig, ds_config: str | None) -> bool:
@@ -46,8 +48,9 @@ def test(cfg: RunConfig) -> None:
     name, failed = run_on_rank_0(lambda _: manifest.choose_name(cfg))
     if failed:
         raise UserError(failed)
-    model, origin = load_eval_model(cfg)
-    result = evaluate(model.to(device), cfg, name, origin, print)
+    with removed_if_empty(Path(cfg.run_dir)):
+        model, origin = load_eval_model(cfg)
+        result = evaluate(model.to(device), cfg, name, origin, print)
     if result:
         with watching("report.html", OSError):
             print(f"report: {write_report(cfg, name, origin, *result)}")
@@ -70,7 +73,7 @@ def check_same_settings(folder: str | Path, configs: dict[str, RunConfig]) -> No
     """
     ours = flatten({name: to_dict(cfg) for name, cfg in configs.items()})
     defaults = flatten({name: to_dict(type(cfg)()) for name, cfg in configs.items()})
-    file = Path(folder, "settings.yaml")
+    file = Path(folder, SETTINGS)
     theirs = collectives.all_gather_objects(read_tree(file, parse_yaml) if file.is_file() else None)[0]
     if theirs is None and collectives.rank() == 0:
         file.parent.mkdir(parents=True, exist_ok=True)

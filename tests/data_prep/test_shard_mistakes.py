@@ -73,8 +73,9 @@ def test_broken_media_are_quarantined_then_too_many_stop_the_run(run, tmp_path):
 )
 def test_user_mistakes_end_with_one_line(run, tmp_path, words, message):
     words = [word.replace("README.md", str(SAMPLE / "README.md")) for word in words]
-    code, error = run(tmp_path / "out", *words)
+    code, error = run(tmp_path / "new/out", *words)
     assert code == 2 and message in error and len(error.splitlines()) == 1, error
+    assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_ends_with_one_line(run, tmp_path):
