@@ -73,6 +73,9 @@ def run(plan: Plan, only: list[str], data: list[str], out: Path) -> None:
         if missing := [url for url in _folders(row) if not Path(url, "index.json").is_file()]:
             print(f"{row.name}: left out: no shards {missing[0]}", flush=True)
             continue
+        if row.start and not (out / row.start).is_dir():
+            print(f"{row.name}: left out: it goes on from {row.start}, which has not run", flush=True)
+            continue
         if row.baseline and not (out / row.name / "baseline.json").is_file():
             _call("launch/baseline.py", row.config, f"run_dir={out / row.name}")
         for seed in row.seeds:

@@ -42,6 +42,7 @@ def plan_file(tmp_path, tiny, shards):
     gone = row | {"name": "gone", "words": [*words, "data.val=nowhere"]}
     more = row | {"name": "more", "start": "spoken", "words": [*words, "train.max_steps=3"], "seeds": [1]}
     tree = {"sets": {"none": {"config": "configs/data/grid.yaml", "folders": ["no_such"]}}, "rows": [row, gone, more]}
+    tree["rows"].append(row | {"name": "orphan", "start": "gone"})
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path / "plan.yaml"
 
@@ -52,7 +53,7 @@ def test_rows_run_once_and_the_page_has_their_figures(tmp_path, tiny, sample_sha
         results.run(plan, [], [str(tmp_path)], tmp_path / "runs")
     said = capsys.readouterr().out
     assert "none: not below" in said and "configs/data/grid.yaml says where" in said
-    assert "gone: left out: no shards nowhere" in said
+    assert "gone: left out: no shards nowhere" in said and "orphan: left out: it goes on from gone" in said
     assert [script for script, _ in forked] == ["launch/pretrain.py", "launch/evaluate.py"] * 3
     assert f"init_from=[{tmp_path}/runs/spoken/seed-1]" in forked[4][1]
     results.write_page(plan, tmp_path / "runs", tmp_path / "page.md")
