@@ -55,8 +55,8 @@ class CLIP4VLA(Model, ModelHubMixin):
 
         In a folder's path ~ and $VARIABLES are expanded. What follows dtype is huggingface_hub's, for a hub id.
         """
+        name, cache_dir = _expanded(name), None if cache_dir is None else _expanded(cache_dir)
         words = {"cache_dir": cache_dir, "local_files_only": local_files_only, "force_download": force_download}
-        name = _folder(name)
         folder = resolve_model_dir(name) or _downloaded(name, revision=revision, token=token, **words)
         model = cls.from_checkpoint(folder)
         try:
@@ -73,7 +73,7 @@ class CLIP4VLA(Model, ModelHubMixin):
         A model card that is there already is kept. push_to_hub(id), and push_to_hub=True, send the same to the hub.
         """
         own = next((name for name, dtype in model_folder.DTYPES.items() if dtype == self.logit_scale.dtype), "fp32")
-        folder = Path(_folder(save_directory))
+        folder = Path(_expanded(save_directory))
         try:
             model_folder.save_model_folder(self, folder, dtype=own, replace=True)
         except OSError as error:
@@ -256,11 +256,11 @@ def _downloaded(name: File, **words: Any) -> Path:
         raise UserError(f"{name}: no such folder, and the hub does not give a model of that name ({why})") from None
 
 
-def _folder(name: File) -> str:
-    """Expand a folder's path; UserError for what is none."""
+def _expanded(name: File) -> str:
+    """Expand a folder's path, or return a hub id; UserError for what is neither."""
     text = os.fspath(name) if isinstance(name, File) else None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise UserError(f"a model is named by a folder or a hub id, not by {name!r}")
+        raise UserError(f"a folder or a hub id is a text or a path, not {name!r}")
     return expand_path(text)
 
 

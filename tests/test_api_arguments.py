@@ -90,6 +90,7 @@ def calls(model, folder):
         ("caption, seed", lambda x: captioner.caption(STILLS[0], seed=x), ["1", -1, 1.5, None]),
         ("caption, decode", lambda x: captioner.caption(STILLS[0], method=x), [3, None, THING]),
         ("from_pretrained", CLIP4VLA.from_pretrained, [*NO_NAMES, "x" * 300, "$GONE/x"]),
+        ("from_pretrained, cache_dir", lambda x: CLIP4VLA.from_pretrained("no/such", cache_dir=x), [3, "", "$GONE/x"]),
         ("from_pretrained, device", lambda x: CLIP4VLA.from_pretrained(folder, device=x), ["foo", THING, "cuda:77"]),
         ("from_pretrained, dtype", lambda x: CLIP4VLA.from_pretrained(folder, dtype=x), ["fp16", THING, torch.int8]),
         ("save_pretrained", model.save_pretrained, [*NO_NAMES, "/proc/x", "$GONE/x"]),
