@@ -65,6 +65,9 @@ def read_plan(path: Path, seeds: list[int]) -> Plan:
 
 def run(plan: Plan, only: list[str], data: list[str], out: Path) -> None:
     """Make the shards, and train and evaluate what is not done yet; data: folders that hold the sets' own folders."""
+    if unknown := set(only) - {row.name for row in plan.rows}:
+        names = ", ".join(row.name for row in plan.rows)
+        raise UserError(f"--only {sorted(unknown)[0]}: no such row; there are {names}")
     for name, each in plan.sets.items():
         _shards(name, each, data)
     for row in plan.rows:

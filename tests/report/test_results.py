@@ -81,3 +81,5 @@ def test_a_file_that_is_no_plan_is_one_line(tmp_path):
     (tmp_path / "plan.yaml").write_text("rows: [{name: a, colour: red}]\nsets: {}\n")
     with pytest.raises(UserError, match=r"plan.yaml: not a plan of results: .*colour"):
         results.read_plan(tmp_path / "plan.yaml", [])
+    with pytest.raises(UserError, match=r"--only grids: no such row; there are grid, "):
+        results.run(results.read_plan(ROOT / "configs/results.yaml", []), ["grids"], [], tmp_path)
