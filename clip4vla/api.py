@@ -3,12 +3,10 @@
 Needs neither DeepSpeed nor DALI, wandb or webdataset. Notation: N clips or texts, K classes, D width of the common space.
 """
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -357,10 +355,6 @@ def _windows(sound: Sound, rate: int | None, whole: bool, spec: SpectrogramConfi
         rate = rate.item()
     with _naming(sound if isinstance(sound, File) else "a waveform"):
         if isinstance(sound, Wave):
-            if isinstance(sound, np.ndarray) and sound.dtype.kind not in "biufc":
-                raise ValueError(f"samples are numbers, not {sound.dtype}")
-            if not (rate is None or isinstance(rate, Real) and math.isfinite(rate)):
-                raise ValueError(f"its rate is a number of Hz, not {rate!r}")
             yield from preprocessing.windows_of(sound, rate, spec, whole)
         elif not isinstance(sound, File):
             raise ValueError(f"neither a file nor samples, but {type(sound).__name__}")
