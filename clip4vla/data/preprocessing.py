@@ -111,7 +111,7 @@ def _checked(samples: np.ndarray | Tensor, rate: int | None) -> tuple[Tensor, in
     shaped = wave.ndim == 2 and 0 < wave.shape[0] <= wave.shape[1]
     peak = float(wave.abs().max()) if shaped else math.nan
     if not peak <= LOUDEST or not isinstance(rate, Real) or not float(rate).is_integer() or rate < 1:
-        given = f"{tuple(samples.shape)}, {samples.dtype} up to {peak:.4g}, {rate} Hz"
+        given = f"{tuple(samples.shape)}, {samples.dtype} up to {peak:.4g}, {rate!r} Hz"
         raise ValueError(
             f"samples are (T,) or (channels, T), floats in -1..1, with their rate in whole Hz; these are {given}"
         )

@@ -40,9 +40,8 @@ def _train(cfg: RunConfig, ds_config: str | None, stop: "_Signals") -> None:
     for line in preflight.describe(cfg, setup, loader, step):
         tracker.say(line)
     held_out = BackgroundValidator(cfg, tracker.say)
-    if (
-        cfg.eval.every_steps and step and step % cfg.eval.every_steps == 0 and held_out.lacks(step)
-    ):  # killed in its evaluation
+    due = cfg.eval.every_steps and step and step % cfg.eval.every_steps == 0
+    if due and held_out.lacks(step):  # killed in its evaluation
         with engine.gathered_parameters(run):
             held_out.start(run.module, step)
     meter = Meter(cfg, setup)

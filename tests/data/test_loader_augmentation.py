@@ -60,3 +60,19 @@ def test_sounds_are_mixed_with_those_of_the_next_batch_the_same_on_any_rank(samp
         for number in range(6):
             theirs = one.segments[one.segment_clip == rank + 2 * number]
             assert torch.equal(mine.segments[mine.segment_clip == number], theirs)
+
+
+def test_a_sound_that_cannot_be_decoded_is_mixed_with_none_and_listed_once(sample_shards, tmp_path):
+    ours = loader(sample_shards, needs=("fbank",))
+    ours.damage_log = tmp_path / "corrupt.jsonl"
+    sizes = [[s.samples for s in f.shards] for f in ours.folders]
+    ours.order, ours.augment = TrainSampler(sizes, [1, 1], 12, 0, 2), AugmentConfig(mix=1.0)
+    read = ours._read(0, 0)
+    both = [i for i, pair in enumerate(zip(read.samples, read.others, strict=True)) if all(s.members for s in pair)]
+    bad = next(i for i in both if "fbank" in read.samples[i].members and "fbank" in read.others[i].members)
+    name = read.others[bad].clip["id"]
+    read.others[bad].members["fbank"] = b"\xff\xd8" + bytes(500)
+    batch = ours._complete(read)
+    assert batch.share[bad] == 1 and (batch.share < 1).any() and batch.has_audio[bad] and all(batch.ids)
+    (line,) = ours.damage_log.read_text().splitlines()
+    assert ours.corrupt == 1 and "fbank cannot be decoded" in line and name not in batch.ids

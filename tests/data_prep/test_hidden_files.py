@@ -1,11 +1,10 @@
 """data_prep/manifest.py and what else of data_prep walks folders: people's files, without what systems leave beside them."""
 
-import os
 import shutil
 from pathlib import Path
 
 from forks import ROOT
-from litter import FOLDERS, litter
+from litter import FOLDERS, litter, unreadable
 
 from data_prep import build_shards
 from data_prep.checks.folders import find
@@ -27,14 +26,7 @@ def test_a_folder_that_cannot_be_read_is_named_unless_it_is_hidden(tmp_path, mon
     for name in ("lost+found", "locked", "open"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"{name}.wav").touch()
-    scan = os.scandir
-
-    def scandir(path):
-        if str(path).endswith(("lost+found", "locked")):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr("os.scandir", scandir)
+    unreadable(monkeypatch, "lost+found", "locked")
     assert MediaFolder(tmp_path).paths == ["open/open.wav"]
     assert capsys.readouterr().err == f"left out, cannot be read: {tmp_path}/locked (Permission denied)\n"
 

@@ -1,5 +1,6 @@
 """What file systems, NAS boxes, macOS and Windows leave among people's files, under the names of real ones."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -27,3 +28,15 @@ def litter(root: Path, *files: Path) -> None:
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copy(file, copy)
         (place / "Thumbs.db").touch()
+
+
+def unreadable(monkeypatch, *names: str) -> None:
+    """Folders of these names cannot be listed, not even by root."""
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith(names):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", scandir)

@@ -25,8 +25,9 @@ def test_a_folder_with_something_or_that_was_there_stays(tmp_path):
         with pytest.raises(ValueError), removed_if_empty(tmp_path / name, ".lock"):
             (tmp_path / name).mkdir(parents=True, exist_ok=True)
             (tmp_path / name / file).touch()
+            (tmp_path / name / ".lock").touch()
             raise ValueError
-        assert (tmp_path / name / file).is_file()
+        assert (tmp_path / name / file).is_file() and (tmp_path / name / ".lock").is_file()
     with pytest.raises(ValueError), removed_if_empty(tmp_path / "never"):
         raise ValueError
     with removed_if_empty(tmp_path / "well"):

@@ -1,11 +1,10 @@
 """search/sources.py: which files of a folder are indexed."""
 
-import os
 import shutil
 
 import pytest
 from forks import ROOT
-from litter import litter
+from litter import litter, unreadable
 
 from clip4vla.errors import UserError
 from clip4vla.search import sources
@@ -31,14 +30,7 @@ def test_what_is_hidden_is_not_indexed_unless_it_is_named(tmp_path, sample_shard
 def test_a_folder_that_cannot_be_read_stops_it_unless_it_is_hidden(tmp_path, monkeypatch):
     """As an ext4 disk's lost+found does for everybody but root."""
     shutil.copy(PICTURE, tmp_path / "a.png")
-    scan = os.scandir
-
-    def scandir(path):
-        if str(path).endswith(("lost+found", "locked")):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr("os.scandir", scandir)
+    unreadable(monkeypatch, "lost+found", "locked")
     (tmp_path / "lost+found").mkdir()
     assert [source.name for source in sources.find(str(tmp_path), None)[1]] == ["a.png"]
     (tmp_path / "locked").mkdir()
