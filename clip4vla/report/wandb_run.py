@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -94,3 +95,4 @@ def _teardown() -> None:
         import wandb
 
         wandb.teardown()
+    time.sleep(1)  # a folder is named by its second: what starts in the same one would take this one's place
