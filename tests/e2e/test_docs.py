@@ -152,7 +152,13 @@ def check_flags(command: Command, words: list[str]) -> None:
 def check_settings(command: Command, words: list[str]) -> None:
     """The config file exists and loads with the KEY=VALUE words, names and types checked."""
     script, *rest = words
-    if script in ("launch/bench.py", "launch/export.py", "launch/report.py", "data_prep/check.py"):
+    if script in (
+        "launch/bench.py",
+        "launch/export.py",
+        "launch/report.py",
+        "launch/gpu_check.py",
+        "data_prep/check.py",
+    ):
         return
     kinds = {
         "data_prep/shard.py": DataConfig,

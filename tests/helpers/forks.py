@@ -1,6 +1,7 @@
 """Scripts as forks of one process that has already imported what they import: the same programs, seconds earlier."""
 
 import contextlib
+import ctypes
 import functools
 import multiprocessing
 import multiprocessing.forkserver
@@ -29,8 +30,9 @@ def start_server() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HELPERS), before.get("PYTHONPATH")]))
     os.environ |= {
         "MALLOC_MMAP_THRESHOLD_": str(64 << 20),
-        "MALLOC_TRIM_THRESHOLD_": str(512 << 20),
-    }  # as in launch/demo.sh
+        "MALLOC_TRIM_THRESHOLD_": str(512 << 20),  # as in launch/demo.sh
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # to ask for GPUs does not start CUDA, which no fork can use
+    }
     multiprocessing.forkserver.ensure_running()
     os.environ.clear()
     os.environ.update(before)
@@ -98,6 +100,8 @@ def _script(words: list[str], env: dict[str, str], files: list[str], cwd: Path) 
     os.chdir(cwd)
     for file, stream in zip(files, (1, 2), strict=True):
         os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_APPEND), stream)
+    if _cuda_has_started():
+        os.execv(sys.executable, [sys.executable, *words])
     script = str(cwd / words[0])
     sys.argv = [words[0], *words[1:]]
     sys.path[:] = [str(Path(script).parent), *(p for p in sys.path if p != str(HELPERS))]
@@ -107,3 +111,11 @@ def _script(words: list[str], env: dict[str, str], files: list[str], cwd: Path) 
     sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1) for n in (1, 2))
     with contextlib.redirect_stdout(sys.stdout):
         runpy.run_path(script, run_name="__main__")
+
+
+def _cuda_has_started() -> bool:
+    """Whether an import in the process that this is a fork of has started CUDA, which then fails in the fork."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == 0
+    except OSError:  # no driver
+        return False
