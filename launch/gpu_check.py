@@ -1,6 +1,6 @@
 """Check and measure what only a GPU can show, in nine minutes: the most valuable first, what there is no time for is skipped.
 
-    python launch/gpu_check.py                       # on one GPU: docs/gpu.json, written anew each time a check ends
+    python launch/gpu_check.py                       # on one GPU: docs/gpu.json, written again each time a check ends
     python launch/gpu_check.py --only step loss      # some of the checks
     python launch/gpu_check.py --wheels wheels --have have.txt     # before, with a network: packages for a machine without one
 
