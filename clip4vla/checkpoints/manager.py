@@ -263,10 +263,10 @@ class CheckpointManager:
             if parameter.requires_grad:
                 master = safe_get_full_fp32_param(parameter)  # a collective: every rank takes part
                 with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                    full = masters.get(parameter, parameter) if master is None else master
-                    full = full.detach().float().cpu()
-                if collectives.rank() == 0:
-                    weights[name] = full.reshape(getattr(parameter, "ds_shape", parameter.shape)).clone()
+                    if collectives.rank() == 0:
+                        full = masters.get(parameter, parameter) if master is None else master
+                        full = full.detach().float().cpu()
+                        weights[name] = full.reshape(getattr(parameter, "ds_shape", parameter.shape)).clone()
         return weights
 
 

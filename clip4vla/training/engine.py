@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from clip4vla.config import RunConfig, TrainConfig
@@ -88,7 +89,7 @@ def _set_defaults(ds: dict[str, Any], where: str, train: TrainConfig, precision:
     from deepspeed.accelerator import get_accelerator
 
     world, micros = collectives.world_size(), train.gradient_accumulation_steps
-    defaults = {
+    defaults: dict[str, Any] = {
         "steps_per_print": 10**12,  # clip4vla logs
         "timers.throughput.enabled": False,  # waits for the device in each pass and step
         "bf16.check_grad_overflow": False,  # so does this; Meter.rows stops the run before such a state is saved
@@ -139,10 +140,13 @@ def start(model: Model, ds: dict[str, Any], train: TrainConfig) -> Any:
     """Make the DeepSpeed engine around the model, which recomputes activations and is compiled where `train` says so."""
     with quick_imports():
         import deepspeed
+        from deepspeed.utils import groups
 
     # set as a whole: reading it runs a compiler for each op. This one would be compiled for a minute, for inference only
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     _import_muon(ds)
+    if groups._WORLD_GROUP is None:  # else DeepSpeed makes it with torch's time-out: 10 minutes with NCCL
+        groups._WORLD_GROUP = dist.new_group(timeout=collectives.timeout(train.hang_timeout_minutes))
     deepspeed.utils.logging.logger.setLevel("WARNING")
     # fp32 products of the losses: features that were rounded to bf16 or fp16 have no more bits than TF32 keeps
     torch.backends.cuda.matmul.allow_tf32 = ds["bf16"]["enabled"] or ds["fp16"]["enabled"]
