@@ -308,7 +308,7 @@ class EvalConfig:
     bootstrap: int = option(1000, "resamples, of groups of queries, for 95% intervals; 0: none", low=0)
     every_steps: int = option(0, "steps between evaluations on data.val; 0: never", low=0)
     max_val_clips: int = option(0, "clips of each folder of data.val, its first ones; 0: all", low=0)
-    batch_size: int = option(128, "clips in a batch, over all ranks", low=1)
+    batch_size: int = option(128, "clips that a rank embeds at once, at most", low=1)
     captions: Literal["first", "all"] = option("all", "captions of an item used, as queries or as references")
     audio_types: list[str] = option(
         ["both"], "type tokens, the first is the main one: vb, nb, both, none, data (the clip's own), or 0..1"

@@ -74,6 +74,7 @@ class EmbeddingTask:
 def run(cfg: RunConfig) -> None:
     """Embed what is not embedded yet of the folders of data.train and data.val; rank 0 prints counts of each folder."""
     device = collectives.setup()
+    torch.backends.cuda.matmul.allow_tf32 = True  # its 11 bits are those of float16, in which vectors are kept
     folders = open_folders(cfg.data.train | cfg.data.val, "data.train")
     for folder in folders:
         if not isinstance(folder.fs, LocalFileSystem):

@@ -1,5 +1,6 @@
 """Write a run's checkpoints, each complete or absent, decide when to, and continue a run from one."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -154,7 +155,8 @@ class CheckpointManager:
             if elastic:
                 universal.load(self.engine, checkpoint)
             else:
-                self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
+                with contextlib.redirect_stdout(None):  # DeepSpeed's BF16_Optimizer prints a line
+                    self.engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
         except Exception as error:  # torch, pickle and DeepSpeed raise many kinds for corrupt files
             raise corrupt_error(checkpoint, one_line(error)) from None
         for group, mine in zip(self.engine.optimizer.param_groups, rates, strict=True):
@@ -261,10 +263,10 @@ class CheckpointManager:
             if parameter.requires_grad:
                 master = safe_get_full_fp32_param(parameter)  # a collective: every rank takes part
                 with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                    full = masters.get(parameter, parameter) if master is None else master
-                    full = full.detach().float().cpu()
-                if collectives.rank() == 0:
-                    weights[name] = full.reshape(getattr(parameter, "ds_shape", parameter.shape)).clone()
+                    if collectives.rank() == 0:
+                        full = masters.get(parameter, parameter) if master is None else master
+                        full = full.detach().float().cpu()
+                        weights[name] = full.reshape(getattr(parameter, "ds_shape", parameter.shape)).clone()
         return weights
 
 

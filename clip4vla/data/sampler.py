@@ -95,6 +95,13 @@ class EvalSampler:
         self.batch_size = batch_size
         self.places: Sequence[SampleIndex] = _Places(sizes, most)
 
+    @classmethod
+    def for_ranks(cls, sizes: list[list[int]], clips: int, ranks: int, most: int = 0) -> "EvalSampler":
+        """Order every sample once, in as few batches as `clips` of a rank at a time allow, all about as large."""
+        order = cls(sizes, clips * ranks, most)
+        order.batch_size = ranks * -(-len(order.places) // (len(order) * ranks))
+        return order
+
     def __len__(self) -> int:
         return -(-len(self.places) // self.batch_size)
 

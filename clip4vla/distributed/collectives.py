@@ -10,12 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clip4vla.distributed import network
 from clip4vla.distributed.watchdog import watch
 from clip4vla.errors import UserError
 
 LATE = 30  # s that torch may take longer than its time-out
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-SIZES = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")  # ranks on this machine, of the deepspeed launcher and of torchrun
+SIZES = (
+    "LOCAL_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+)  # ranks on this machine: deepspeed, torchrun, mpirun
 LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),  # srun; the batch script itself has no step
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -69,7 +74,9 @@ def _take_names() -> None:
 
 
 def _device(local: int) -> torch.device:
-    """Take the GPU with the rank's number on this machine, or the only one visible; without a GPU its share of cores."""
+    """Take the GPU with the rank's number on this machine, or the only one visible, and this rank's share of the cores."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _ranks_here()))
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         if local >= count > 1:
@@ -79,18 +86,25 @@ def _device(local: int) -> torch.device:
         os.environ["LOCAL_RANK"] = str(local % count)  # DeepSpeed takes its device from it
         torch.cuda.set_device(local % count)
         return torch.device("cuda", local % count)
-    ranks = int(next(filter(None, map(os.environ.get, SIZES)), os.environ["WORLD_SIZE"]))
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     torch.backends.cuda.enable_flash_sdp(False)  # at 50 tokens the CPU's flash attention is slower than plain products
     return torch.device("cpu")
+
+
+def _ranks_here() -> int:
+    """Count the ranks on this machine; all of them if the launcher does not say."""
+    return int(next(filter(None, map(os.environ.get, SIZES)), os.environ["WORLD_SIZE"]))
+
+
+def _several_hosts() -> bool:
+    return os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1" or _ranks_here() < int(os.environ["WORLD_SIZE"])
 
 
 def _join(backend: str, minutes: float) -> None:
     if os.environ["WORLD_SIZE"] == "1":  # no port to agree on, so that any number of single runs fit on a machine
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
-    patience = datetime.timedelta(minutes=minutes + 1)  # a little more than the watchdog's, which has more to say
+    network.prepare_gloo(os.environ["MASTER_ADDR"], int(os.environ["WORLD_SIZE"]), _several_hosts())
+    patience = timeout(minutes)
     failed = f"the ranks did not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     why = f"error: {failed}: rank 0 is there, and does not answer (stopped?)"
     late = threading.Timer(patience.total_seconds() + LATE, watch.abort, (why, 2))  # torch's store never gives up then
@@ -102,6 +116,11 @@ def _join(backend: str, minutes: float) -> None:
         raise UserError(f"{failed}: {str(error).splitlines()[0]}") from None
     finally:
         late.cancel()
+
+
+def timeout(minutes: float) -> datetime.timedelta:
+    """Return the time-out of a process group: a little more than the watchdog's minutes, which has more to say."""
+    return datetime.timedelta(minutes=minutes + 1)
 
 
 def rank() -> int:

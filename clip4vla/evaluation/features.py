@@ -97,7 +97,8 @@ def _of_folder(model: Model, loader: Loader, folder: ShardFolder, cfg: RunConfig
 
 
 def _computed(model: Model, loader: Loader, folder: ShardFolder, cfg: RunConfig) -> Features:
-    order = EvalSampler([[shard.samples for shard in folder.shards]], cfg.eval.batch_size)
+    sizes = [[shard.samples for shard in folder.shards]]
+    order = EvalSampler.for_ranks(sizes, cfg.eval.batch_size, collectives.world_size())
     some = loader.for_folders([folder], order, [MEDIA[kind] for kind in cfg.model.modalities])
     mine: dict[str, dict] = {"clips": {}, **{kind: {} for kind in cfg.model.modalities}}
     for k, batch in enumerate(some.batches(0, len(order))):

@@ -138,8 +138,6 @@ def check_evaluation(cfg: RunConfig) -> None:
     for audio_type in zero_shot.types(cfg):
         if audio_type != "data":
             type_token_weights(audio_type, key="eval.audio_types")
-    if cfg.eval.batch_size % collectives.world_size():
-        raise UserError(f"eval.batch_size={cfg.eval.batch_size} does not divide by {collectives.world_size()} ranks")
     media = cfg.model.modalities
     if (cfg.eval.task == "captioning") != (cfg.model.head == "captioner"):
         raise UserError(f"eval.task={cfg.eval.task}, model.head={cfg.model.head}: captioning and captioner go together")
@@ -177,7 +175,8 @@ def check_evaluation(cfg: RunConfig) -> None:
 
 def eval_loader(cfg: RunConfig, folders: list, device: torch.device, most: int = 0) -> Loader:
     """Build a loader of every clip of the folders once, in order; the first `most` of each folder, unless that is 0."""
-    order = EvalSampler([[shard.samples for shard in folder.shards] for folder in folders], cfg.eval.batch_size, most)
+    sizes = [[shard.samples for shard in folder.shards] for folder in folders]
+    order = EvalSampler.for_ranks(sizes, cfg.eval.batch_size, collectives.world_size(), most)
     Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)  # where damage is listed
     return Loader(
         folders, order, cfg.data, tokenize=tokenizer(cfg.model.clip, cfg.model.max_tokens), mask=cfg.mask, seed=cfg.seed,

@@ -57,7 +57,8 @@ def captions(model: Model, loader: Loader, cfg: RunConfig, looks: dict[int, Tens
 
 def _training(cfg: RunConfig) -> tuple[list, EvalSampler]:
     folders = open_folders(cfg.data.train, "data.train, where the nearest clips are looked for,", cfg.data)
-    return folders, EvalSampler([[shard.samples for shard in folder.shards] for folder in folders], cfg.eval.batch_size)
+    sizes = [[shard.samples for shard in folder.shards] for folder in folders]
+    return folders, EvalSampler.for_ranks(sizes, cfg.eval.batch_size, collectives.world_size())
 
 
 def _nearest(

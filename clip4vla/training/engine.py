@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from clip4vla.config import RunConfig, TrainConfig
@@ -18,11 +19,14 @@ from clip4vla.distributed import collectives
 from clip4vla.errors import UserError, one_line
 from clip4vla.models.model import Model
 from clip4vla.quick_imports import quick_imports
+from clip4vla.training.zero_optimizer import spare_launches_and_waits
 
 AUTO = "auto"
 SHIPPED = Path(__file__).parents[2] / "configs/deepspeed/ds.json"
 NO_DECAY = ("embedding", "token_embedding.weight", "logit_scale")
 PARTS = ("text", "vision", "audio", "head")
+BUCKET = 25_000_000  # gradients sent at once: DeepSpeed's 500 million would be all of ViT-B/32's, when the backward pass is over
+SUMMED, REDUCED = 16, 256  # micro-batches, and ranks, from which on gradients are added in fp32: bf16 has 8 bits
 GIB = 2**30
 
 
@@ -69,7 +73,7 @@ def merge_ds_config(ds: dict[str, Any], where: str, cfg: RunConfig) -> dict[str,
         decided[f"optimizer.params.{name}"] = (f"train.{name}", getattr(train, name))
     for key, (source, value) in decided.items():
         _decide(ds, key, value, where, source)
-    ds.setdefault("steps_per_print", 10**12)  # clip4vla logs
+    _set_defaults(ds, where, train, precision)
     if train.compile != "off" and ds.get("zero_optimization", {}).get("stage") == 3:
         raise UserError(
             f"{where}: zero_optimization.stage=3 contradicts train.compile={train.compile}: take stage 1 or 2"
@@ -78,6 +82,31 @@ def merge_ds_config(ds: dict[str, Any], where: str, cfg: RunConfig) -> dict[str,
     if left:
         raise UserError(f'{where}: {left[0]} cannot be "auto", the YAML does not decide it: give a value')
     return ds
+
+
+def _set_defaults(ds: dict[str, Any], where: str, train: TrainConfig, precision: str) -> None:
+    """Set what DeepSpeed's own defaults would make slow, where ds.json lacks it or has "auto"."""
+    from deepspeed.accelerator import get_accelerator
+
+    world, micros = collectives.world_size(), train.gradient_accumulation_steps
+    defaults: dict[str, Any] = {
+        "steps_per_print": 10**12,  # clip4vla logs
+        "timers.throughput.enabled": False,  # waits for the device in each pass and step
+        "bf16.check_grad_overflow": False,  # so does this; Meter.rows stops the run before such a state is saved
+    }
+    if "zero_optimization" in ds:
+        # alone, a rank has nothing to send, and no bucket to copy gradients into; gloo does not overlap
+        defaults["zero_optimization.overlap_comm"] = world > 1 and not get_accelerator().is_synchronized_device()
+        defaults["zero_optimization.contiguous_gradients"] = world > 1
+        defaults["zero_optimization.reduce_bucket_size"] = BUCKET
+        if precision != "fp32" and micros >= SUMMED:
+            defaults["data_types.grad_accum_dtype"] = "fp32"
+    if precision != "fp32" and (micros >= SUMMED or world >= REDUCED):
+        defaults["communication_data_type"] = "fp32"
+    for key, value in defaults.items():
+        parent, leaf = _parent(ds, key, where)
+        if parent.get(leaf, AUTO) == AUTO:
+            parent[leaf] = value
 
 
 def choose_precision(ds: dict[str, Any], where: str, train: TrainConfig) -> str:
@@ -111,21 +140,26 @@ def start(model: Model, ds: dict[str, Any], train: TrainConfig) -> Any:
     """Make the DeepSpeed engine around the model, which recomputes activations and is compiled where `train` says so."""
     with quick_imports():
         import deepspeed
+        from deepspeed.utils import groups
 
     # set as a whole: reading it runs a compiler for each op. This one would be compiled for a minute, for inference only
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     _import_muon(ds)
+    if groups._WORLD_GROUP is None:  # else DeepSpeed makes it with torch's time-out: 10 minutes with NCCL
+        groups._WORLD_GROUP = dist.new_group(timeout=collectives.timeout(train.hang_timeout_minutes))
     deepspeed.utils.logging.logger.setLevel("WARNING")
     # fp32 products of the losses: features that were rounded to bf16 or fp16 have no more bits than TF32 keeps
     torch.backends.cuda.matmul.allow_tf32 = ds["bf16"]["enabled"] or ds["fp16"]["enabled"]
     for tower in (model.text, model.vision, model.audio.trunk):
         tower.transformer.grad_checkpointing = train.activation_checkpointing
     try:
-        engine, *_ = deepspeed.initialize(
-            model=model, model_parameters=parameter_groups(model, train.lr_scale), config=ds
-        )
+        with contextlib.redirect_stdout(None):  # its BF16_Optimizer prints the memory at each of its steps
+            engine, *_ = deepspeed.initialize(
+                model=model, model_parameters=parameter_groups(model, train.lr_scale), config=ds
+            )
     except (deepspeed.DeepSpeedConfigError, AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"DeepSpeed refuses its settings: {type(error).__name__}: {one_line(error, 300)}") from None
+    spare_launches_and_waits(engine)
     if train.compile != "off":
         torch._dynamo.config.recompile_limit = 64  # sizes of padded batches, with and without gradient
         engine.compile(backend=train.compile, compile_kwargs={"dynamic": False})
@@ -187,16 +221,22 @@ def gathered_parameters(engine: Any) -> Iterator[None]:
 
 
 def _decide(ds: dict[str, Any], key: str, value: Any, where: str, source: str) -> None:
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        ds = ds.setdefault(parent, {})
-        if not isinstance(ds, dict):
-            raise UserError(f"{where}: {parent} must be a JSON object, not {ds!r}")
+    ds, leaf = _parent(ds, key, where)
     if ds.get(leaf, AUTO) != AUTO and ds[leaf] != value:
         raise UserError(
             f'{where}: {key}={ds[leaf]!r} contradicts {source}={value!r} of the YAML; set one of them to the other, or "auto"'
         )
     ds[leaf] = value
+
+
+def _parent(ds: dict[str, Any], key: str, where: str) -> tuple[dict[str, Any], str]:
+    """Find (the object that holds a dotted key, its last part); objects that are missing are made."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        ds = ds.setdefault(parent, {})
+        if not isinstance(ds, dict):
+            raise UserError(f"{where}: {parent} must be a JSON object, not {ds!r}")
+    return ds, leaf
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -192,12 +192,12 @@ def _picture(tower: VisionTransformer, channels: int, patches: Tensor, extra: in
     return 2 * first + 3 * rest if elements(tower, trained=True) else first + rest
 
 
-def bytes_sent(model: Model, cfg: RunConfig, stage: int, width: int, vectors: bool) -> int:
+def bytes_sent(model: Model, cfg: RunConfig, stage: int, width: int, sent_width: int, vectors: bool) -> int:
     """Count bytes that a rank passes into collectives in one step (all-gathers and reductions: their input); 0 on one rank.
 
-    The losses' are those of losses/objective.py. T trained parameters of `width` bytes give T w of gradients, under ZeRO-2
-    and 3 for each micro-batch; ZeRO-1 and 2 gather T w / W of new weights; ZeRO-3 gathers A w / W of the A parameters of
-    the towers that run: once a micro-batch as long as A fits into stage3_max_live_parameters and
+    The losses' are those of losses/objective.py. T trained parameters give T `sent_width` of gradients, under ZeRO-2 and 3
+    for each micro-batch. Weights have w = `width` bytes: ZeRO-1 and 2 gather T w / W of new ones; ZeRO-3 gathers A w / W of
+    the A parameters of the towers that run: once a micro-batch as long as A fits into stage3_max_live_parameters and
     stage3_max_reuse_distance; where all micro-batches are embedded first, twice, and what trains a third time (to 3%:
     DeepSpeed also fetches ahead in vain).
     The few bytes of norms, overflows and agreements are left out.
@@ -205,19 +205,18 @@ def bytes_sent(model: Model, cfg: RunConfig, stage: int, width: int, vectors: bo
     world, micros = collectives.world_size(), cfg.train.gradient_accumulation_steps
     if world == 1:
         return 0
-    gradients = elements(model, trained=True) * width
+    trained = elements(model, trained=True)
     batch, dim = cfg.train.batch_size, model.clip_config["embed_dim"]
     scored = bool(cfg.loss.tm) and isinstance(model.head, LocalToLocal)
-    total = objective.bytes_sent(cfg.loss, batch // world, batch, dim, scored) + gradients * (
-        micros if stage >= 2 else 1
-    )
+    total = objective.bytes_sent(cfg.loss, batch // world, batch, dim, scored)
+    total += trained * sent_width * (micros if stage >= 2 else 1)
     total += _sequence_bytes(model, cfg, batch, width) if scored else 0
     if stage < 3:
-        return total + (gradients // world if stage else 0)
+        return total + (trained * width // world if stage else 0)
     run = towers_run(cfg, vectors) + ["head"] * uses_head(cfg.loss)
     weights = sum(elements(getattr(model, name)) for name in run) * width
     twice = micros > 1 and cfg.train.negatives == "global" and bool(objective.required_features(cfg.loss))
-    return total + micros * (2 * weights + gradients if twice else weights) // world
+    return total + micros * (2 * weights + trained * width if twice else weights) // world
 
 
 def _sequence_bytes(model: Model, cfg: RunConfig, n: int, width: int) -> int:

@@ -77,7 +77,8 @@ class Meter:
     def __init__(self, cfg: RunConfig, setup: RunSetup):
         self.cfg, self.device = cfg, setup.device
         self.flop_counter = flops.FlopCounter(setup.model, cfg)
-        self.comm_bytes = flops.bytes_sent(setup.model, cfg, setup.stage, setup.width, bool(setup.vectors))
+        widths = setup.width, setup.sent_width
+        self.comm_bytes = flops.bytes_sent(setup.model, cfg, setup.stage, *widths, bool(setup.vectors))
         self.peak = flops.matrix_rate(setup.device) if setup.device.type == "cuda" else 0.0
         cores = torch.get_num_threads() * collectives.world_size()
         self.devices = ("gpus", collectives.world_size()) if setup.device.type == "cuda" else ("cores", cores)

@@ -60,6 +60,11 @@ class RunSetup(NamedTuple):
         """Return the bytes of a weight and of a gradient."""
         return 4 if self.precision == "fp32" else 2
 
+    @property
+    def sent_width(self) -> int:
+        """Return the bytes of a gradient while the ranks add it up."""
+        return 4 if self.ds.get("communication_data_type") == "fp32" else self.width
+
 
 def prepare(cfg: RunConfig, ds_config: str | None) -> RunSetup:
     """Join the other ranks, open the data, build the model; UserError for whatever would stop the run later."""

@@ -382,3 +382,12 @@ def _equal(ours: object, theirs: object) -> None:
         assert len(ours) == len(theirs)
         for a, b in zip(ours, theirs, strict=True):
             _equal(a, b)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_only_rank_0_copies_weights_to_its_host(monkeypatch, rank):
+    copied, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copied.append(self.shape) or cpu(self))
+    monkeypatch.setattr(manager.collectives, "rank", lambda: rank)
+    of = SimpleNamespace(frozen={}, engine=SimpleNamespace(module=torch.nn.Linear(2, 3), optimizer=None))
+    assert list(CheckpointManager._weights(of)) == ["weight", "bias"] * (rank == 0) and bool(copied) is (rank == 0)

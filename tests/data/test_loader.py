@@ -113,6 +113,11 @@ def test_evaluation_pads_and_visits_everything_once():
     rows = [p for k in range(len(order)) for p in order.batch(k)]
     assert len(rows) == 12 and rows[9:] == [None] * 3
     assert len({p for p in rows if p}) == 9
+    shared = EvalSampler.for_ranks([[3, 2], [4]], 2, ranks=2)
+    assert (len(shared), shared.batch_size) == (3, 4)
+    assert [len([p for p in shared.batch(k) if p]) for k in range(3)] == [4, 4, 1]
+    alone = EvalSampler.for_ranks([[3, 2], [4]], 5, ranks=1)
+    assert (len(alone), alone.batch_size) == (2, 5) and EvalSampler.for_ranks([[9]], 99, ranks=4).batch_size == 12
     few = [(p.source, p.shard, p.entry) for p in EvalSampler([[3, 2], [4]], 4, most=4).places]
     assert few == [(0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (1, 0, 0), (1, 0, 1), (1, 0, 2), (1, 0, 3)]
 

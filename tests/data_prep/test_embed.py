@@ -23,13 +23,13 @@ from running import TINY, run
 from safetensors.torch import save_file
 from stand_ins import OneBatch, Towers
 
-from clip4vla.config import DataSources, LossConfig, MaskConfig, ModelConfig
+from clip4vla.config import DataSources, LossConfig, MaskConfig, ModelConfig, RunConfig
 from clip4vla.data.loader import Loader, open_folders
 from clip4vla.data.sampler import EvalSampler, TrainSampler
 from clip4vla.data.shards import CorruptSample, ShardFolder, write_index, write_shard
 from clip4vla.models import towers
 from clip4vla.models.model import TEXTS, Model
-from data_prep.embed_shards import vectors
+from data_prep import embed_shards
 
 SOURCES = ("speech_fr", "sounds", "odd")
 STEPS = 4
@@ -209,7 +209,7 @@ def test_vectors_are_open_clips_own(made, plain, clip):
 @torch.no_grad()
 def test_captions_are_read_a_few_at_a_time():
     model, loader = Towers(), OneBatch(2, 2 * TEXTS, 0)
-    made = vectors(model, loader, next(loader.batches(0, 1)))
+    made = embed_shards.vectors(model, loader, next(loader.batches(0, 1)))
     assert model.passes == [TEXTS, TEXTS, 2] and [len(texts) for texts, _ in made] == [2, 2 * TEXTS, 0]
     tokens = loader.tokenize([text for meta in loader.meta for text in meta["captions"]])
     want = torch.nn.functional.normalize(model.encode_tokens(tokens)[0], dim=-1).half()
@@ -391,3 +391,10 @@ def test_only_what_is_stale_is_made_anew(refused, made):
     assert ours["identity"] != theirs["identity"] and (ours["dim"], ours["max_tokens"]) == (64, 24)
     folders = open_folders({str(tmp / "rewritten/sounds"): 1.0}, "data.train")
     assert ShardFolder.open(f"{folders[0].url}/clip").shards[0].of == folders[0].shards[0].sha256
+
+
+def test_a_gpu_may_round_products_to_tf32(monkeypatch):
+    monkeypatch.setattr(embed_shards, "open_folders", lambda *args: [])
+    torch.backends.cuda.matmul.allow_tf32 = False
+    pytest.raises(IndexError, embed_shards.run, RunConfig())  # there is nothing to embed
+    assert torch.backends.cuda.matmul.allow_tf32

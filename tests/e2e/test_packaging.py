@@ -210,7 +210,7 @@ def test_what_is_imported_is_required_and_named_by_its_extra(metadata):
         assert by & base or wanted, package
         said = {extra for extra, names in cli.EXTRAS.items() if package in names}
         assert said == (set() if by & base else wanted), package
-    assert set(extras) == {*cli.EXTRAS, "dev"}
+    assert set(extras) == {*cli.EXTRAS, "dali12", "dev"}
 
 
 def test_the_api_reference_has_what_users_call(tmp_path):

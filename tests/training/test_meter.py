@@ -120,6 +120,7 @@ CASES = [
     (0, 1, []),
     (1, 1, ["train.precision=bf16", "loss.tv=1", "loss.exclude_same_group=false"]),
     (2, 2, ["loss.aa=0", "train.negatives=micro"]),
+    (1, 16, ["train.precision=bf16", "train.batch_size=32", "train.negatives=micro"]),  # added up in fp32
     (3, 1, []),
     (3, 3, ["init_from=[{folder}/0]"]),  # the audio tower alone trains
     (1, 2, [*TUNED, "model.head=global_local"]),
@@ -138,7 +139,8 @@ def test_comm_bytes_are_those_that_pass_through_the_collectives(traffic, case):
     cfg = load(RunConfig, ROOT / "configs/pretrain/sample.yaml", [w for w in CASES[case][2] if w.startswith("loss.")])
     scored = "model.head=local_local" in CASES[case][2]
     backward = 4 * 12 * 12 if scored else 0  # of the scores; those of other terms are in no collective
-    assert of_losses == bytes_sent(cfg.loss, 6, 12, TINY["embed_dim"], scored) - backward
+    clips = 32 if "train.batch_size=32" in CASES[case][2] else 12
+    assert of_losses == bytes_sent(cfg.loss, clips // 2, clips, TINY["embed_dim"], scored) - backward
 
 
 def test_alignment_and_uniformity_of_two_ranks_against_pairs_one_by_one(traffic):

@@ -1,11 +1,13 @@
 """A slice of the campaign of numerical trouble: every kind of end, and what must go on, on two ranks."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
 from faults import numerics
-from running import TINY
+from running import TINY, ranks, trace
 from safetensors.torch import save_file
 
 from clip4vla.config import RunConfig
@@ -25,6 +27,18 @@ def test_spoilt_numbers_end_in_one_line_or_give_the_right_loss(sample_shards, tm
     some = [case for case in numerics.cases() if case.name in SLICE]
     assert len(some) == len(SLICE)
     numerics.ended(tmp_path, sample_shards, some, seed=1)
+    _goes_on(tmp_path, sample_shards, next(case for case in some if case.name == "gradient bf16 ZeRO-1"))
+
+
+def _goes_on(folder, shards, case):
+    """The run that ended, without the fault: from its last checkpoint, whose optimizer state is sound too."""
+    spoilt = numerics._run(folder, shards, case, seed=1)
+    (folder / "ds.json").write_text(json.dumps(spoilt["ds"]))
+    done = ranks(2, "launch/pretrain.py", *spoilt["words"], "--deepspeed_config", folder / "ds.json")
+    assert done.returncode == 0 and f"2 done of {case.steps}" in done.stdout, done.stderr
+    (run_dir,) = (word.removeprefix("run_dir=") for word in spoilt["words"] if word.startswith("run_dir="))
+    losses = trace(Path(run_dir))
+    assert len(losses) == case.steps and all(map(math.isfinite, sum(losses.values(), ())))
 
 
 def test_a_wrong_end_is_seen():
