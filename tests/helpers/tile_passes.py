@@ -99,7 +99,7 @@ def fused_bytes(function: Callable[..., None], *args: object) -> int:
 
     def lowered(graph):
         kernels = graph.codegen()[0].value.split("@triton.jit")[1:]
-        loops = [max(1, kernel.count(" in tl.range(")) for kernel in kernels]  # a reduction may read its input several times
+        loops = [max(1, kernel.count(" in tl.range(")) for kernel in kernels]  # each reads what its kernel reads
         moved = [node.get_read_write_buffers_sizes() for node in graph.scheduler.nodes]
         raise Lowered(sum(n * size for n, size in zip(loops, moved, strict=True)))
 
