@@ -12,7 +12,6 @@ Names: a query is a row of this rank, whose logits with the keys, the rows of al
 positive pair of local row i is column first + i. Notation: b local rows, N rows of all ranks, D width, T terms.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from clip4vla.distributed import collectives
+from clip4vla.losses.tiles import Clips, Denominator, LogSumExp, add_logits, turn_into_gradients
 
 # elements of the similarity matrix held at once: as many as fit into a CPU's cache, and enough to keep a GPU busy
 TILE = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -94,7 +94,7 @@ class _InfoNCE(torch.autograd.Function):
         with torch.autocast(local[0].device.type, enabled=False):
             gathered = _gather_features(local)
             valid = collectives.all_gather(torch.stack([term.valid for term in terms], 1))  # N T
-            groups = None if group is None else _Groups(group, collectives.all_gather(group))
+            groups = None if group is None else collectives.all_gather(group)
             ctx.terms = [
                 _ContrastiveTerm(local, gathered, scale, groups, term, term_valid)
                 for term, term_valid in zip(terms, valid.T, strict=True)
@@ -129,40 +129,6 @@ def _row_dots(a: Tensor, b: Tensor) -> Tensor:
     return (a[:, None] @ b[:, :, None]).flatten()
 
 
-class _Groups(NamedTuple):
-    """Holds the group number of each row."""
-
-    local: Tensor  # b int64
-    gathered: Tensor  # N int64
-
-
-class _LogSumExp:
-    """Accumulates the log-sum-exps of n sets of logits that arrive in tiles: their maxima, and sums of exp(logit - maximum)."""
-
-    def __init__(self, n: int, like: Tensor):
-        self.max = like.new_full((n,), torch.finfo(like.dtype).min)
-        self.sum = torch.zeros_like(self.max)
-
-    def add(self, logits: Tensor, sets: slice, dim: int) -> None:
-        """Add a tile of logits to these sets, each of which has its logits along `dim`."""
-        old_max = self.max[sets]
-        new_max = torch.maximum(old_max, logits.amax(dim))
-        tile_sum = (logits - new_max.unsqueeze(dim)).exp_().sum(dim)
-        self.sum[sets] = self.sum[sets] * (old_max - new_max).exp() + tile_sum
-        self.max[sets] = new_max
-
-    def add_other_ranks(self) -> None:
-        """Add what the other ranks have accumulated for the same sets: two all-reduces of n numbers."""
-        if collectives.world_size() > 1:
-            max_of_all = collectives.all_reduce_max(self.max)
-            self.sum = collectives.all_reduce_sum(self.sum * (self.max - max_of_all).exp())
-            self.max = max_of_all
-
-    def minus(self, pos_logits: Tensor, sets: slice) -> Tensor:
-        """Subtract pos_logits (m,) from the log-sum-exps of these m sets: without the digits that large sums would lose."""
-        return (self.max[sets] - pos_logits) + self.sum[sets].log()
-
-
 @dataclass(eq=False)
 class _Side:
     """Holds one feature of a term, whose rows are the queries of one direction and the keys of the other."""
@@ -170,100 +136,92 @@ class _Side:
     local: Tensor  # b D
     gathered: Tensor  # N D
     share: float  # of the loss with these rows as queries, in the loss of the term
-    # (N,), set by value(): of each row as query, log of (denominator / exp(positive logit) / weight in the loss)
-    log_denominator: Tensor
+    denominator: Denominator  # (N,) each, of each row as query; set by value()
 
 
 class _ContrastiveTerm:
     """Computes one term on this rank: the local rows of both features against the rows of all ranks, tile by tile."""
 
-    def __init__(self, local, gathered, scale: Tensor, groups: _Groups | None, term: Term, valid: Tensor):
-        self.term, self.scale, self.groups = term, scale, groups
+    def __init__(self, local, gathered, scale: Tensor, groups: Tensor | None, term: Term, valid: Tensor):
+        self.term, self.scale = term, scale
         self.valid = valid  # N bool
         self.num_local = len(term.valid)
         self.first = collectives.rank() * self.num_local
-        self.has_invalid = valid.device.type != "cpu" or not bool(valid.all())  # on a GPU asking would cost a wait
+        self.local_rows = slice(self.first, self.first + self.num_local)  # of this rank, among those of all ranks
+        has_invalid = valid.device.type != "cpu" or not bool(valid.all())  # on a GPU asking would cost a wait
+        number = torch.arange(len(valid), device=valid.device)
+        self.clips = Clips(number, valid if has_invalid else None, groups)  # N
         self.weight = valid.to(scale.dtype) / valid.sum().clamp(min=1)  # (N,) of each row in the mean
         share_a, share_b = (1.0, 0.0) if term.one_way else (0.5, 0.5)
-        unset = torch.zeros_like(self.weight)
+        unset = Denominator(self.weight, self.weight)
         self.a = _Side(local[term.a], gathered[term.a], share_a, unset)
         self.b = _Side(local[term.b], gathered[term.b], share_b, unset)
-        self.pos_logits = unset  # (N,), set by value()
-        # (b,), filled tile by tile by value(); 0 for rows that are not valid
-        self.local_pos_logits = torch.zeros_like(self.local_rows(self.weight))
+        # (b,), filled tile by tile by value(); of no meaning for rows that are not valid
+        self.local_pos_logits = torch.zeros_like(self.weight[self.local_rows])
 
-    def local_rows(self, x: Tensor) -> Tensor:
-        """Select this rank's (b,) of the (N,) numbers of all ranks."""
-        return x[self.first : self.first + self.num_local]
+    def of_local(self, rows: slice) -> slice:
+        """Number local rows among the rows of all ranks."""
+        return slice(self.first + rows.start, self.first + rows.stop)
 
     def value(self) -> Tensor:
         """Compute the loss times the world size, and keep the denominators of all ranks' rows for the gradient."""
         loss_a, loss_b = self._cross_entropies()
-        *losses, self.pos_logits = collectives.all_gather(torch.stack([loss_a, loss_b, self.local_pos_logits], 1)).T
+        *losses, pos_logits = collectives.all_gather(torch.stack([loss_a, loss_b, self.local_pos_logits], 1)).T
         for side, loss in zip((self.a, self.b), losses, strict=True):
             log_weight = (side.share * self.weight).log()
-            side.log_denominator = (loss - log_weight).masked_fill(~self.valid, torch.inf)
+            side.denominator = Denominator(pos_logits, (loss - log_weight).masked_fill(~self.valid, torch.inf))
         row_loss = torch.stack([self.a.share * loss_a, self.b.share * loss_b]).sum(0)
         row_loss = row_loss.masked_fill(~self.term.valid, 0)
-        return collectives.world_size() * (self.local_rows(self.weight) * row_loss).sum()
+        return collectives.world_size() * (self.weight[self.local_rows] * row_loss).sum()
 
     def _cross_entropies(self) -> tuple[Tensor, Tensor]:
         """Compute the losses (b,) of local rows of a and of b as queries: log-sum-exp minus positive logit."""
         by_row, by_column = self._logsumexps()
-        loss_a = by_row.minus(self.local_pos_logits, slice(None))
-        loss_b = by_column.minus(self.local_pos_logits, slice(self.first, self.first + self.num_local))
+        loss_a = by_row.minus(self.local_pos_logits)
+        loss_b = by_column.at(self.local_rows).minus(self.local_pos_logits)
         if self.term.intra:
-            loss_a = torch.logaddexp(loss_a, self._intra_logsumexp(self.a).minus(self.local_pos_logits, slice(None)))
-            loss_b = torch.logaddexp(loss_b, self._intra_logsumexp(self.b).minus(self.local_pos_logits, slice(None)))
+            loss_a = torch.logaddexp(loss_a, self._intra_logsumexp(self.a).minus(self.local_pos_logits))
+            loss_b = torch.logaddexp(loss_b, self._intra_logsumexp(self.b).minus(self.local_pos_logits))
         return loss_a, loss_b
 
-    def _logsumexps(self) -> tuple[_LogSumExp, _LogSumExp]:
+    def _logsumexps(self) -> tuple[LogSumExp, LogSumExp]:
         """Accumulate the logits of a with b by local row of a (b,) and, over all ranks, by row of b (N,).
 
         Keeps the positive logits, too.
         """
-        by_row, by_column = _LogSumExp(self.num_local, self.weight), _LogSumExp(len(self.valid), self.weight)
+        by_row = LogSumExp.empty(self.num_local, self.weight)
+        by_column = LogSumExp.empty(len(self.valid), self.weight)
         for rows, columns, logits in self._tiles(self.a, self.b):
-            positives = self._positives(logits, rows, columns)
-            self.local_pos_logits[self._positive_rows(rows, columns)] = positives.nan_to_num(neginf=0.0)
-            by_row.add(logits, rows, 1)
-            by_column.add(logits, columns, 0)
-        by_column.add_other_ranks()
-        return by_row, by_column
+            self.local_pos_logits[self._positive_rows(rows, columns)] = self._positives(logits, rows, columns)
+            add_logits(logits, *self._pairs(rows, columns), by_row.at(rows), by_column.at(columns))
+        return by_row, by_column.of_all_ranks()
 
-    def _intra_logsumexp(self, side: _Side) -> _LogSumExp:
+    def _intra_logsumexp(self, side: _Side) -> LogSumExp:
         """Accumulate the logits of local rows (b,) with the other rows of the same feature."""
-        by_row = _LogSumExp(self.num_local, self.weight)
-        for rows, _, logits in self._tiles(side, side):
-            by_row.add(logits, rows, 1)
+        by_row = LogSumExp.empty(self.num_local, self.weight)
+        for rows, columns, logits in self._tiles(side, side):
+            add_logits(logits, *self._pairs(rows, columns), by_row.at(rows))
         return by_row
 
     def _tiles(self, query: _Side, key: _Side) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield (local rows of query, columns: rows of key, their logits); excluded pairs have -inf."""
+        """Yield (local rows of query, columns: rows of key, their logits); a clip with itself in one feature has the least."""
         size = TILE[self.weight.device.type]
-        height = min(self.num_local, max(1, math.isqrt(size) // 2))
-        width = max(1, size // height)
+        height = min(self.num_local, 1 << ((size.bit_length() - 1) // 2 - 1))
+        width = size // height
+        width -= width % 64 if width > 64 else 0  # rows of a tile start where tensor cores can load them
         for top in range(0, self.num_local, height):
             rows = slice(top, min(self.num_local, top + height))
             scaled = self.scale * query.local[rows]
             for left in range(0, len(self.valid), width):
                 columns = slice(left, min(len(self.valid), left + width))
                 logits = scaled @ key.gathered[columns].T
-                self._exclude(logits, rows, columns, intra=query is key)
+                if query is key:
+                    self._positives(logits, rows, columns).fill_(torch.finfo(logits.dtype).min)
                 yield rows, columns, logits
 
-    def _exclude(self, logits: Tensor, rows: slice, columns: slice, intra: bool) -> None:
-        """Set a tile's logits to -inf in place where a pair is in no denominator."""
-        positives = self._positives(logits, rows, columns)
-        if self.groups is not None:
-            kept = positives.clone()
-            logits.masked_fill_(self.groups.local[rows, None] == self.groups.gathered[columns], -torch.inf)
-            positives.copy_(kept)
-        if self.has_invalid:
-            logits.masked_fill_(~self.valid[columns], -torch.inf)
-            logits.masked_fill_(~self.term.valid[rows, None], -torch.inf)
-        if intra:
-            positives.fill_(-torch.inf)
+    def _pairs(self, rows: slice, columns: slice) -> tuple[Clips, Clips]:
+        """Describe the clips of a tile's rows and of its columns."""
+        return self.clips.at(self.of_local(rows)), self.clips.at(columns)
 
     def _positives(self, tile: Tensor, rows: slice, columns: slice) -> Tensor:
         """View the elements of a tile that pair a clip with itself, those of _positive_rows."""
@@ -291,21 +249,12 @@ class _ContrastiveTerm:
         self, query: _Side, key: _Side, factor: Tensor, query_grad: Tensor, key_grad: Tensor | None = None
     ) -> None:
         """Add the gradient through all logits of local query rows to query_grad (b, D) and, if given, key_grad (b, D)."""
-        for rows, columns, logits in self._tiles(query, key):
-            logit_grads = self._logit_gradients(query, key, rows, columns, logits).mul_(factor)
-            query_grad[rows].addmm_(logit_grads, key.gathered[columns])
+        for rows, columns, tile in self._tiles(query, key):
+            denominators = query.denominator.at(self.of_local(rows)), key.denominator.at(columns)
+            turn_into_gradients(tile, *self._pairs(rows, columns), *denominators, factor)
+            if query is not key:
+                weights = self.weight[self.of_local(self._positive_rows(rows, columns))]
+                self._positives(tile, rows, columns).sub_(factor * weights)
+            query_grad[rows].addmm_(tile, key.gathered[columns])
             if key_grad is not None:
-                key_grad[columns].addmm_(logit_grads.T, query.local[rows])
-
-    def _logit_gradients(self, query: _Side, key: _Side, rows: slice, columns: slice, logits: Tensor) -> Tensor:
-        """Compute the loss's gradient by a tile's logits, which it overwrites.
-
-        A logit is in the denominator of its row, as query, and in that of its column, as query of the other direction.
-        """
-        row_denominator = self.local_rows(query.log_denominator)[rows, None]
-        grads = (logits - self.local_pos_logits[rows, None]).sub_(row_denominator).exp_()
-        grads += logits.sub_(self.pos_logits[columns]).sub_(key.log_denominator[columns]).exp_()
-        if query is not key:
-            positives = self._positives(grads, rows, columns)
-            positives -= self.local_rows(self.weight)[self._positive_rows(rows, columns)]
-        return grads
+                key_grad[columns].addmm_(tile.T, query.local[rows])

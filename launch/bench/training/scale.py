@@ -5,7 +5,7 @@
 towers     forward and backward of b clips on the rank that drew the most: clips differ in length, of W sums of b of them
            the largest is expected deviation / sqrt(b) * the normal quantile of (W - 3/8) / (W + 1/4) above the mean
 optimizer  fused AdamW on the rank's part of the state (ZeRO-1 to 3)
-loss       21 products of b N D, N = b W, for the three terms on several ranks (losses.py); 18 on one
+loss       PRODUCTS products of b N D, N = b W, for the three terms, and PASSES over b N numbers in memory (losses/tiles.py)
 gradients  2 (W - 1) / W of them reduced, (W - 1) / W of the weights gathered again, over the bandwidth
 features   (W - 1) / W of 4 N D 4 bytes gathered, 2 (W - 1) / W of 24 N bytes of log-sum-exps reduced
 messages   MESSAGES collectives, each log2(W) steps of the latency
@@ -41,6 +41,9 @@ from launch.bench.common import count, free_port, run_ranks, timed_on_all_ranks
 from launch.bench.training.step import configure
 
 DIM = 512  # of the space
+# of the three terms on one rank, and on several
+PRODUCTS = (18, 21)  # 4 a term, 5 on several; NCE_aa has 6 more
+PASSES = (18, 24)  # reads and writes of the tiles of logits, compiled: tests/losses/test_loss_traffic.py counts them
 MESSAGES = (
     12  # collectives of a step: features, valid, log-sum-exps (two reduced and one gathered a term), gradients, weights
 )
@@ -70,7 +73,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         for world in (1, 2):  # two processes each time, so that the machine is as busy
             run_ranks(_rank, 2, world, free_port(), folder, args)
         one, two = (torch.load(Path(folder, f"{world}.pt")) for world in (1, 2))
-    predicted = model(2, args.batch, one | two["network"])
+    cached = {"memory": math.inf}  # a CPU's tiles lie in its cache, and loss_rate is that of the whole loss
+    predicted = model(2, args.batch, one | two["network"] | cached)
     return {
         "model_error": sum(predicted.values()) / two["step"] - 1,
         "check": {"one_rank": one, "two_ranks": two, "predicted_for_two": predicted},
@@ -124,7 +128,7 @@ def _parts(run: Any, batches: list[Batch], cfg: RunConfig) -> dict[str, float]:
         * DIM
         / loss,
         "flops_per_clip": sum(work.flops([batch]) for batch in batches) / clips,
-        "accuracy_std": float(segments.std() / segments.mean()),
+        "deviation": float(segments.std() / segments.mean()),
         "gradients": 2.0 * flops.elements(run.module, trained=True),  # bf16
     }
 
@@ -144,16 +148,16 @@ def _network(size: float) -> dict[str, float]:
 def model(world: int, clips: int, costs: dict[str, float]) -> dict[str, float]:
     """Seconds of each part of a step of `world` ranks with `clips` clips each.
 
-    costs: towers and optimizer (s), deviation (of a clip's work, relative), loss_rate (FLOP/s), gradients (bytes),
-    bandwidth (bytes/s), latency (s).
+    costs: towers and optimizer (s), deviation (of a clip's work, relative), loss_rate (FLOP/s), memory (bytes/s), gradients
+    (bytes), bandwidth (bytes/s), latency (s).
     """
-    n, ring = clips * world, (world - 1) / world
+    n, ring, several = clips * world, (world - 1) / world, world > 1
     most = statistics.NormalDist().inv_cdf((world - 0.375) / (world + 0.25))
     sent = {"gradients": 3 * ring * costs["gradients"], "features": ring * n * (4 * DIM * 4 + 2 * 24)}
     return {
-        "towers": costs["towers"] * (1 + costs["accuracy_std"] / math.sqrt(clips) * most),
+        "towers": costs["towers"] * (1 + costs["deviation"] / math.sqrt(clips) * most),
         "optimizer": costs["optimizer"] / world,
-        "loss": (18 if world == 1 else 21) * 2 * clips * n * DIM / costs["loss_rate"],
+        "loss": clips * n * (PRODUCTS[several] * 2 * DIM / costs["loss_rate"] + PASSES[several] * 4 / costs["memory"]),
         **{name: size / costs["bandwidth"] for name, size in sent.items()},
         "messages": MESSAGES * math.log2(world) * costs["latency"],
     }
@@ -166,9 +170,9 @@ def table(here: dict[str, float], args: argparse.Namespace) -> list[dict[str, An
         costs = {
             "towers": args.gpu_batch * here["flops_per_clip"] / (rate * args.mfu),
             "optimizer": 14 * here["gradients"] / (args.hbm * 1e9),  # 28 bytes of each element are read and written
-            "loss_rate": rate
-            / 16,  # fp32 products on tensor cores (TF32) at an eighth of bf16's rate, half of it reached
-            **{name: here[name] for name in ("gradients", "accuracy_std")},
+            "loss_rate": rate / 4,  # fp32 products are TF32's beside bf16: half of its rate, and half of that reached
+            "memory": args.hbm * 1e9,
+            **{name: here[name] for name in ("gradients", "deviation")},
             "bandwidth": 1e9 * (args.intra if world <= args.node else args.inter),
             "latency": args.latency / 1e6,
         }
