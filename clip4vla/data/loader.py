@@ -91,7 +91,7 @@ class Loader:
 
         try:
             for k, piece in ((k, piece) for k in range(start, stop) for piece in range(self.pieces)):
-                read = reader.submit(self._read, k, piece)
+                read = reader.submit(self.read, k, piece)
                 pending.append(decoder.submit(complete, read))
                 if len(pending) > self.cfg.prefetch:
                     yield pending.popleft().result()
@@ -103,9 +103,9 @@ class Loader:
 
     def batch(self, k: int, piece: int = 0) -> Batch:
         """Make this rank's part of a piece of global batch k."""
-        return self._complete(self._read(k, piece))
+        return self._complete(self.read(k, piece))
 
-    def _read(self, k: int, piece: int) -> "_ReadBatch":
+    def read(self, k: int, piece: int) -> "_ReadBatch":
         """Read this rank's samples of a piece of global batch k; corrupt ones are counted, listed and left missing.
 
         Sounds are mixed with those that have their places in the next batch: the same ones on any ranks.
