@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from clip4vla.config import DataSources
 from clip4vla.errors import one_line
+from clip4vla.io.local_files import local_files
 from clip4vla.io.range_cache import node_cache
 
 CONCURRENT = 32  # requests in flight of one call
@@ -88,7 +89,7 @@ def read_ranges(
     at most, and what may heal (no answer, 5xx, a cut connection, fewer bytes than asked) is tried cfg.retries times more.
     """
     if _is_local(fs):
-        return fs.cat_ranges(paths, starts, ends, on_error="return")
+        return local_files.read(paths, starts, ends)
     requests = _merged(paths, starts, ends)
     out: list[Any] = [None] * len(paths)
     try:
