@@ -30,7 +30,7 @@ class LocalFiles:
             part = slice(first, first + KEPT)
             ranges = list(zip(paths[part], starts[part], ends[part], strict=True))
             files = self._asked(ranges)
-            out += [self._bytes(files.get(path), path, start, end) for path, start, end in ranges]
+            out += [self._bytes(files, *wanted) for wanted in ranges]
         return out
 
     def _asked(self, ranges: Sequence[tuple[str, int, int]]) -> "dict[str, _OpenFile]":
@@ -40,20 +40,20 @@ class LocalFiles:
             with contextlib.suppress(OSError, ValueError):
                 files[path] = self._opened(path)
         for path, start, end in ranges:
-            with contextlib.suppress(KeyError, OSError, OverflowError):
-                os.posix_fadvise(files[path].fd, start, end - start, os.POSIX_FADV_WILLNEED)
+            if path in files:
+                files[path].ask(start, end)
         return files
 
-    def _bytes(self, file: "_OpenFile | None", path: str, start: int, end: int) -> bytes | BaseException:
-        """Read one range, of the file opened once more if that fails: what NFS has opened may become stale."""
+    def _bytes(self, files: "dict[str, _OpenFile]", path: str, start: int, end: int) -> bytes | BaseException:
+        """Read one range. If that fails the file is opened once more, as what NFS has opened may become stale."""
         try:
-            if file:
-                with contextlib.suppress(OSError):
-                    return file.read(start, end)
+            return files[path].read(start, end)
+        except Exception:  # hostile numbers raise others than OSError
             with self.lock:
                 self.files.pop(path, None)
+        try:
             return self._opened(path).read(start, end)
-        except Exception as error:  # whatever hostile numbers raise
+        except Exception as error:
             return error.with_traceback(None)  # which would keep the file open
 
     def _opened(self, path: str) -> "_OpenFile":
@@ -78,6 +78,13 @@ class _OpenFile:
 
     def __del__(self, close=os.close) -> None:  # at the end of the process the module is gone
         close(self.fd)
+
+    def ask(self, start: int, end: int) -> None:
+        """Ask the kernel to read bytes start..end, and do not wait."""
+        try:
+            os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_WILLNEED)
+        except (OSError, OverflowError):  # it need not: reading says what is wrong
+            pass
 
     def read(self, start: int, end: int) -> bytes:
         """Read bytes start..end, fewer at the end of the file."""

@@ -42,10 +42,10 @@ def test_any_ranges_are_slices_of_the_files(paths, ranges):
 def test_a_file_replaced_truncated_removed_or_come_back_is_read_as_it_is(tmp_path):
     files, path = LocalFiles(), tmp_path / "a"
 
-    def read():
+    def read(files=files):
         return files.read([str(path)] * 2, [0, 2], [2, 6])
 
-    def missing():
+    def missing(read=read):
         return [str(error) for error in read() if isinstance(error, FileNotFoundError)]
 
     assert len(missing()) == 2 and str(path) in missing()[0]
@@ -60,7 +60,7 @@ def test_a_file_replaced_truncated_removed_or_come_back_is_read_as_it_is(tmp_pat
     assert len(missing()) == 2
     path.write_bytes(b"mnopqr")
     assert read() == [b"mn", b"opqr"] and held(tmp_path) == 1
-    del files
+    del files, read, missing
     assert held(tmp_path) == 0
 
 
@@ -68,7 +68,7 @@ def test_few_files_stay_open_and_hostile_ranges_cost_none(tmp_path, monkeypatch)
     monkeypatch.setattr(local_files, "KEPT", 4)
     names = [str(tmp_path / str(i)) for i in range(10)]
     for name in names:
-        Path(name).write_text(name)
+        Path(name).write_text(name, encoding="utf-8")
     files = LocalFiles()
     assert files.read(names, [0] * 10, [1000] * 10) == [name.encode() for name in names] and held(tmp_path) == 4
     wrong = files.read([names[0], names[0], "/nothing\0", str(tmp_path)], [0, 2**70, 0, 0], [2**62, 2**70 + 1, 1, 1])
