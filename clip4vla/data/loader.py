@@ -268,12 +268,14 @@ class Loader:
 
     def _undecodable(self, kind: str, strips: dict[int, bytes]) -> dict[int, str]:
         """Find the strips that cannot be decoded, each tried alone; none if something else is wrong."""
-        reasons = {}
+        reasons: dict[int, str] = {}
+        decoder = None
         for i, strip in strips.items():
+            decoder = decoder or self._decoder(kind, 1)
             try:
-                self._decoder(kind, 1).run([strip])
+                decoder.run([strip])
             except RuntimeError:
-                reasons[i] = f"{kind} cannot be decoded"
+                reasons[i], decoder = f"{kind} cannot be decoded", None  # it is of no more use
         return reasons
 
     def _decoder(self, kind: str, most: int) -> Decoder:

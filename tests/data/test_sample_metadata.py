@@ -30,8 +30,9 @@ def test_captions_of_a_batch_are_those_that_numpy_draws_clip_by_clip(how):
 
 FIELDS = {
     **dict.fromkeys(("id", "item", "group", "source", "split", "lang"), "a"), "audio_type": "vb",
-    "media": dict.fromkeys(("audio", "frames")), **dict.fromkeys(("captions", "caption_langs"), ["\U0001f3b5 \u00e9"]), **dict.fromkeys(("start", "end", "label")),
+    **dict.fromkeys(("captions", "caption_langs"), ["\U0001f3b5 \u00e9"]), "media": dict.fromkeys(("audio", "frames")),
     **dict.fromkeys(("n_frames", "n_segments", "n_rows", "duration"), 0), "has_audio": False, "has_frames": False,
+    **dict.fromkeys(("start", "end", "label")),
 }  # fmt: skip
 
 
