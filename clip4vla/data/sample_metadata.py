@@ -58,13 +58,13 @@ def _fields(clip: Any) -> str:
 
 def _values(clip: dict[str, Any]) -> str:
     texts = [*clip["captions"], *clip["caption_langs"]]
-    if not all(isinstance(text, str) for text in texts) or len(texts) != 2 * len(clip["captions"]):
+    if not set(map(type, texts)) <= {str} or len(texts) != 2 * len(clip["captions"]):
         return "json: captions and caption_langs are not two equally long lists of text"
     if len(clip["captions"]) > CAPTIONS:
         return f"json: {len(clip['captions'])} captions, {CAPTIONS} at most"
     if (longest := max(map(len, texts), default=0)) > LONGEST:
         return f"json: a caption of {longest} characters, {LONGEST} at most"
-    if any(not isinstance(clip["media"].get(name, 0), str | None) for name in ("audio", "frames")):
+    if not {type(clip["media"].get(name, 0)) for name in ("audio", "frames")} <= {str, type(None)}:
         return "json: media is not two paths"
     if clip["audio_type"] not in TYPES:
         return f"json: audio_type is {clip['audio_type']!r:.60}"

@@ -253,7 +253,7 @@ class ShardFolder:
         plans = [self._plan(shard, entry, entries[shard], tuple(exts)) for shard, entry in wanted]
         parts = [(self.shards[s], part) for (s, _), plan in zip(wanted, plans, strict=True) for part in plan.ranges]
         ranges = [remote.Range(f"{self.path}/{s.name}", s.sha256, part.start, part.end) for s, part in parts]
-        blobs = iter(self.reader.read(ranges, lambda i, blob: not _members(parts[i][1], blob)[1]))
+        blobs = iter(self.reader.read(ranges, lambda i, blob: not _split(parts[i][1], blob, {})))
         return [_checked(self.shards[shard].name, plan, blobs) for (shard, _), plan in zip(wanted, plans, strict=True)]
 
     def corrupt(self, shard: int, number: int, reason: str) -> CorruptSample:
@@ -357,24 +357,22 @@ def _checked(shard: str, plan: _Plan, blobs: Iterator[Any]) -> dict[str, bytes] 
     """Check a sample's bytes and return them by kind; takes its ranges' answers off `blobs`."""
     sample: dict[str, bytes] = {}
     reason = plan.read_error
-    for part, blob in [(part, next(blobs)) for part in plan.ranges]:
-        members, wrong = _members(part, blob)
-        sample |= members
+    for part in plan.ranges:
+        wrong = _split(part, next(blobs), sample)
         reason = reason or wrong
     return CorruptSample(shard, plan.key, reason) if reason else sample
 
 
-def _members(part: _Range, blob: bytes | BaseException) -> tuple[dict[str, bytes], str]:
-    """Split and check one range: (bytes by kind, what is wrong with them or "")."""
+def _split(part: _Range, blob: bytes | BaseException, by_kind: dict[str, bytes]) -> str:
+    """Cut one range into members, added to by_kind, and check them; returns what is wrong, or ""."""
     if isinstance(blob, BaseException):
-        return {}, read_error(part.members[0][1], blob)
-    by_kind: dict[str, bytes] = {}
+        return read_error(part.members[0][1], blob)
     for kind, member in part.members:
         at = member.offset - part.start
-        by_kind[kind] = bytes(blob[at : at + member.size])
+        by_kind[kind] = blob[at : at + member.size]
         if wrong := read_error(member, by_kind[kind]):
-            return by_kind, f"{kind}: {wrong}"
-    return by_kind, ""
+            return f"{kind}: {wrong}"
+    return ""
 
 
 def read_error(place: Member, answer: bytes | BaseException) -> str:

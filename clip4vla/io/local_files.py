@@ -8,7 +8,7 @@ import collections
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 KEPT = 128  # files kept open, and ranges under way at once; a process may have 1024 files by default
 
@@ -20,18 +20,17 @@ class LocalFiles:
         self.files: collections.OrderedDict[str, _OpenFile] = collections.OrderedDict()  # the last one read last
         self.lock = threading.Lock()
 
-    def read(self, paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]) -> list[bytes | BaseException]:
-        """Read bytes starts[i]..ends[i] of each paths[i], fewer at the end of a file, or give an exception in their place.
+    def read(self, paths: Sequence[str], starts: Sequence[int], ends: Sequence[int]) -> Iterator[bytes | BaseException]:
+        """Yield bytes starts[i]..ends[i] of each paths[i], fewer at the end of a file, or an exception in their place.
 
-        The bytes are of the file that has the name now, though another one may have had it when it was opened.
+        The bytes are of the file that has the name now, though another one may have had it when it was opened. Each range is
+        copied when it is taken, so that its checks find it in the processor's cache.
         """
-        out: list[bytes | BaseException] = []
         for first in range(0, len(paths), KEPT):
             part = slice(first, first + KEPT)
             ranges = list(zip(paths[part], starts[part], ends[part], strict=True))
             files = self._asked(ranges)
-            out += [self._bytes(files, *wanted) for wanted in ranges]
-        return out
+            yield from (self._bytes(files, *wanted) for wanted in ranges)
 
     def _asked(self, ranges: Sequence[tuple[str, int, int]]) -> "dict[str, _OpenFile]":
         """Ask the kernel for all ranges, and return their files without those that cannot be opened."""

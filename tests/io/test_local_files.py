@@ -23,6 +23,10 @@ def paths(tmp_path_factory):
     return [str(folder / str(i)) for i in range(3)]
 
 
+def read(files, paths, starts, ends):
+    return list(files.read(paths, starts, ends))
+
+
 def held(folder) -> int:
     """Descriptors of this process on files of a folder, those that were removed included."""
     links = [Path("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")]
@@ -35,32 +39,30 @@ def test_any_ranges_are_slices_of_the_files(paths, ranges):
     files, (numbers, starts, sizes) = LocalFiles(), zip(*ranges, strict=True) if ranges else ((), (), ())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(local_files, "KEPT", 2)  # fewer than there are files and ranges
-        got = files.read([paths[i] for i in numbers], starts, [a + n for a, n in zip(starts, sizes, strict=True)])
+        got = read(files, [paths[i] for i in numbers], starts, [a + n for a, n in zip(starts, sizes, strict=True)])
     assert got == [DATA[i][start : start + size] for i, start, size in ranges]
 
 
 def test_a_file_replaced_truncated_removed_or_come_back_is_read_as_it_is(tmp_path):
     files, path = LocalFiles(), tmp_path / "a"
+    twice = [str(path)] * 2, [0, 2], [2, 6]
 
-    def read(files=files):
-        return files.read([str(path)] * 2, [0, 2], [2, 6])
-
-    def missing(read=read):
-        return [str(error) for error in read() if isinstance(error, FileNotFoundError)]
+    def missing(files=files):
+        return [str(error) for error in read(files, *twice) if isinstance(error, FileNotFoundError)]
 
     assert len(missing()) == 2 and str(path) in missing()[0]
     path.write_bytes(b"abcdef")
-    assert read() == [b"ab", b"cdef"]
+    assert read(files, *twice) == [b"ab", b"cdef"]
     (tmp_path / "b").write_bytes(b"ghijkl")
     (tmp_path / "b").replace(path)
-    assert read() == [b"gh", b"ijkl"]
+    assert read(files, *twice) == [b"gh", b"ijkl"]
     os.truncate(path, 3)
-    assert read() == [b"gh", b"i"]
+    assert read(files, *twice) == [b"gh", b"i"]
     path.unlink()
     assert len(missing()) == 2
     path.write_bytes(b"mnopqr")
-    assert read() == [b"mn", b"opqr"] and held(tmp_path) == 1
-    del files, read, missing
+    assert read(files, *twice) == [b"mn", b"opqr"] and held(tmp_path) == 1
+    del files, missing
     assert held(tmp_path) == 0
 
 
@@ -70,14 +72,14 @@ def test_few_files_stay_open_and_hostile_ranges_cost_none(tmp_path, monkeypatch)
     for name in names:
         Path(name).write_text(name, encoding="utf-8")
     files = LocalFiles()
-    assert files.read(names, [0] * 10, [1000] * 10) == [name.encode() for name in names] and held(tmp_path) == 4
-    wrong = files.read([names[0], names[0], "/nothing\0", str(tmp_path)], [0, 2**70, 0, 0], [2**62, 2**70 + 1, 1, 1])
+    assert read(files, names, [0] * 10, [1000] * 10) == [name.encode() for name in names] and held(tmp_path) == 4
+    wrong = read(files, [names[0], names[0], "/nothing\0", str(tmp_path)], [0, 2**70, 0, 0], [2**62, 2**70 + 1, 1, 1])
     assert [isinstance(answer, Exception) for answer in wrong] == [True] * 4 and held(tmp_path) <= 4
 
 
 def test_a_descriptor_that_became_stale_is_opened_once_more(paths, monkeypatch):
     files, pread, failures = LocalFiles(), os.pread, []
-    first = files.read(paths[:1], [0], [9])
+    first = read(files, paths[:1], [0], [9])
 
     def stale(fd, size, at):
         if len(failures) < 1:
@@ -86,9 +88,9 @@ def test_a_descriptor_that_became_stale_is_opened_once_more(paths, monkeypatch):
         return pread(fd, size, at)
 
     monkeypatch.setattr(os, "pread", stale)
-    assert files.read(paths[:1], [0], [9]) == first and failures
+    assert read(files, paths[:1], [0], [9]) == first and failures
     monkeypatch.setattr(os, "pread", lambda fd, size, at: pread(-1, size, at))
-    (error,) = files.read(paths[:1], [0], [9])
+    (error,) = read(files, paths[:1], [0], [9])
     assert isinstance(error, OSError) and error.errno == errno.EBADF
 
 
@@ -97,6 +99,6 @@ def test_the_kernel_knows_of_every_range_before_one_is_waited_for_and_short_read
     files, done, pread, fadvise = LocalFiles(), [], os.pread, os.posix_fadvise
     monkeypatch.setattr(os, "posix_fadvise", lambda *words: (done.append(words[1:]), fadvise(*words)))
     monkeypatch.setattr(os, "pread", lambda fd, size, at: (done.append(at), pread(fd, min(size, 7), at))[1])
-    assert files.read(paths, [0, 10, 20], [9, 30, 25]) == [DATA[0][:9], DATA[1][10:30], DATA[2][20:25]]
+    assert read(files, paths, [0, 10, 20], [9, 30, 25]) == [DATA[0][:9], DATA[1][10:30], DATA[2][20:25]]
     ahead = os.POSIX_FADV_WILLNEED
     assert done[:3] == [(0, 9, ahead), (10, 20, ahead), (20, 5, ahead)] and done[3:] == [0, 7, 10, 17, 24, 20]
