@@ -36,7 +36,7 @@ from clip4vla.io.atomic import atomic_write, line, open_exclusive, write_json
 INDEX = "index.json"
 ENTRIES = "entries.jsonl"
 FORMAT = 2
-DECODER = json.JSONDecoder()  # json.loads takes twice the time of a line
+DECODER = json.JSONDecoder()  # without what json.loads does around it, which takes as long for a line
 HEADER = 512  # bytes of a tar header, and the unit that members are padded to
 
 

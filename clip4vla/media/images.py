@@ -52,7 +52,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
             if size or precision != 8 or components not in (1, 3) or length != 8 + 3 * components:
                 return None
             size = width, height
-        elif marker not in PLAIN or length < 2:
+        elif marker not in PLAIN:
             return None
         at += 2 + length
     return None

@@ -1,7 +1,7 @@
-"""Draw integers by many keys at once: what np.random.default_rng(key).integers gives for each, at a fifth of the time.
+"""Draw integers by many keys at once, the same to the last bit as np.random.default_rng(key).integers gives for each.
 
-Two things take the time there: the hash of the key (NumPy's SeedSequence) and Python around few numbers. Both are done here for
-all keys together, with NumPy's own generator, so the numbers are the same to the last bit.
+What takes the time there is the hash of the key (NumPy's SeedSequence) and Python around few numbers. Both are done here for all
+keys together; the bits are those of NumPy's own PCG64.
 """
 
 import functools
@@ -15,10 +15,8 @@ from numpy.random.bit_generator import ISeedSequence
 Words = np.ndarray[Any, np.dtype[np.uint32]]
 WORD, LARGEST = np.uint64(32), np.uint64(0xFFFFFFFF)  # bits of a word
 POOL = 4  # words that keys are hashed to
-TAKE, GIVE = (
-    (0x43B0D7E5, 0x931E8875),
-    (0x8B51F9DD, 0x58F38DED),
-)  # first constant and factor while words go in, and come out
+TAKE = 0x43B0D7E5, 0x931E8875  # first constant and factor of the hash while words go in
+GIVE = 0x8B51F9DD, 0x58F38DED  # and while they come out
 LEFT, RIGHT, SHIFT = np.uint32(0xCA01F9DD), np.uint32(0x4973F715), np.uint32(16)
 
 
@@ -38,7 +36,7 @@ def integers(keys: Sequence[tuple[int, ...]], calls: Sequence[tuple[Sequence[int
     words[some] = _streams(keys, np.bincount(key[some], minlength=len(keys)).tolist())
     products = words * high  # Lemire, "Fast random integer generation in an interval", 2019
     numbers = (products >> WORD).astype(np.int64)
-    for i in set(key[_rejected(products, high)].tolist()):  # 1 of 10**7 numbers, which moves those after it
+    for i in set(key[_rejected(products, high)].tolist()):  # very few, which move the numbers after them
         rng = np.random.default_rng(keys[i])
         numbers[key == i] = np.concatenate([rng.integers(0, *drawn) for drawn in zip(highs[i], counts[i], strict=True)])
     return [numbers[call == i] for i in range(len(calls))]
