@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 
 from clip4vla.config import AugmentConfig, DataSources, MaskConfig, SpectrogramConfig
+from clip4vla.data import precomputed_embeddings as embeddings
 from clip4vla.data.batch import Batch
 from clip4vla.data.dali_decoder import Decoder
-from clip4vla.data.sample_metadata import COUNTS, TYPES, check_fit, draw_caption, keep_languages, parse
+from clip4vla.data.sample_metadata import COUNTS, TYPES, check_fit, draw_captions, keep_languages, parse
 from clip4vla.data.sampler import EvalSampler, SampleIndex, TrainSampler
 from clip4vla.data.shards import CorruptSample, ShardFolder
 from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.io.remote import DEFAULT
-from clip4vla.media import augmentation
-from clip4vla.media.masking import draw
+from clip4vla.media import augmentation, masking
 
 AUGMENT, MIX = 2, 3  # end the keys of what is drawn for augmentation
 MIN_READS = 1000  # over which, at least, the share of corrupt samples is taken
@@ -91,7 +91,7 @@ class Loader:
 
         try:
             for k, piece in ((k, piece) for k in range(start, stop) for piece in range(self.pieces)):
-                read = reader.submit(self._read, k, piece)
+                read = reader.submit(self.read, k, piece)
                 pending.append(decoder.submit(complete, read))
                 if len(pending) > self.cfg.prefetch:
                     yield pending.popleft().result()
@@ -103,9 +103,9 @@ class Loader:
 
     def batch(self, k: int, piece: int = 0) -> Batch:
         """Make this rank's part of a piece of global batch k."""
-        return self._complete(self._read(k, piece))
+        return self._complete(self.read(k, piece))
 
-    def _read(self, k: int, piece: int) -> "_ReadBatch":
+    def read(self, k: int, piece: int) -> "_ReadBatch":
         """Read this rank's samples of a piece of global batch k; corrupt ones are counted, listed and left missing.
 
         Sounds are mixed with those that have their places in the next batch: the same ones on any ranks.
@@ -155,11 +155,14 @@ class Loader:
     def _fields(self, samples: list["_Sample"]) -> dict[str, Any]:
         """Make all fields of a Batch but those that need its pictures."""
         clips, keys = [sample.clip for sample in samples], [sample.random_key(self.seed) for sample in samples]
-        drawn = [draw_caption(clip, key, self.cfg.caption_sampling) for clip, key in zip(clips, keys, strict=True)]
+        drawn = draw_captions(clips, keys, self.cfg.caption_sampling)
         captions = [c["captions"][j] if c["captions"] else "" for c, j in zip(clips, drawn, strict=True)]
         fields = self._clip_fields(clips, keys, _owners(samples, "fbank")) | {"captions": captions}
         if self.vectors:
-            return fields | self._vectors(samples, drawn)
+            vectors = [sample.members.get("clip", b"") for sample in samples]
+            width = self.vectors[0].fingerprint["clip"]["dim"]
+            no_tokens = {"tokens": torch.zeros(len(samples), 0, dtype=torch.int64)}
+            return fields | no_tokens | embeddings.packed(vectors, [len(c["captions"]) for c in clips], drawn, width)
         return fields | {"tokens": self.tokenize(captions), "frame_clip": _owners(samples, "frames")}
 
     def _clip_fields(self, clips: list[dict], keys, segment_clip: Tensor) -> dict[str, Any]:
@@ -222,11 +225,9 @@ class Loader:
         if clip["n_rows"] > clip["n_segments"] * self.spectrogram.segment_rows:
             raise ValueError(f"json: n_rows is {clip['n_rows']}, n_segments {clip['n_segments']}")
         if self.vectors:
-            rows, width = len(clip["captions"]) + clip["n_frames"], 2 * self.vectors[0].fingerprint["clip"]["dim"]
-            if (size := len(vectors.get("clip", b""))) != rows * width:
-                raise ValueError(f"clip: {size} bytes, not {rows} vectors of {width}")
-            if not np.isfinite(np.frombuffer(vectors.get("clip", b""), "<f2")).all():
-                raise ValueError("clip: vectors that are not finite")
+            rows, width = len(clip["captions"]) + clip["n_frames"], self.vectors[0].fingerprint["clip"]["dim"]
+            if reason := embeddings.damage(vectors.get("clip", b""), rows, width):
+                raise ValueError(reason)
         return keep_languages(clip, self.cfg.languages), sample | vectors
 
     def _damage(self, sample: CorruptSample) -> None:
@@ -267,12 +268,14 @@ class Loader:
 
     def _undecodable(self, kind: str, strips: dict[int, bytes]) -> dict[int, str]:
         """Find the strips that cannot be decoded, each tried alone; none if something else is wrong."""
-        reasons = {}
+        reasons: dict[int, str] = {}
+        decoder = None
         for i, strip in strips.items():
+            decoder = decoder or self._decoder(kind, 1)
             try:
-                self._decoder(kind, 1).run([strip])
+                decoder.run([strip])
             except RuntimeError:
-                reasons[i] = f"{kind} cannot be decoded"
+                reasons[i], decoder = f"{kind} cannot be decoded", None  # it is of no more use
         return reasons
 
     def _decoder(self, kind: str, most: int) -> Decoder:
@@ -284,35 +287,14 @@ class Loader:
             return (*[self.folders[0].fingerprint["frames"]["size"]] * 2, 3)
         return self.spectrogram.segment_rows, self.spectrogram.n_mels, 1 if self.spectrogram.channels == "mono" else 3
 
-    def _vectors(self, samples: list["_Sample"], drawn: list[int]) -> dict[str, Tensor]:
-        """Take text_vectors (B, D) of the drawn captions, frame_vectors (F, D) and frame_clip (F,) from the frozen vectors."""
-        assert self.vectors
-        width = self.vectors[0].fingerprint["clip"]["dim"]
-        text, frames = torch.zeros(len(samples), width, dtype=torch.float16), []
-        for i, sample in enumerate(samples):
-            data = np.frombuffer(sample.members.get("clip", b""), "<f2").astype(np.float16)
-            rows = torch.from_numpy(data).view(-1, width)  # captions, then frames
-            captions = sample.clip["captions"]
-            if captions:
-                text[i] = rows[drawn[i]]
-            frames.append(rows[len(captions) :])
-        frame_clip = torch.repeat_interleave(torch.tensor([len(part) for part in frames]))
-        no_tokens = torch.zeros(len(samples), 0, dtype=torch.int64)
-        return {"tokens": no_tokens, "text_vectors": text, "frame_vectors": torch.cat(frames), "frame_clip": frame_clip}
-
     def _masks(self, clips, keys, segment_clip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Compute (valid rows (S,), hidden rows (S, 224), hidden channels (S, 224)) of the packed segments."""
-        height, width = self.spectrogram.segment_rows, self.spectrogram.n_mels
-        total, first = len(segment_clip), 0
-        rows, hidden_rows = np.zeros(total, int), np.zeros((total, height), bool)
-        hidden_channels = np.zeros((total, width), bool)
-        for clip, segments in enumerate(segment_clip.bincount(minlength=len(clips)).tolist()):
-            if segments:
-                part, valid = slice(first, first + segments), clips[clip]["n_rows"]
-                by_row, hidden_channels[part] = draw(keys[clip], valid, width, self.mask)
-                hidden_rows[part].reshape(-1)[:valid] = by_row
-                rows[part] = np.clip(valid - height * np.arange(segments), 0, height)
-                first += segments
+        size = self.spectrogram.segment_rows, self.spectrogram.n_mels
+        valid, owner = np.array([clip["n_rows"] for clip in clips]), segment_clip.numpy()
+        counts = np.bincount(owner, minlength=len(clips))
+        before = np.arange(len(owner)) - (counts.cumsum() - counts)[owner]  # segments of the same clip
+        rows = np.clip(valid[owner] - size[0] * before, 0, size[0])
+        hidden_rows, hidden_channels = masking.draw(keys, valid.tolist(), counts.tolist(), size, self.mask)
         return torch.from_numpy(rows), torch.from_numpy(hidden_rows), torch.from_numpy(hidden_channels)
 
 

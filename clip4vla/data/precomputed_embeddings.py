@@ -6,7 +6,11 @@ length. index.json names the towers (their identity) and, for each tar, the shar
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from clip4vla.config import RunConfig
 from clip4vla.data.shards import INDEX, ShardFolder
@@ -15,7 +19,37 @@ from clip4vla.io import remote
 
 FOLDER = "clip"
 MEMBER = "clip.f16"
+INFINITY = 0x7C00  # bits of the least float16 that is not finite
 REMEDY = "run data_prep/embed.py again, or set data.precomputed_embeddings=off"
+
+
+def damage(vectors: bytes, rows: int, width: int) -> str:
+    """Say what is wrong with a clip's vectors (rows, width), or ""."""
+    if len(vectors) != 2 * rows * width:
+        return f"clip: {len(vectors)} bytes, not {rows} vectors of {2 * width}"
+    magnitudes = (
+        np.frombuffer(vectors, "<u2") & 0x7FFF
+    )  # whose order is that of their bits; isfinite is slow for float16
+    return "clip: vectors that are not finite" if magnitudes.max(initial=0) >= INFINITY else ""
+
+
+def packed(vectors: Sequence[bytes], captions: Sequence[int], drawn: Sequence[int], width: int) -> dict[str, Tensor]:
+    """Pack the vectors of B clips, captions first, to text_vectors (B, D), frame_vectors (F, D) and frame_clip (F,).
+
+    captions: how many each clip has. drawn: the number of the one that it takes; without captions it gets zeros.
+    """
+    every = np.frombuffer(bytearray().join(vectors), "<f2").astype(np.float16, copy=False).reshape(-1, width)
+    texts, counts = np.array(captions, np.int64), np.array([len(part) for part in vectors], np.int64) // (2 * width)
+    first = counts.cumsum() - counts
+    text = np.zeros((len(vectors), width), np.float16)
+    text[texts > 0] = every[(first + drawn)[texts > 0]]
+    is_frame = np.arange(len(every)) >= (first + texts).repeat(counts)
+    clip = np.arange(len(vectors)).repeat(counts - texts)
+    return {
+        "text_vectors": torch.from_numpy(text),
+        "frame_vectors": torch.from_numpy(every[is_frame]),
+        "frame_clip": torch.from_numpy(clip),
+    }
 
 
 def open_vectors(

@@ -2,15 +2,20 @@
 
 import io
 import json
+import re
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from PIL import Image
+
+from clip4vla.media.images import jpeg_size
+from clip4vla.media.random_integers import integers
 
 TYPES = {"vb": 0, "nb": 1, "both": 2}
 CAPTIONS = 1000  # of a clip
 LONGEST = 100_000  # characters of a caption, of which CLIP reads 77 tokens
 COUNTS = {"frames": "n_frames", "fbank": "n_segments"}  # in a clip's json, of the tiles in its strip
+SURROGATE = re.compile(rb"\\u[dD]")
 FIELDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "item", "group", "source", "split", "lang", "audio_type"), (str,)),
     **dict.fromkeys(("captions", "caption_langs"), (list,)),
@@ -26,8 +31,9 @@ FIELDS: dict[str, tuple[type, ...]] = {
 def parse(data: bytes) -> dict[str, Any]:
     """Parse a sample's json; raises ValueError with the reason if it is not of the form that it should have."""
     try:
-        clip = json.loads(data)
-        json.dumps(clip, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        clip = json.loads(data.decode())
+        if SURROGATE.search(data):
+            json.dumps(clip, ensure_ascii=False).encode()  # half a pair is no text
     except (ValueError, RecursionError) as error:
         raise ValueError(f"json is not JSON: {error}") from None
     validate(clip)
@@ -52,13 +58,13 @@ def _fields(clip: Any) -> str:
 
 def _values(clip: dict[str, Any]) -> str:
     texts = [*clip["captions"], *clip["caption_langs"]]
-    if not all(isinstance(text, str) for text in texts) or len(texts) != 2 * len(clip["captions"]):
+    if not set(map(type, texts)) <= {str} or len(texts) != 2 * len(clip["captions"]):
         return "json: captions and caption_langs are not two equally long lists of text"
     if len(clip["captions"]) > CAPTIONS:
         return f"json: {len(clip['captions'])} captions, {CAPTIONS} at most"
     if (longest := max(map(len, texts), default=0)) > LONGEST:
         return f"json: a caption of {longest} characters, {LONGEST} at most"
-    if any(not isinstance(clip["media"].get(name, 0), str | None) for name in ("audio", "frames")):
+    if not {type(clip["media"].get(name, 0)) for name in ("audio", "frames")} <= {str, type(None)}:
         return "json: media is not two paths"
     if clip["audio_type"] not in TYPES:
         return f"json: audio_type is {clip['audio_type']!r:.60}"
@@ -84,6 +90,8 @@ def check_fit(clip: dict[str, Any], kind: str, strip: bytes | None, tile: tuple[
 
 
 def _size(kind: str, strip: bytes) -> tuple[int, int]:
+    if size := jpeg_size(strip):
+        return size
     try:
         with Image.open(io.BytesIO(strip), formats=["JPEG", "PNG"]) as image:
             return image.size
@@ -99,12 +107,15 @@ def keep_languages(clip: dict, languages: list[str]) -> dict:
     return clip | {name: [clip[name][j] for j in kept] for name in ("captions", "caption_langs") if name in clip}
 
 
-def draw_caption(clip: dict, key: tuple[int, int, int], how: str) -> int:
-    """Choose the caption, by number, of this epoch's visit of a clip, by data.caption_sampling; 0 if it has none."""
-    seed, name, epoch = key
-    count = len(clip["captions"])
-    if count < 2 or how == "first":
-        return 0
-    if how == "cycle":
-        return (int(np.random.default_rng((seed, name, 4)).integers(count)) + epoch) % count
-    return int(np.random.default_rng((seed, name, epoch, 1)).integers(count))
+def draw_captions(clips: Sequence[dict], keys: Sequence[tuple[int, int, int]], how: str) -> list[int]:
+    """Choose the caption, by number, of this epoch's visit of each clip (B,), by data.caption_sampling; 0 if it has none.
+
+    keys: run, clip and epoch of each.
+    """
+    drawn, counts = [0] * len(clips), [len(clip["captions"]) for clip in clips]
+    several = [] if how == "first" else [i for i, count in enumerate(counts) if count > 1]
+    ends = [(keys[i][0], keys[i][1], 4) if how == "cycle" else (*keys[i], 1) for i in several]
+    (numbers,) = integers(ends, [([counts[i] for i in several], [1] * len(several))])
+    for i, number in zip(several, numbers.tolist(), strict=True):
+        drawn[i] = (number + keys[i][2]) % counts[i] if how == "cycle" else number
+    return drawn

@@ -36,6 +36,7 @@ from clip4vla.io.atomic import atomic_write, line, open_exclusive, write_json
 INDEX = "index.json"
 ENTRIES = "entries.jsonl"
 FORMAT = 2
+DECODER = json.JSONDecoder()  # without what json.loads does around it, which takes as long for a line
 HEADER = 512  # bytes of a tar header, and the unit that members are padded to
 
 
@@ -84,7 +85,7 @@ class Entries(Sequence[tuple[str, dict[str, Member]]]):
         return len(self.lines)
 
     def __getitem__(self, number: Any) -> Any:
-        key, members = json.loads(self.lines[number])
+        key, members = DECODER.decode(self.lines[number].decode())
         return key, {ext: Member(*place) for ext, place in members.items()}
 
     def keys(self) -> list[str]:
@@ -252,7 +253,7 @@ class ShardFolder:
         plans = [self._plan(shard, entry, entries[shard], tuple(exts)) for shard, entry in wanted]
         parts = [(self.shards[s], part) for (s, _), plan in zip(wanted, plans, strict=True) for part in plan.ranges]
         ranges = [remote.Range(f"{self.path}/{s.name}", s.sha256, part.start, part.end) for s, part in parts]
-        blobs = iter(self.reader.read(ranges, lambda i, blob: not _members(parts[i][1], blob)[1]))
+        blobs = iter(self.reader.read(ranges, lambda i, blob: not _split(parts[i][1], blob, {})))
         return [_checked(self.shards[shard].name, plan, blobs) for (shard, _), plan in zip(wanted, plans, strict=True)]
 
     def corrupt(self, shard: int, number: int, reason: str) -> CorruptSample:
@@ -302,15 +303,18 @@ class ShardFolder:
             return _Plan(f"entry {number}", [], entries)
         try:
             key, members = entries[number]
-            chosen = [(ext.partition(".")[0], member) for ext, member in members.items()]
-            chosen = sorted((c for c in chosen if c[0] in exts and c[1].size), key=lambda c: c[1].offset)
-            if len({kind for kind, _ in chosen}) < len(chosen):
-                raise ValueError("two members of one kind")
-            if any(m.offset < 0 or not 0 <= m.size <= self.shards[shard].bytes - m.offset for _, m in chosen):
-                raise ValueError("a member lies outside of the tar")
+            chosen: dict[str, Member] = {}
+            for ext, member in members.items():
+                kind = ext.partition(".")[0]
+                if kind in exts and member.size:
+                    if kind in chosen:
+                        raise ValueError("two members of one kind")
+                    if member.offset < 0 or not 0 <= member.size <= self.shards[shard].bytes - member.offset:
+                        raise ValueError("a member lies outside of the tar")
+                    chosen[kind] = member
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             return _Plan(f"entry {number}", [], f"{ENTRIES}: {type(error).__name__}: {error}")
-        return _Plan(key, _joined(chosen), "")
+        return _Plan(key, _joined(sorted(chosen.items(), key=lambda kind_and_member: kind_and_member[1].offset)), "")
 
 
 def _name(text: Any) -> str:
@@ -353,24 +357,22 @@ def _checked(shard: str, plan: _Plan, blobs: Iterator[Any]) -> dict[str, bytes] 
     """Check a sample's bytes and return them by kind; takes its ranges' answers off `blobs`."""
     sample: dict[str, bytes] = {}
     reason = plan.read_error
-    for part, blob in [(part, next(blobs)) for part in plan.ranges]:
-        members, wrong = _members(part, blob)
-        sample |= members
+    for part in plan.ranges:
+        wrong = _split(part, next(blobs), sample)
         reason = reason or wrong
     return CorruptSample(shard, plan.key, reason) if reason else sample
 
 
-def _members(part: _Range, blob: bytes | BaseException) -> tuple[dict[str, bytes], str]:
-    """Split and check one range: (bytes by kind, what is wrong with them or "")."""
+def _split(part: _Range, blob: bytes | BaseException, by_kind: dict[str, bytes]) -> str:
+    """Cut one range into members, added to by_kind, and check them; returns what is wrong, or ""."""
     if isinstance(blob, BaseException):
-        return {}, read_error(part.members[0][1], blob)
-    by_kind: dict[str, bytes] = {}
+        return read_error(part.members[0][1], blob)
     for kind, member in part.members:
         at = member.offset - part.start
-        by_kind[kind] = bytes(blob[at : at + member.size])
+        by_kind[kind] = blob[at : at + member.size]
         if wrong := read_error(member, by_kind[kind]):
-            return by_kind, f"{kind}: {wrong}"
-    return by_kind, ""
+            return f"{kind}: {wrong}"
+    return ""
 
 
 def read_error(place: Member, answer: bytes | BaseException) -> str:

@@ -10,7 +10,7 @@ import errno
 import random
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from clip4vla.config import DataSources
 from clip4vla.errors import one_line
+from clip4vla.io.local_files import local_files
 from clip4vla.io.range_cache import node_cache
 
 CONCURRENT = 32  # requests in flight of one call
@@ -55,7 +56,7 @@ class Reader:
         self.fs, self.cfg = fs, cfg
         self.cache = node_cache(cfg.cache, cfg.cache_gb) if cfg.cache and not _is_local(fs) else None
 
-    def read(self, ranges: Sequence[Range], intact: Callable[[int, bytes], bool]) -> list[bytes | BaseException]:
+    def read(self, ranges: Sequence[Range], intact: Callable[[int, bytes], bool]) -> Iterable[bytes | BaseException]:
         """Read the bytes of each range, or the exception that says why they could not be had.
 
         intact(i, bytes) says whether range i came as it should: only such bytes are cached, and what the cache gives
@@ -74,21 +75,21 @@ class Reader:
         self.cache.put({names[i]: blobs[i] for i in good})
         return blobs
 
-    def _fetch(self, ranges: Sequence[Range]) -> list[bytes | BaseException]:
+    def _fetch(self, ranges: Sequence[Range]) -> Iterable[bytes | BaseException]:
         paths, starts, ends = ([getattr(r, field) for r in ranges] for field in ("path", "start", "end"))
         return read_ranges(self.fs, paths, starts, ends, self.cfg)
 
 
 def read_ranges(
     fs: fsspec.AbstractFileSystem, paths: list[str], starts: list[int], ends: list[int], cfg: DataSources = DEFAULT
-) -> list[bytes | BaseException]:
+) -> Iterable[bytes | BaseException]:
     """Read bytes starts[i]..ends[i] of each paths[i], or give an exception in their place.
 
     On remote file systems neighbours are one request, requests are concurrent, an attempt takes cfg.request_timeout seconds
     at most, and what may heal (no answer, 5xx, a cut connection, fewer bytes than asked) is tried cfg.retries times more.
     """
     if _is_local(fs):
-        return fs.cat_ranges(paths, starts, ends, on_error="return")
+        return local_files.read(paths, starts, ends)
     requests = _merged(paths, starts, ends)
     out: list[Any] = [None] * len(paths)
     try:

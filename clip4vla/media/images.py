@@ -1,6 +1,7 @@
 """Read still pictures to pixels, and encode pixels as JPEG and PNG; what is wrong with a file is a ValueError that says it."""
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,14 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".svg")
 ORIENTATION = 0x0112  # in EXIF
 BAND = 256  # rows that are laid on white at once
 LONGEST_SIDE = 200  # of a frame, in shortest sides: it is scaled whole before its centre is cut out
+SOI, SOF, SOS = b"\xff\xd8", (0xFFC0, 0xFFC1, 0xFFC2), 0xFFDA  # markers of a JPEG: its begin, its size, its first scan
+PLAIN = {
+    0xFFC4,
+    0xFFDB,
+    0xFFDD,
+    0xFFFE,
+    *range(0xFFE0, 0xFFF0),
+}  # tables, restart interval, comment, applications' data
 UNREADABLE = "unreadable picture: "
 
 
@@ -27,6 +36,26 @@ def read_picture(path: Path, size: int) -> np.ndarray:
     except Exception as error:  # Pillow raises whatever its parsers raise
         reason = str(error).removeprefix(UNREADABLE)
         raise ValueError(f"{UNREADABLE}{' '.join(reason.split())[:200] or type(error).__name__}") from None
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Read the (width, height) of a JPEG from its header, or None unless that is as plain as encoders write it.
+
+    Plain: up to the first scan each segment follows the one before it, and a single one has the size (ITU-T T.81, B.2).
+    """
+    size, at, end = None, 2, len(data) - 10  # what is read at a marker
+    while data.startswith(SOI) and at <= end:
+        marker, length, precision, height, width, components = struct.unpack_from(">HHBHHB", data, at)
+        if marker == SOS:
+            return size
+        if marker in SOF:
+            if size or precision != 8 or components not in (1, 3) or length != 8 + 3 * components:
+                return None
+            size = width, height
+        elif marker not in PLAIN:
+            return None
+        at += 2 + length
+    return None
 
 
 def fitted(image: Image.Image, size: int) -> np.ndarray:

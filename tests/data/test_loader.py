@@ -23,6 +23,8 @@ from PIL import Image
 
 from clip4vla.config import RunConfig
 from clip4vla.config_io import load
+from clip4vla.data import loader as loader_module
+from clip4vla.data.dali_decoder import Decoder
 from clip4vla.data.loader import check_fingerprint, open_folders
 from clip4vla.data.sampler import EvalSampler, SampleIndex, TrainSampler
 from clip4vla.data.shards import ShardFolder, write_shard
@@ -330,6 +332,33 @@ def test_hostile_samples_with_right_checksums_are_damage_too(sample_shards, tmp_
                 batch.segments[batch.segment_clip == row], before.segments[before.segment_clip == row]
             )
     assert len(opened.entries(0)) >= len(HOSTILE)
+
+
+def test_after_a_bad_picture_few_pipelines_are_built_and_only_the_bad_ones_are_named(
+    sample_shards, tmp_path, monkeypatch
+):
+    built = []
+    monkeypatch.setattr(loader_module, "Decoder", lambda *words: (built.append(words[0]), Decoder(*words))[1])
+    ours = loader(sample_shards, needs=("fbank",))
+    ours.damage_log = tmp_path / "corrupt.jsonl"
+    whole, read = ours.batch(0), ours.read(0, 0)
+    bad = [i for i, sample in enumerate(read.samples) if sample.members][2:9:3]
+    names = [read.samples[i].clip["id"] for i in bad]
+    for i in bad:
+        read.samples[i].members["fbank"] = b"\xff\xd8" + bytes(500)
+    made = ours._complete(read)
+    assert built == [
+        16,
+        1,
+        1,
+        1,
+        1,
+        16,
+    ]  # the batch's, one for strips alone and one more after each failure, the batch's
+    assert [i for i in range(16) if made.ids[i] != whole.ids[i]] == bad and names == [whole.ids[i] for i in bad]
+    assert not made.has_audio[bad].any() and ours.corrupt == 3
+    kept = ~torch.isin(whole.segment_clip, torch.tensor(bad))
+    assert torch.equal(made.segments, whole.segments[kept]) and torch.equal(made.hidden_rows, whole.hidden_rows[kept])
 
 
 def test_more_damage_than_allowed_stops(sample_shards, tmp_path):

@@ -67,7 +67,7 @@ def test_a_sound_that_cannot_be_decoded_is_mixed_with_none_and_listed_once(sampl
     ours.damage_log = tmp_path / "corrupt.jsonl"
     sizes = [[s.samples for s in f.shards] for f in ours.folders]
     ours.order, ours.augment = TrainSampler(sizes, [1, 1], 12, 0, 2), AugmentConfig(mix=1.0)
-    read = ours._read(0, 0)
+    read = ours.read(0, 0)
     both = [i for i, pair in enumerate(zip(read.samples, read.others, strict=True)) if all(s.members for s in pair)]
     bad = next(i for i in both if "fbank" in read.samples[i].members and "fbank" in read.others[i].members)
     name = read.others[bad].clip["id"]

@@ -190,6 +190,10 @@ def test_the_ratios_of_loader_follow_from_its_rounds(loader):
     assert min(loader["cpu_s_per_clip"].values()) > 0
 
 
+def test_the_reader_alone_takes_a_part_of_the_time_of_loader(loader):
+    assert 0 < loader["python_ms_per_clip"] < 1000 * loader["cpu_s_per_clip"]["ours_frozen"]
+
+
 def test_fewer_clips_than_a_batch_are_refused_in_one_line():
     done = run("launch/bench.py", "loader", "--clips", 8, "--batch", 16)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "fewer than a batch" in done.stderr

@@ -1,9 +1,12 @@
-"""pictures.py: stills of every kind to pixels."""
+"""images.py: stills of every kind to pixels, and the size in a header."""
+
+import io
+import struct
 
 import pytest
 from PIL import Image
 
-from clip4vla.media.images import read_picture
+from clip4vla.media.images import jpeg_size, read_picture
 
 
 def test_pictures_are_composited_on_white_and_padded(tmp_path):
@@ -42,3 +45,36 @@ def test_a_line_is_drawn_one_pixel_wide(tmp_path):
             (1, 0) if size[0] > size[1] else (0, 1)
         )
         assert (pixels[~is_blue] == 255).all()
+
+
+def saved(mode="RGB", kind="JPEG", size=(30, 70), **options):
+    Image.new(mode, size).save(out := io.BytesIO(), kind, **options)
+    return out.getvalue()
+
+
+def test_the_size_in_the_header_of_a_plain_jpeg_is_that_which_pillow_reads():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    plain = [dict(mode="L"), dict(progressive=True), dict(subsampling=0, comment=b"x" * 999), dict(exif=exif)]
+    for options in [*plain, dict(optimize=True), dict(restart_marker_blocks=2), dict(size=(65000, 1))]:
+        data = saved(**options)
+        assert jpeg_size(data) == Image.open(io.BytesIO(data)).size, options
+
+
+def test_of_headers_that_are_not_plain_no_size_is_claimed():
+    data = saved()
+    frame, scan = (data.index(marker) for marker in (b"\xff\xc0", b"\xff\xda"))
+    (length,) = struct.unpack_from(">H", data, frame + 2)
+    segment = data[frame : frame + 2 + length]
+    larger = segment[:5] + struct.pack(">HH", 60_000, 60_000) + segment[9:]
+    hostile = [
+        data[:frame] + larger + data[frame:],  # decoders take one of two sizes
+        data[:scan] + larger + data[scan:],
+        data[:frame] + b"\0" + data[frame:],
+        data[:frame] + b"\xff\xe0\0\0" + data[frame:],
+        data[:frame] + segment[:4] + b"\x0c" + segment[5:] + data[frame + 2 + length :],  # 12 bits
+        data[:frame] + data[frame + 2 + length :],
+        *(data[:end] for end in range(scan + 2)),
+        saved("CMYK"), saved(kind="PNG"), saved(kind="GIF"), b"\xff\xd8" + bytes(500), b"",
+    ]  # fmt: skip
+    assert jpeg_size(data) == (30, 70) and [jpeg_size(bad) for bad in hostile] == [None] * len(hostile)

