@@ -78,6 +78,8 @@ class AudioEncoder(nn.Module):
 
         mix: what type_token_weights gives.
         """
+        if not len(segments):  # attention on CUDA fails on none, and under ZeRO-3 all ranks must run the tower
+            return self.forward(segments.new_zeros(1, *segments.shape[1:]), mix.new_zeros(1, *mix.shape[1:]))[:0]
         return self._encode(self._patches(segments) + self.trunk.positional_embedding[1:-1], mix)
 
     def encode_clips(
