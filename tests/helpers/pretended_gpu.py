@@ -74,7 +74,7 @@ class OnGPU(torch.Tensor):
 
 
 class PretendedGPU(TorchDispatchMode):
-    """Makes tensors on CUDA, in its block, OnGPU; one at a time. Build models before it: torch's meta device is taken for CUDA."""
+    """Makes tensors on CUDA, in its block, OnGPU; one at a time. Build models before it: torch's meta device is CUDA there."""
 
     current: "PretendedGPU | None" = None
 
@@ -195,6 +195,8 @@ class PretendedGPU(TorchDispatchMode):
 
     def _pin(self, x):
         assert not isinstance(x, OnGPU), "only dense CPU tensors can be pinned"
+        if x.untyped_storage().data_ptr() in self.pinned:
+            return x
         out = x.clone()
         self.pinned[out.untyped_storage().data_ptr()] = out.untyped_storage()  # kept: its address is no other's
         return out
