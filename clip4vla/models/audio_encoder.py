@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clip4vla.config import ModelConfig, SpectrogramConfig
 from clip4vla.data.batch import unpack, upload
 from clip4vla.errors import UserError
-from clip4vla.models.towers import pooled_places, pools_first
+from clip4vla.models.towers import embed_patches, pooled_places, pools_first
 
 DEFAULT, SPECTROGRAM = ModelConfig(), SpectrogramConfig()
 
@@ -111,7 +111,7 @@ class AudioEncoder(nn.Module):
         weight = self.trunk.conv1.weight
         if segments.shape[1] == 1:  # of mono, repeated in three channels, only the sum matters: a third of the work
             weight = weight.sum(1, keepdim=True)
-        return F.conv2d(segments, weight, stride=self.trunk.conv1.stride).flatten(2).transpose(1, 2)
+        return embed_patches(segments, weight)
 
     def _encode(self, x: Tensor, mix: Tensor, ignored: Tensor | None = None) -> Tensor:
         """Encode embedded patches (B, L, W), of which those in `ignored` (B, L) are padding, to vectors (B, D)."""
