@@ -149,7 +149,8 @@ class FusionTransformer(nn.Module):
         attn_mask (T, T) bool: True where a position (row) does not attend to another (column), as in torch.
         """
         if not len(x):  # attention on CUDA fails on none, and under ZeRO-3 all ranks must run the head
-            one, mask = x.new_zeros(1, *x.shape[1:]), key_mask.new_zeros(1, key_mask.shape[1])
+            length = max(1, x.shape[1])
+            one, mask = x.new_zeros(1, length, x.shape[2]), key_mask.new_zeros(1, length)
             return self.forward(one, mask, first_only, attn_mask)[:0]
         ignored = _ignored_keys(key_mask, attn_mask)
         x = self.dropout(x)

@@ -16,6 +16,8 @@ from clip4vla.config import ModelConfig, RunConfig, SpectrogramConfig
 from clip4vla.config_io import load
 from clip4vla.data.loader import open_folders
 from clip4vla.evaluation import runner
+from clip4vla.models import fusion
+from clip4vla.models.model import Model
 from clip4vla.training import meter, train_step
 from clip4vla.training.run_setup import build_model, train_loader
 from data_prep import embed_shards
@@ -25,6 +27,7 @@ CLIP = {  # an even number of heads in towers and heads, as every CLIP has: nn.M
     "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 32},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
 }
+PICTURES = "SHARDS/pictures/train"
 NONE = ["loss.at=0", "loss.av=0", "loss.aa=0"]
 TUNE = [
     *NONE,
@@ -51,7 +54,11 @@ def config(sample_shards, tmp_path_factory):
         own = [f"model.clip={folder}/clip.json", f"run_dir={folder}/run", "init_from=[]", "data.decode_threads=1",
                f"data.train={{{speech}/train: 0.5, {sounds}/train: 0.5}}", f"data.val=[{speech}/val, {sounds}/val]",
                "train.batch_size=12", "eval.batch_size=8", "data.languages=[en]"]  # fmt: skip
-        return load(RunConfig, "configs/pretrain/sample.yaml", [*own, *words])
+        return load(
+            RunConfig,
+            "configs/pretrain/sample.yaml",
+            [*own, *(word.replace("SHARDS", str(sample_shards)) for word in words)],
+        )
 
     return make
 
@@ -101,6 +108,8 @@ STEPS = {
     "temperature": (["model.learn_temperature=true", "model.trainable_towers=text+vision+audio"], {}),
     "clip": ([*NONE, "loss.tv=1", "model.trainable_towers=text+vision"], {}),
     "whole clips": (["model.audio_span=clip", "model.audio_pool=mean"], {}),
+    "no sound": (["loss.tv=1", f"data.train={PICTURES}"], {}),
+    "no sound, whole clips": ([*RETRIEVE, "model.audio_span=clip", f"data.train={PICTURES}"], {}),
     "global_global": ([*RETRIEVE, "model.head=global_global"], {}),
     "global_local": ([*RETRIEVE, "model.head=global_local"], {}),
     "local_local": ([*RETRIEVE, "model.head=local_local"], {}),
@@ -221,6 +230,22 @@ def test_embedding_is_the_cpus(config):
         with torch.no_grad():
             embed_shards.vectors(model, embed_shards.make_loader(cfg, folders[0], CUDA), micro.to(CUDA))
     assert list(gpu.waits) == ["embed_shards.py vectors"]
+
+
+@torch.no_grad()
+def test_no_caption_and_no_clip_are_scored_as_none():
+    """As retrieval without any caption does; nn.MultiheadAttention's native path refuses them."""
+    torch.manual_seed(0)
+    head = Model(CLIP, ModelConfig(clip="ViT-B-32", head="local_local", head_layers=2), SpectrogramConfig()).head.eval()
+    with PretendedGPU() as gpu:
+        move(head)
+        for captions, clips in ((0, 3), (2, 0), (0, 0), (2, 3)):
+            words = fusion.pad_packed(
+                fusion.TEXT, torch.randn(captions, 128, device=CUDA), torch.ones(captions).long(), 1
+            )
+            frames = fusion.pad_packed(fusion.VISION, torch.randn(clips, 128, device=CUDA), torch.ones(clips).long(), 1)
+            assert head(words, [frames]).shape == (captions, clips)
+    assert not gpu.waits
 
 
 def test_what_cuda_refuses_is_refused_and_what_it_waits_for_is_noted():
