@@ -148,10 +148,11 @@ class FusionTransformer(nn.Module):
         key_mask (B, T) bool: False at padding, which no position attends to.
         attn_mask (T, T) bool: True where a position (row) does not attend to another (column), as in torch.
         """
-        if not len(x):  # attention on CUDA fails on none, and under ZeRO-3 all ranks must run the head
-            length = max(1, x.shape[1])
-            one, mask = x.new_zeros(1, length, x.shape[2]), key_mask.new_zeros(1, length)
-            return self.forward(one, mask, first_only, attn_mask)[:0]
+        rows, length = key_mask.shape
+        if not rows or not length:  # attention fails on none, and under ZeRO-3 all ranks must run the head
+            mask = key_mask.new_zeros(max(1, rows), max(1, length))
+            outputs = self.forward(x.new_zeros(*mask.shape, x.shape[2]), mask, first_only, attn_mask)[:rows]
+            return outputs if first_only else outputs[:, :length]
         ignored = _ignored_keys(key_mask, attn_mask)
         x = self.dropout(x)
         for block in self.blocks[:-1]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from forks import ROOT
 from open_clip.model import CustomTextCLIP
-from running import TINY
+from running import ONE_HEAD, TINY
 from safetensors.torch import save_file, save_model
 
 from clip4vla.config import FramesConfig, ModelConfig, RunConfig, SpectrogramConfig
@@ -140,7 +140,7 @@ def test_pool_is_a_mean_of_unit_vectors_and_zero_without_any():
 def test_towers_from_a_weights_file(tmp_path, form):
     """The same small CLIP saved as people have it: OpenAI's names, open_clip's checkpoint, OpenAI's TorchScript archive."""
     torch.manual_seed(0)
-    clip = open_clip.CLIP(**TINY, quick_gelu=True).eval()
+    clip = open_clip.CLIP(**ONE_HEAD, quick_gelu=True).eval()
     state, file = {k: v.contiguous() for k, v in clip.state_dict().items()}, tmp_path / form
     if form == "openai.safetensors":
         save_file(state, file)
