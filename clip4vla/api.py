@@ -20,6 +20,7 @@ from torch import Tensor
 from clip4vla.config import ClassifyConfig, FramesConfig, RunConfig, SpectrogramConfig
 from clip4vla.config_io import expand_path, load
 from clip4vla.data import preprocessing
+from clip4vla.data.batch import upload
 from clip4vla.data.preprocessing import ClipInput
 from clip4vla.errors import UserError, one_line
 from clip4vla.export import model_folder
@@ -103,7 +104,8 @@ class CLIP4VLA(Model, ModelHubMixin):
 
         vectors = self.encode(windows(), [token], vision=False)[token]
         total = vectors.new_zeros(len(listed), vectors.shape[1])
-        return F.normalize(total.index_add(0, torch.tensor(owners, dtype=torch.int64), vectors), dim=-1).to(self.device)
+        pooled = F.normalize(total.index_add(0, torch.tensor(owners, dtype=torch.int64), vectors), dim=-1)
+        return upload(pooled, self.device)
 
     def encode_video(self, videos: Pictures | list[Pictures]) -> Tensor:
         """Encode videos and still pictures to unit vectors y^g (N, D).
@@ -111,7 +113,8 @@ class CLIP4VLA(Model, ModelHubMixin):
         A video is encoded by frames spread over it, at most 12 with the defaults. Frames in an array are taken as they are,
         spread if there are more.
         """
-        return self.encode((_video_input(video, self.frames) for video in _listed(videos)), [])["v"].to(self.device)
+        inputs = (_video_input(video, self.frames) for video in _listed(videos))
+        return upload(self.encode(inputs, [])["v"], self.device)
 
     @torch.no_grad()
     def encode(self, clips: Iterable[ClipInput], audio_types: Sequence[str], vision: bool = True) -> dict[str, Tensor]:

@@ -130,6 +130,16 @@ def _before_main(kind: type[BaseException], error: BaseException, trace: Traceba
     sys.exit(2)
 
 
+def _set_allocator() -> None:
+    """Let CUDA's allocator grow its blocks, unless the user has set it: batches differ in size, and leave gaps in fixed ones.
+
+    torch reads the setting when CUDA starts.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+_set_allocator()
 sys.excepthook = _before_main  # only entry scripts import this module
 atexit.register(gc.freeze)  # else the interpreter ends with seconds of looking for cycles among all that was imported
 for package in UNUSED:  # the second that timm and wandb, which it brings, would take is saved

@@ -171,7 +171,7 @@ def vectors(model: Model, loader: Loader, batch: Batch) -> list[tuple[torch.Tens
     flat = [text for texts in captions for text in texts]
     texts = model.encode_texts(flat, loader.tokenize).half().cpu()
     frames = F.normalize(model.encode_frames(batch.frames).float(), dim=-1).half().cpu()
-    counts = torch.bincount(batch.frame_clip, minlength=len(batch)).tolist()
+    counts = batch.frame_counts.tolist()
     return list(zip(texts.split([len(t) for t in captions]), frames.split(counts), strict=True))
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import os
+import subprocess
 import sys
 
 import pytest
@@ -63,3 +65,14 @@ def test_a_variable_that_is_not_set_is_named(words, monkeypatch, capsys):
 def test_a_path_of_the_command_line_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert path_word("~/a/$HOME") == "/home/me/a//home/me" and path_word("s3://a/b") == "s3://a/b"
+
+
+@pytest.mark.parametrize("name", ["", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_cudas_allocator_grows_its_blocks_unless_the_user_has_set_it(name):
+    """Before torch is there, which reads it when CUDA starts."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    env = {key: value for key, value in os.environ.items() if key not in names} | ({name: "own"} if name else {})
+    code = f"import os, sys, clip4vla.cli; print('torch' in sys.modules, [os.environ.get(name) for name in {names}])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    wanted = ["own" if key == name else None for key in names] if name else ["expandable_segments:True", None]
+    assert done.stdout == f"False {wanted}\n", done.stderr

@@ -1,4 +1,9 @@
-"""Pack the clips of one step on one rank for the model, so that no padding is encoded."""
+"""Pack the clips of one step on one rank for the model, so that no padding is encoded.
+
+Sizes and indices that depend on what a batch holds are computed on the CPU, from the batch as the loader made it
+(Batch.on_host): to ask the device for them would make the host wait until it has done all that was given to it. What the
+device needs of them goes there through `upload`, which does not wait.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -47,9 +52,28 @@ class Batch:
     frame_vectors: Tensor | None = None  # F D float16
     others: list[dict] = field(default_factory=list)  # the json of the clip that each one's sound is mixed with, if any
     share: Tensor | None = None  # B float32: of the own sound in what was mixed
+    host: "Batch | None" = None  # what this was copied from, if it was; see on_host
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def on_host(self) -> "Batch":
+        """Return this batch as it is in the CPU's memory, all but frames and segments, which DALI decodes on the device."""
+        return self.host or self
+
+    @property
+    def frame_counts(self) -> Tensor:
+        """Count the frames of each clip, (B,) int64 on the CPU."""
+        return self._counts(self.on_host.frame_clip)
+
+    @property
+    def segment_counts(self) -> Tensor:
+        """Count the segments of each clip, (B,) int64 on the CPU."""
+        return self._counts(self.on_host.segment_clip)
+
+    def _counts(self, owner: Tensor) -> Tensor:
+        return owner.bincount(minlength=len(self) + 1)[: len(self)]
 
     @property
     def segment_type(self) -> Tensor:
@@ -83,8 +107,8 @@ class Batch:
         return Labels(*(getattr(self, name) for name in Labels._fields))
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy this batch's tensors to the device, without waiting."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        """Copy this batch's tensors to the device, without waiting; the copy keeps this one as its `host`."""
+        return dataclasses.replace(self._each(lambda tensor: upload(tensor, device)), host=self.on_host)
 
     def pin(self) -> "Batch":
         """Pin what lies in the CPU's memory, so that copies to a GPU do not wait."""
@@ -93,6 +117,24 @@ class Batch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         tensors: dict[str, Any] = {name: change(v) for name, v in vars(self).items() if torch.is_tensor(v)}
         return dataclasses.replace(self, **tensors)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to the device without waiting: from memory that is pinned, which it is first."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def unpack(packed: Tensor, counts: Tensor, most: int) -> Tensor:
+    """Unpack the rows (n, ...) of B clips to (B, most, ...), zero where a clip has fewer; what is after the clips' is dropped.
+
+    counts (B,) int64, on the CPU: rows of each clip, at most `most`.
+    """
+    places = (torch.arange(most) < counts[:, None]).flatten().nonzero()[:, 0]
+    rows = packed.new_zeros(len(counts) * most, *packed.shape[1:])
+    rows = rows.index_copy(0, upload(places, packed.device), packed[: len(places)])
+    return rows.view(len(counts), most, *packed.shape[1:])
 
 
 def _round_up(n: int) -> int:

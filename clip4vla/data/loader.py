@@ -23,7 +23,7 @@ from torch import Tensor
 
 from clip4vla.config import AugmentConfig, DataSources, MaskConfig, SpectrogramConfig
 from clip4vla.data import precomputed_embeddings as embeddings
-from clip4vla.data.batch import Batch
+from clip4vla.data.batch import Batch, upload
 from clip4vla.data.dali_decoder import Decoder
 from clip4vla.data.sample_metadata import COUNTS, TYPES, check_fit, draw_captions, keep_languages, parse
 from clip4vla.data.sampler import EvalSampler, SampleIndex, TrainSampler
@@ -209,7 +209,8 @@ class Loader:
         counts = owner.bincount(minlength=len(clips)).tolist()
         size = self.spectrogram.segment_rows, self.spectrogram.n_mels
         changes = augmentation.draw(keys, [clip["n_rows"] for clip in clips], counts, size, self.augment)
-        return augmentation.change(segments, owner, len(clips), changes)
+        owner, *parts = (upload(x, segments.device) for x in (owner, *changes))
+        return augmentation.change(segments, owner, len(clips), augmentation.Changes(*parts))
 
     def _intact(
         self, sample: dict[str, bytes] | CorruptSample, vectors: dict[str, bytes] | CorruptSample

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip4vla.config import RunConfig
+from clip4vla.data.batch import upload
 from clip4vla.data.loader import Loader, stable_hash63
 from clip4vla.distributed import collectives
 from clip4vla.distributed.watchdog import watch
@@ -132,7 +133,7 @@ def _stacked(kind: int, vectors: list[Tensor | None], dim: int) -> PaddedSequenc
     """Pad vectors (n, D) of each row into one sequence, the opposite of _rows; None: an empty row."""
     counts = torch.tensor([0 if v is None else len(v) for v in vectors])
     packed = torch.cat([torch.zeros(0, dim), *(v for v in vectors if v is not None)])
-    return fusion.pad_packed(kind, packed, torch.repeat_interleave(counts), len(vectors))
+    return fusion.pad_packed(kind, packed, counts)
 
 
 def _compare(model: Model, text: list[tuple[Tensor, Tensor]], media: dict[str, list[Tensor | None]]) -> ScoreInputs:
@@ -166,7 +167,7 @@ def _scores(head: LocalToLocal, words: PaddedSequence, parts: list[PaddedSequenc
 
 
 def _to(part: PaddedSequence, device: torch.device) -> PaddedSequence:
-    return PaddedSequence(part.kind, part.vectors.to(device), part.mask.to(device))
+    return PaddedSequence(part.kind, upload(part.vectors, device), upload(part.mask, device), part.lengths)
 
 
 def compute_metrics(outputs: TextVideoOutputs, cfg: RunConfig) -> dict[str, dict[str, dict]]:

@@ -93,8 +93,8 @@ def _sounds(model: Model, loader: Loader, cfg: RunConfig) -> dict[int, tuple[str
     for k, batch in enumerate(loader.batches(0, len(loader.order))):
         watch.progress(f"evaluation: sounds for silent clips, batch {k}")
         batch, index = batch.to(loader.device), loader.sample_numbers(k)
-        vectors, owner = model.audio_vectors(batch, cfg.model.audio_type)
-        part = fusion.pad_packed(fusion.AUDIO, vectors.float(), owner, len(batch))
+        vectors, _ = model.audio_vectors(batch, cfg.model.audio_type)
+        part = fusion.pad_packed(fusion.AUDIO, vectors.float(), model.audio_counts(batch))
         rows = zip(index, batch.ids, part.vectors.cpu(), part.mask.cpu(), strict=True)
         mine |= {i: (name, v[there]) for i, name, v, there in rows if name}
     return collectives.all_gather_dicts({"sounds": mine})["sounds"]

@@ -111,13 +111,15 @@ def _runs(rng: np.random.Generator, length: int, count: int, longest: int) -> np
 
 
 def change(segments: Tensor, owner: Tensor, clips: int, changes: Changes) -> Tensor:
-    """Return segments (S, C, 224, M), uint8 code, changed; what is hidden gets the mean of its clip, of owner (S,)."""
-    row, channel, hidden_rows, hidden_channels, inside = (x.to(segments.device) for x in changes)
+    """Return segments (S, C, 224, M), uint8 code, changed; what is hidden gets the mean of its clip, of owner (S,).
+
+    All on one device.
+    """
+    row, channel, hidden_rows, hidden_channels, inside = changes
     strip = segments.transpose(1, 2).flatten(0, 1)  # S*224 C M
     moved = strip[row].view(len(segments), -1, *strip.shape[1:])  # S 224 C M
     moved = moved.gather(3, channel[:, None, None].expand_as(moved)).transpose(1, 2)
     hidden = (hidden_rows[:, :, None] | hidden_channels[:, None]) & inside[:, :, None]
-    owner = owner.to(segments.device)
     sums = torch.stack([(moved.float().mean(3).mean(1) * inside).sum(1), inside.float().sum(1)], 1)  # S 2
     totals = sums.new_zeros(clips, 2).index_add(0, owner, sums)
     means = (totals[:, 0] / totals[:, 1].clamp(min=1)).round().to(torch.uint8)[owner]

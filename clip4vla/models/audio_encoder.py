@@ -9,8 +9,9 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from clip4vla.config import ModelConfig, SpectrogramConfig
+from clip4vla.data.batch import unpack, upload
 from clip4vla.errors import UserError
-from clip4vla.models.towers import pooled_places, pools_first
+from clip4vla.models.towers import embed_patches, pooled_places, pools_first
 
 DEFAULT, SPECTROGRAM = ModelConfig(), SpectrogramConfig()
 
@@ -19,21 +20,25 @@ def type_token_weights(audio_type: str, own: Tensor | None = None, key: str = "m
     """Weigh the T type tokens to append, as shares of ([VB], [NB]): (1, T, 2), or (S, T, 2) by the clips' own types.
 
     vb, nb: one token. both: both tokens, T = 2 (the paper's fine-tuning). none: T = 0. A number r: the token
-    (1 - r) VB + r NB. `data`: own (S,) decides, 0 VB, 1 NB, 2 the mean of both.
+    (1 - r) VB + r NB. `data`: own (S,) decides, 0 VB, 1 NB, 2 the mean of both. They are on own's device.
     """
+    both = torch.eye(
+        2, device=None if own is None else own.device
+    )  # made there: a table would be copied, and waited for
+    vb, nb = both
     if audio_type == "data":
         assert own is not None
-        return torch.tensor([[1, 0], [0, 1], [0.5, 0.5]], device=own.device)[own][:, None]
-    named = {"vb": [[1.0, 0.0]], "nb": [[0.0, 1.0]], "both": [[1.0, 0.0], [0.0, 1.0]], "none": []}
+        return torch.stack([vb, nb, (vb + nb) / 2])[own][:, None]
+    named = {"vb": both[:1], "nb": both[1:], "both": both, "none": both[:0]}
     if audio_type in named:
-        return torch.tensor(named[audio_type]).reshape(1, -1, 2)
+        return named[audio_type][None]
     try:
         ratio = float(audio_type)
     except ValueError:
         ratio = -1.0
     if not 0 <= ratio <= 1:
         raise UserError(f"{key} must be vb, nb, both, none or a number from 0 to 1, not {audio_type!r}")
-    return torch.tensor([[[1 - ratio, ratio]]])
+    return ((1 - ratio) * vb + ratio * nb)[None, None]
 
 
 class AudioEncoder(nn.Module):
@@ -78,32 +83,27 @@ class AudioEncoder(nn.Module):
 
         mix: what type_token_weights gives.
         """
+        if not len(segments):  # attention on CUDA fails on none, and under ZeRO-3 all ranks must run the tower
+            return self.forward(segments.new_zeros(1, *segments.shape[1:]), mix.new_zeros(1, *mix.shape[1:]))[:0]
         return self._encode(self._patches(segments) + self.trunk.positional_embedding[1:-1], mix)
 
-    def encode_clips(
-        self, views: list[Tensor], rows: Tensor, owner: Tensor, clips: int, mix: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Encode each clip's segments as one sequence: vectors z (clips, D), not normalised, of each view (S, C, 224, 224).
+    def encode_clips(self, views: list[Tensor], rows: Tensor, counts: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
+        """Encode each clip's segments as one sequence: vectors z (B, D), not normalised, of each view (S, C, 224, 224).
 
-        rows (S,) counts valid rows, owner (S,) is ascending, mix is of clips. Patches without a valid row are left out. A
-        clip without segments gets a vector that says nothing.
+        rows (S,) counts valid rows of segments, counts (B,) segments of clips, both on the CPU; mix is of clips. Patches
+        without a valid row are ignored. A clip without segments gets a vector that says nothing.
         """
-        size, columns = self.trunk.grid_size[0] * self.trunk.grid_size[1], self.trunk.grid_size[1]
-        number = torch.arange(size, device=rows.device)
-        used = (number // columns * self.trunk.conv1.kernel_size[0] < rows[:, None]) & (owner < clips)[:, None]  # S P
-        lengths = owner.bincount(minlength=clips + 1)
-        nth = torch.arange(len(owner), device=owner.device) - (lengths.cumsum(0) - lengths)[owner]  # in its clip
-        own = self.trunk.positional_embedding[1:-1].view(self.segments, size, -1)[nth.clamp(max=self.segments - 1)]
-        place = (nth[:, None] * size + number)[used]  # in the sequence
-        length = int(place.max()) + 1 if len(place) else 1
-        where = owner[:, None].expand_as(used)[used], place
-        there = torch.zeros(clips, length, dtype=torch.bool, device=owner.device).index_put(where, used.new_ones(()))
-        packed = []
-        for view in views:
-            x = (self._patches(view) + own)[used]
-            packed.append(x.new_zeros(clips, length, x.shape[1]).index_put(where, x))
+        (high, columns), clips = self.trunk.grid_size, len(counts)
+        most = max(1, int(counts.max()))
+        tops = torch.arange(high).repeat_interleave(columns) * self.trunk.conv1.kernel_size[0]  # P
+        there = (tops < unpack(rows, counts, most)[..., None]).flatten(1)  # B mP
+        length = int(there.any(0).nonzero().max()) + 1 if there.any() else 1
+        there = there[:, :length]
+        place = torch.arange(most, device=views[0].device).clamp(max=self.segments - 1)
+        own = self.trunk.positional_embedding[1:-1].view(self.segments, high * columns, -1)[place]  # m P W
+        packed = [(unpack(self._patches(view), counts, most) + own).flatten(1, 2)[:, :length] for view in views]
         mix = mix.expand(clips, -1, -1).repeat(len(views), 1, 1)
-        ignored = None if bool(there.all()) else ~there.repeat(len(views), 1)
+        ignored = None if bool(there.all()) else upload(~there, views[0].device).repeat(len(views), 1)
         return self._encode(torch.cat(packed), mix, ignored).chunk(len(views))
 
     def _patches(self, segments: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class AudioEncoder(nn.Module):
         weight = self.trunk.conv1.weight
         if segments.shape[1] == 1:  # of mono, repeated in three channels, only the sum matters: a third of the work
             weight = weight.sum(1, keepdim=True)
-        return F.conv2d(segments, weight, stride=self.trunk.conv1.stride).flatten(2).transpose(1, 2)
+        return embed_patches(segments, weight)
 
     def _encode(self, x: Tensor, mix: Tensor, ignored: Tensor | None = None) -> Tensor:
         """Encode embedded patches (B, L, W), of which those in `ignored` (B, L) are padding, to vectors (B, D)."""

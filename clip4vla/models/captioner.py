@@ -13,6 +13,7 @@ from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 
 from clip4vla.config import ModelConfig
+from clip4vla.data.batch import upload
 from clip4vla.errors import UserError
 from clip4vla.models.fusion import TEXT, FusionTransformer, PaddedSequence, concat
 from clip4vla.models.towers import projected
@@ -31,17 +32,18 @@ class Captioner(nn.Module):
         self.bias = nn.Parameter(torch.zeros(text.vocab_size))
 
     def forward(self, words: PaddedSequence, parts: list[PaddedSequence], chosen: Tensor, embedding: Tensor) -> Tensor:
-        """Score the tokens that may follow each of the n chosen words, (n, V), fp32; chosen (B, L) bool.
+        """Score the tokens that may follow each of the n chosen words, (n, V), fp32; chosen (B, L) bool, on the CPU.
 
         words: outputs of the text tower; parts: of the frames and segments of their clips.
         """
         embedded = concat(self.encoder.embed([words, *parts]))
         length, total = words.mask.shape[1], embedded.mask.shape[1]
-        attn_mask = torch.ones(total, total, dtype=torch.bool, device=chosen.device)
+        attn_mask = torch.ones(total, total, dtype=torch.bool, device=words.mask.device)
         attn_mask[:length, :length].triu_(1)
         attn_mask[:, length:] = False
         x = self.encoder(embedded.vectors, embedded.mask, attn_mask=attn_mask)
-        return self.scores(x[:, :length][chosen], embedding)
+        places = upload(chosen.flatten().nonzero()[:, 0], x.device)
+        return self.scores(x[:, :length].flatten(0, 1)[places], embedding)
 
     def scores(self, outputs: Tensor, embedding: Tensor) -> Tensor:
         """Score all tokens (n, V), fp32, from the encoder's outputs at words (n, D)."""
@@ -59,7 +61,8 @@ class CaptionDecoder:
         self.text, self.head, self.length = text, head, 0
         # media's positions come after those of words
         no_words = PaddedSequence(TEXT, parts[0].vectors[:, :0], parts[0].mask[:, :0])
-        _, x, there = concat(head.encoder.embed([no_words, *parts]))
+        media = concat(head.encoder.embed([no_words, *parts]))
+        x, there = media.vectors, media.mask
         key_mask = there[:, None, None] | torch.eye(there.shape[1], dtype=torch.bool, device=there.device)  # B 1 M M
         self.mask = there.repeat_interleave(copies, 0)
         self.encoded: list[KVCache] = []  # of each of the encoder's blocks

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clip4vla.config import ModelConfig
-from clip4vla.data.batch import Batch
+from clip4vla.data.batch import Batch, upload
 from clip4vla.errors import UserError
 from clip4vla.models import fusion
 
@@ -45,16 +45,17 @@ class Classifier(nn.Module):
         return self.linear(torch.cat(pooled, 1).to(self.linear.weight.dtype)).float()
 
     def targets(self, batch: Batch, clips: list[dict[str, Any]]) -> Tensor:
-        """Number the class (B,) that these json name, -1 where it is not one of cfg.labels or a clip has nothing to classify."""
+        """Number the class that these json name, (B,) on the CPU; -1: none of cfg.labels, or a clip has nothing to classify."""
+        batch = batch.on_host
         there = (batch.has_frames & ("v" in self.modalities)) | (batch.has_audio & ("a" in self.modalities))
-        named = torch.tensor([self.numbers.get(label_of(clip), -1) for clip in clips], device=there.device)
+        named = torch.tensor([self.numbers.get(label_of(clip), -1) for clip in clips])
         return named.masked_fill(~there, -1)
 
     def nll(self, logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
         """Compute the negative log-likelihood (B,) of the clips' labels; of mixed sounds, of both labels by their shares."""
 
         def of(clips: list[dict[str, Any]]) -> Tensor:
-            right = self.targets(batch, clips)
+            right = upload(self.targets(batch, clips), logits.device)
             return F.cross_entropy(logits, right, reduction="none", label_smoothing=smoothing, ignore_index=-1)
 
         if batch.share is None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip4vla.config import ModelConfig
+from clip4vla.data.batch import unpack, upload
 from clip4vla.errors import UserError
 from clip4vla.models.towers import run_block
 
@@ -32,26 +33,37 @@ class PaddedSequence(NamedTuple):
     kind: int
     vectors: Tensor
     mask: Tensor  # B n bool: False where a vector is padding
+    lengths: Tensor | None = None  # B int64, on the CPU: vectors of each row; None: the mask has to be asked
+
+    def row_lengths(self) -> Tensor:
+        """Count the vectors of each row, (B,) int64 on the CPU."""
+        return self.mask.sum(1).cpu() if self.lengths is None else self.lengths
 
     def select(self, rows: Tensor) -> "PaddedSequence":
-        """Return these rows, cut after the longest of them."""
-        mask = self.mask[rows]
-        length = int(mask.sum(1).max()) if len(rows) else 0
-        return PaddedSequence(self.kind, self.vectors[rows, :length], mask[:, :length])
+        """Return the rows that `rows` (n,) int64, on the CPU, names, cut after the longest of them."""
+        there = upload(rows, self.mask.device)
+        chosen = PaddedSequence(self.kind, self.vectors[there], self.mask[there], self.row_lengths()[rows])
+        return chosen.cut(0, len(rows))
+
+    def cut(self, first: int, stop: int) -> "PaddedSequence":
+        """Return the rows first..stop-1, cut after the longest of them."""
+        lengths = self.row_lengths()[first:stop]
+        length = int(lengths.max()) if len(lengths) else 0
+        return PaddedSequence(self.kind, self.vectors[first:stop, :length], self.mask[first:stop, :length], lengths)
 
 
-def pad_packed(kind: int, packed: Tensor, owner: Tensor, count: int, most: int | None = None) -> PaddedSequence:
-    """Unpack vectors (N, D) of ascending owner (N,) into `count` rows of `most` positions each (default: as needed).
+def pad_packed(kind: int, packed: Tensor, lengths: Tensor, most: int | None = None) -> PaddedSequence:
+    """Unpack vectors (N, D) of B clips into rows of `most` positions each (default: as needed); see batch.unpack.
 
-    Vectors of owner `count`, wherever they are, are padding, and dropped.
+    lengths (B,) int64, on the CPU: vectors of each clip.
     """
-    kept = owner < count
-    packed, owner = packed[kept], owner[kept]
-    lengths = owner.bincount(minlength=count)
     most = int(lengths.max()) if most is None else most
-    position = torch.arange(len(owner), device=owner.device) - (lengths.cumsum(0) - lengths)[owner]
-    vectors = packed.new_zeros(count, most, packed.shape[1]).index_put((owner, position), packed)
-    return PaddedSequence(kind, vectors, torch.arange(most, device=owner.device) < lengths[:, None])
+    return PaddedSequence(kind, unpack(packed, lengths, most), length_mask(lengths, most, packed.device), lengths)
+
+
+def length_mask(lengths: Tensor, most: int, device: torch.device) -> Tensor:
+    """Mark the first lengths (B,), on the CPU, of `most` positions: (B, most) bool, on the device."""
+    return upload(torch.arange(most) < lengths[:, None], device)
 
 
 def ensure_nonempty(part: PaddedSequence) -> PaddedSequence:
@@ -59,7 +71,7 @@ def ensure_nonempty(part: PaddedSequence) -> PaddedSequence:
     if part.mask.shape[1]:
         return part
     vectors = part.vectors.new_zeros(len(part.mask), 1, part.vectors.shape[2])
-    return PaddedSequence(part.kind, vectors, part.mask.new_zeros(len(part.mask), 1))
+    return PaddedSequence(part.kind, vectors, part.mask.new_zeros(len(part.mask), 1), part.lengths)
 
 
 def mean_pool_padded(part: PaddedSequence) -> Tensor:
@@ -136,6 +148,11 @@ class FusionTransformer(nn.Module):
         key_mask (B, T) bool: False at padding, which no position attends to.
         attn_mask (T, T) bool: True where a position (row) does not attend to another (column), as in torch.
         """
+        rows, length = key_mask.shape
+        if not rows or not length:  # attention fails on none, and under ZeRO-3 all ranks must run the head
+            mask = key_mask.new_zeros(max(1, rows), max(1, length))
+            outputs = self.forward(x.new_zeros(*mask.shape, x.shape[2]), mask, first_only, attn_mask)[:rows]
+            return outputs if first_only else outputs[:, :length]
         ignored = _ignored_keys(key_mask, attn_mask)
         x = self.dropout(x)
         for block in self.blocks[:-1]:
@@ -172,7 +189,8 @@ class LocalToLocal(nn.Module):
         """Choose the vectors of captions to encode: all word outputs (C, n, D), or the unit vector of x^g (C, D) alone."""
         if self.eos:
             vectors = F.normalize(sentence, dim=-1)[:, None]  # as the authors do
-            return PaddedSequence(TEXT, vectors, torch.ones_like(vectors[..., 0], dtype=torch.bool))
+            lengths = torch.ones(len(vectors), dtype=torch.int64)
+            return PaddedSequence(TEXT, vectors, torch.ones_like(vectors[..., 0], dtype=torch.bool), lengths)
         assert words is not None
         return words
 
@@ -182,17 +200,19 @@ class LocalToLocal(nn.Module):
         Pairs are encoded in tiles of captions and clips of similar length, so that little of a tile is padding. A tile's
         activations are computed again for the gradient: only its inputs stay in memory.
         """
-        caption_order = words.mask.sum(1).argsort()
-        clip_order = torch.stack([part.mask.sum(1) for part in parts]).sum(0).argsort()
-        height, width = self._tile_size(words.mask.device)
+        caption_order = words.row_lengths().argsort()
+        clip_order = torch.stack([part.row_lengths() for part in parts]).sum(0).argsort()
+        words, parts = words.select(caption_order), [part.select(clip_order) for part in parts]
+        device = words.mask.device
+        height, width = self._tile_size(device)
         rows = []
-        for captions in caption_order.split(height):
+        for top in range(0, max(1, len(caption_order)), height):
             tiles = [
-                self._score_recomputed(words.select(captions), [part.select(clips) for part in parts])
-                for clips in clip_order.split(width)
+                self._score_recomputed(words.cut(top, top + height), [part.cut(left, left + width) for part in parts])
+                for left in range(0, max(1, len(clip_order)), width)
             ]
             rows.append(torch.cat(tiles, 1))
-        return torch.cat(rows)[caption_order.argsort()][:, clip_order.argsort()]
+        return torch.cat(rows)[upload(caption_order.argsort(), device)][:, upload(clip_order.argsort(), device)]
 
     def _tile_size(self, device: torch.device) -> tuple[int, int]:
         """Choose how many captions and clips a tile has; the same on all ranks, as ZeRO-3 gathers weights for each tile."""

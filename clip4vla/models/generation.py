@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip4vla.config import DecodeConfig
+from clip4vla.data.batch import upload
 from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.models.captioner import CaptionDecoder
@@ -80,10 +81,9 @@ def generate(
     if cfg.method == "greedy":
         return generate_stepwise(grow(1), len(ids), cfg, tokens, lambda scores, _: scores.argmax(1))
     rows = [np.random.default_rng((seed, zlib.crc32(name.encode()))).random(cfg.max_new_tokens) for name in ids]
-    draws = torch.from_numpy(np.stack(rows)).T.float()
-    return generate_stepwise(
-        grow(1), len(ids), cfg, tokens, lambda scores, n: nucleus(scores, draws[n].to(scores.device), cfg)
-    )
+    decoder = grow(1)
+    draws = upload(torch.from_numpy(np.stack(rows)).T.float(), decoder.mask.device)
+    return generate_stepwise(decoder, len(ids), cfg, tokens, lambda scores, n: nucleus(scores, draws[n], cfg))
 
 
 def generate_stepwise(

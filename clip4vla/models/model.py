@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clip4vla.config import FramesConfig, LossConfig, MaskConfig, ModelConfig, SpectrogramConfig
 from clip4vla.config_io import from_tree, parse_json, to_dict
-from clip4vla.data.batch import Batch
+from clip4vla.data.batch import Batch, upload
 from clip4vla.distributed import collectives
 from clip4vla.errors import UserError, one_line
 from clip4vla.media.masking import masked_view
@@ -45,6 +45,7 @@ class Model(nn.Module):
     """
 
     head: Any  # as cfg.head names it: a Classifier, a Captioner, or one of fusion.py's
+    pixel_statistics: Tensor
 
     def __init__(
         self,
@@ -64,6 +65,9 @@ class Model(nn.Module):
             torch.tensor([math.log(1 / cfg.temperature)])
         )  # 1-d: DeepSpeed broadcasts no scalars
         self.image_statistics = towers.image_statistics(cfg.clip)
+        pixels = 255 * torch.tensor(self.image_statistics).view(2, 3, 1, 1)  # mean and deviation of 0..255
+        # the bits of fp32 numbers: .half() and DeepSpeed would round them
+        self.register_buffer("pixel_statistics", pixels.view(torch.int32), persistent=False)
 
     def load_clip(self) -> bool:
         """Fill text and vision from the weights that cfg.clip names; False if it names none."""
@@ -125,10 +129,15 @@ class Model(nn.Module):
         passes = -(-len(texts) // TEXTS)
         for k in range(max(collectives.all_gather_objects(passes)) if together else passes):
             some = texts[k * TEXTS : (k + 1) * TEXTS]
-            tokens = tokenize(some or [""]).to(self.logit_scale.device)
-            sentence, words = self.encode_tokens(tokens)
+            tokens = tokenize(some or [""])
+            sentence, words = self.encode_tokens(upload(tokens, self.logit_scale.device))
             if some:
-                yield sentence, fusion.PaddedSequence(fusion.TEXT, words, towers.token_mask(self.text, tokens))
+                yield sentence, self._words(words, tokens)
+
+    def _words(self, outputs: Tensor, tokens: Tensor) -> fusion.PaddedSequence:
+        """Mark which of the text tower's outputs (B, L, D) are of words of tokens (B, L), which are on the CPU."""
+        mask = towers.token_mask(self.text, tokens)
+        return fusion.PaddedSequence(fusion.TEXT, outputs, upload(mask, outputs.device), mask.sum(1))
 
     def encode_texts(self, texts: list[str], tokenize: Callable[[list[str]], Tensor], together: bool = False) -> Tensor:
         """Encode any number of texts to x^g (N, D), unit length, fp32; tokenize, together: see encode_texts_chunked."""
@@ -148,17 +157,17 @@ class Model(nn.Module):
         """Encode RGB frames (F, 3, 224, 224) in 0..255 to vectors (F, D), not normalised."""
         if not len(frames):  # open_clip's tower fails on none, and under ZeRO-3 all ranks must run it
             return self.encode_frames(frames.new_zeros(1, *frames.shape[1:]))[:0]
-        mean, std = (255 * torch.tensor(x, device=frames.device).view(3, 1, 1) for x in self.image_statistics)
+        mean, std = self.pixel_statistics.view(torch.float32)
         return towers.encode_images(self.vision, ((frames.float() - mean) / std).to(self.vision.conv1.weight.dtype))
 
     def encode_segments(self, segments: Tensor, mix: Tensor) -> Tensor:
         """Encode normalised segments (S, C, 224, 224) to vectors (S, D), not normalised; mix: see type_token_weights."""
-        return self.audio(segments.to(self.audio.type_embedding.dtype), mix.to(segments.device))
+        return self.audio(segments.to(self.audio.type_embedding.dtype), mix)
 
     def audio_vectors(self, batch: Batch, audio_type: str) -> tuple[Tensor, Tensor]:
         """Encode a batch's sound under a type token to (vectors (n, D), not normalised, their clips (n,)).
 
-        A vector for each segment, or for each clip, as cfg.audio_span says.
+        A vector for each segment, or for each clip that has some, as cfg.audio_span says: audio_counts tells how many.
         """
         decibels = decode(batch.segments, self.spectrogram)
         view = normalise(decibels, batch.segment_rows, self.cfg.spectrogram_norm, batch.segment_clip, len(batch))
@@ -172,22 +181,22 @@ class Model(nn.Module):
             mix = mix.expand(len(batch.segments), -1, -1).repeat(len(views), 1, 1)
             return self.encode_segments(torch.cat(views), mix).chunk(len(views)), batch.segment_clip
         mix = type_token_weights(audio_type, batch.audio_type)
-        mix = mix.to(views[0].device)
         views = [view.to(self.audio.type_embedding.dtype) for view in views]
-        vectors = self.audio.encode_clips(views, batch.segment_rows, batch.segment_clip, len(batch), mix)
-        numbers = torch.arange(len(batch), device=batch.has_audio.device)
-        return vectors, numbers.where(batch.has_audio, len(batch))
+        vectors = self.audio.encode_clips(views, batch.on_host.segment_rows, batch.segment_counts, mix)
+        owner = upload(batch.on_host.has_audio.nonzero()[:, 0], mix.device)
+        return tuple(x[owner] for x in vectors), owner
+
+    def audio_counts(self, batch: Batch) -> Tensor:
+        """Count the vectors of each clip that audio_vectors gives, (B,) int64 on the CPU."""
+        return batch.segment_counts if self.cfg.audio_span == "segment" else batch.on_host.has_audio.long()
 
     def frame_vectors(self, batch: Batch) -> Tensor:
         """Encode a batch's frames to vectors (F, D), or take embed.py's if it has them."""
         return self.encode_frames(batch.frames) if batch.frame_vectors is None else batch.frame_vectors
 
-    def caption_vectors(self, batch: Batch, tokens: Tensor) -> tuple[Tensor, fusion.PaddedSequence | None]:
-        """Encode tokens (B, L) to x^g (B, D), not normalised, and all word outputs; or take embed.py's x^g alone, if there."""
-        if batch.text_vectors is not None:
-            return batch.text_vectors, None
-        sentence, words = self.encode_tokens(tokens)
-        return sentence, fusion.PaddedSequence(fusion.TEXT, words, towers.token_mask(self.text, tokens))
+    def caption_vectors(self, batch: Batch, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Encode tokens (B, L) to (x^g (B, D), not normalised, all outputs (B, L, D)); or take embed.py's x^g alone, if there."""
+        return self.encode_tokens(tokens) if batch.text_vectors is None else (batch.text_vectors, None)
 
     def pooled_segments(self, batch: Batch, audio_type: str) -> Tensor:
         """Encode and pool a batch's segments under a type token to z^g (B, D), unit length; zero where a clip has no audio."""
@@ -208,9 +217,9 @@ class Model(nn.Module):
         fixed = torch.full_like(self.logit_scale, 1 / self.cfg.temperature, dtype=torch.float32)
         features = {"scale": self.logit_scale.float().exp() if self.cfg.learn_temperature else fixed}
         if loss.at or loss.tv or loss.tm or loss.caption:
-            tokens, chosen = self.caption_targets(batch, loss) if loss.caption else (batch.tokens, None)
+            tokens = upload(self.caption_targets(batch, loss)[0], batch.tokens.device) if loss.caption else batch.tokens
             with torch.set_grad_enabled(self._trains(self.text)):
-                sentence, words = self.caption_vectors(batch, tokens)
+                sentence, outputs = self.caption_vectors(batch, tokens)
             features["text"] = F.normalize(sentence.float(), dim=-1)
         frames = None
         if "vision" in needed_towers(loss, self.cfg.modalities):
@@ -221,15 +230,13 @@ class Model(nn.Module):
         if loss.at or loss.av or loss.aa:
             features |= self._audio_views(batch, loss, mask)
         if loss.tm:
-            parts = self.media(
-                batch,
-                frames,
-                fixed=isinstance(self.head, fusion.LocalToLocal) and collectives.world_size() > 1,
-            )
+            of_one_size = isinstance(self.head, fusion.LocalToLocal) and collectives.world_size() > 1
+            parts = self.media(batch, frames, fixed=of_one_size)
+            words = None if outputs is None else self._words(outputs, batch.on_host.tokens)
             features |= self._compared(sentence, words, parts)
         if loss.caption:
-            assert words is not None and chosen is not None
-            features["nll"] = self.caption_nll(tokens, chosen, words.vectors, self.media(batch, frames), loss)
+            assert outputs is not None
+            features["nll"] = self.caption_nll(batch, outputs, self.media(batch, frames), loss)
         if loss.label:
             features["nll"] = self.head.nll(self.head(self.media(batch, frames)), batch, loss.label_smoothing)
         return features
@@ -244,23 +251,20 @@ class Model(nn.Module):
         parts, room = [], (self.cfg.max_frames, self.spectrogram.max_segments) if fixed else (None, None)
         if "v" in self.cfg.modalities:
             frames = self.frame_vectors(batch) if frames is None else frames
-            parts.append(fusion.pad_packed(fusion.VISION, frames, batch.frame_clip, len(batch), room[0]))
+            parts.append(fusion.pad_packed(fusion.VISION, frames, batch.frame_counts, room[0]))
         if "a" in self.cfg.modalities:
-            vectors, owner = self.audio_vectors(batch, audio_type or self.cfg.audio_type)
-            parts.append(fusion.pad_packed(fusion.AUDIO, vectors, owner, len(batch), room[1]))
+            vectors, _ = self.audio_vectors(batch, audio_type or self.cfg.audio_type)
+            parts.append(fusion.pad_packed(fusion.AUDIO, vectors, self.audio_counts(batch), room[1]))
         return parts
 
     def _compared(self, sentence: Tensor, words: fusion.PaddedSequence | None, parts: list) -> dict[str, Tensor]:
         if not isinstance(self.head, fusion.LocalToLocal):
             return {"media": self.head(parts)}
-        everyone = [
-            fusion.PaddedSequence(p.kind, collectives.all_gather_with_grad(p.vectors), collectives.all_gather(p.mask))
-            for p in parts
-        ]
-        return {"scores": self.head(self.head.words(sentence, words), everyone)}
+        return {"scores": self.head(self.head.words(sentence, words), [_of_all_ranks(part) for part in parts])}
 
     def caption_targets(self, batch: Batch, loss: LossConfig) -> tuple[Tensor, Tensor]:
-        """Select (tokens (B, L) of the captions, the positions (B, L - 1) in them whose next token is learnt)."""
+        """Select (tokens (B, L) of the captions, the positions (B, L - 1) in them whose next token is learnt), on the CPU."""
+        batch = batch.on_host
         tokens = batch.tokens
         if loss.train_on_padding:
             tokens = F.pad(tokens, (0, self.cfg.max_tokens - tokens.shape[1]))
@@ -268,17 +272,20 @@ class Model(nn.Module):
         return tokens, (there | loss.train_on_padding) & batch.has_text[:, None]
 
     def num_targets(self, batch: Batch, loss: LossConfig) -> Tensor:
-        """Count the words, or labels, that this batch teaches; a scalar."""
+        """Count the words, or labels, that this batch teaches; a scalar on the CPU."""
         if loss.caption:
             return self.caption_targets(batch, loss)[1].sum()
         return (self.head.targets(batch, batch.meta) >= 0).sum()
 
-    def caption_nll(self, tokens: Tensor, chosen: Tensor, read: Tensor, parts: list, loss: LossConfig) -> Tensor:
-        """Compute the captions' negative log-likelihood (B,) (7), summed over chosen positions; read (B, L, D): word outputs."""
-        words = fusion.PaddedSequence(fusion.TEXT, read[:, :-1], towers.token_mask(self.text, tokens)[:, 1:])
+    def caption_nll(self, batch: Batch, outputs: Tensor, parts: list, loss: LossConfig) -> Tensor:
+        """Compute the captions' negative log-likelihood (B,) (7), summed over chosen positions; outputs (B, L, D): of words."""
+        tokens, chosen = self.caption_targets(batch, loss)
+        words = self._words(outputs, tokens)
+        words = words._replace(vectors=words.vectors[:, :-1], mask=words.mask[:, 1:])
         scores = self.head(words, parts, chosen, self.text.token_embedding.weight)
-        each = F.cross_entropy(scores, tokens[:, 1:][chosen], label_smoothing=loss.label_smoothing, reduction="none")
-        return each.new_zeros(len(tokens)).index_add(0, chosen.nonzero()[:, 0], each)
+        targets, owner = (upload(x, scores.device) for x in (tokens[:, 1:][chosen], chosen.nonzero()[:, 0]))
+        each = F.cross_entropy(scores, targets, label_smoothing=loss.label_smoothing, reduction="none")
+        return each.new_zeros(len(tokens)).index_add(0, owner, each)
 
     def start_decoding(self, parts: list[fusion.PaddedSequence], copies: int) -> CaptionDecoder:
         """Start captions, `copies` of each clip, for generation.generate to lengthen; parts: see media()."""
@@ -372,6 +379,13 @@ def needed_towers(loss: LossConfig, modalities: str) -> list[str]:
         "audio": loss.at or loss.av or loss.aa or (uses_head(loss) and "a" in modalities),
     }
     return [name for name, needed in needs.items() if needed]
+
+
+def _of_all_ranks(part: fusion.PaddedSequence) -> fusion.PaddedSequence:
+    """Gather sequences (B, n, D), n the same on all ranks; their lengths through the CPU, which needs them for tiles."""
+    vectors, lengths = collectives.all_gather_with_grad(part.vectors), collectives.all_gather(part.row_lengths())
+    mask = fusion.length_mask(lengths, vectors.shape[1], vectors.device)
+    return fusion.PaddedSequence(part.kind, vectors, mask, lengths)
 
 
 def pool(vectors: Tensor, clip: Tensor, clips: int) -> Tensor:

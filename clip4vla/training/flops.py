@@ -220,11 +220,11 @@ def bytes_sent(model: Model, cfg: RunConfig, stage: int, width: int, sent_width:
 
 
 def _sequence_bytes(model: Model, cfg: RunConfig, n: int, width: int) -> int:
-    """Count bytes that local_local gathers: own clips' vectors and their mask, and the gradient of all ranks' vectors."""
+    """Count bytes that local_local gathers: own clips' vectors and how many, and the gradient of all ranks' vectors."""
     room = {"v": cfg.model.max_frames, "a": model.spectrogram.max_segments}
     places = sum(room[kind] for kind in cfg.model.modalities)
     vectors = places * model.clip_config["embed_dim"] * width
-    return n // collectives.world_size() * (vectors + places) + n * vectors
+    return n // collectives.world_size() * (vectors + 8 * len(cfg.model.modalities)) + n * vectors
 
 
 def matrix_rate(device: torch.device, side: int = 8192, repeats: int = 20) -> float:

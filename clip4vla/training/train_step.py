@@ -22,6 +22,7 @@ from clip4vla.losses.objective import compute_losses, required_features
 
 def step(run: Any, micros: list[Batch], cfg: RunConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Take one step of the DeepSpeed engine: (losses by name, features (b, D) of this rank's clips by name), detached."""
+    micros = [micro.to(run.device) for micro in micros]
     taught = _count_targets(run, micros, cfg) if cfg.loss.caption or cfg.loss.label else None
     if len(micros) == 1 or cfg.train.negatives == "micro" or not required_features(cfg.loss):
         return _step_per_micro_batch(run, micros, cfg, taught)
@@ -38,8 +39,8 @@ def step(run: Any, micros: list[Batch], cfg: RunConfig) -> tuple[dict[str, Tenso
 
 def _count_targets(run: Any, micros: list[Batch], cfg: RunConfig) -> Tensor:
     """Count the words, or labels, that the global batch teaches, over all ranks; a scalar, 1 at least."""
-    count = sum(run.module.num_targets(micro, cfg.loss) for micro in micros)
-    return collectives.all_reduce_sum(count.to(run.device)).clamp(min=1)
+    count = sum(int(run.module.num_targets(micro, cfg.loss)) for micro in micros)
+    return collectives.all_reduce_sum(torch.full((), count, device=run.device)).clamp(min=1)
 
 
 def _step_per_micro_batch(
@@ -50,7 +51,7 @@ def _step_per_micro_batch(
     parts, losses = [], []
     for micro in micros:
         features = _embed(run, micro, cfg)
-        losses.append(compute_losses(features, _labels([micro], run.device), cfg.loss, cfg.model.modalities, taught))
+        losses.append(compute_losses(features, micro.labels(), cfg.loss, cfg.model.modalities, taught))
         run.backward(losses[-1]["loss"])
         run.step()
         parts.append({name: value.detach() for name, value in features.items()})
@@ -60,7 +61,7 @@ def _step_per_micro_batch(
 def _embed(run: Any, micro: Batch, cfg: RunConfig) -> dict[str, Tensor]:
     names = "\n".join([*micro.ids, *micro.captions]).encode()
     torch.manual_seed(cfg.seed + zlib.crc32(names))  # dropout: again the same
-    return run(micro.to(run.device), cfg.loss, cfg.mask)
+    return run(micro, cfg.loss, cfg.mask)
 
 
 def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -68,17 +69,13 @@ def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: value if name == "scale" else torch.cat([p[name] for p in parts]) for name, value in parts[0].items()}
 
 
-def _labels(micros: list[Batch], device: torch.device) -> Labels:
-    parts = zip(*(micro.labels() for micro in micros), strict=True)
-    return Labels(*(torch.cat(part).to(device, non_blocking=True) for part in parts))
-
-
 def _grads_wrt_features(
     features: dict[str, Tensor], micros: list[Batch], cfg: RunConfig, taught: Tensor | None
 ) -> tuple[dict, list[dict]]:
     """Compute (losses, for each micro-batch the gradient by its features (b, D), of which shared `scale` gets a part)."""
     leaves = {name: value.detach().requires_grad_() for name, value in features.items()}
-    losses = compute_losses(leaves, _labels(micros, features["scale"].device), cfg.loss, cfg.model.modalities, taught)
+    labels = Labels(*map(torch.cat, zip(*(micro.labels() for micro in micros), strict=True)))
+    losses = compute_losses(leaves, labels, cfg.loss, cfg.model.modalities, taught)
     grads = dict(zip(leaves, torch.autograd.grad(losses["loss"], list(leaves.values())), strict=True))
     shares: dict[str, Sequence[Tensor]] = {name: g.chunk(len(micros)) for name, g in grads.items() if name != "scale"}
     shares["scale"] = [grads["scale"] / len(micros)] * len(micros)

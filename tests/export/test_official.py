@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from released import POSITIONS, checkpoint, imported, reference, same
-from running import TINY, run
+from running import ONE_HEAD, run
 from safetensors.torch import load_file, save_file
 
 from clip4vla.config import ModelConfig, SpectrogramConfig
@@ -117,7 +117,7 @@ def test_it_is_set_up_as_the_authors_code_runs(tmp_path):
 
 def test_the_rows_that_the_authors_added_to_clips_are_left():
     """The imported towers are then those of model.clip, which init_from asks for."""
-    quick = TINY | {"quick_gelu": True}
+    quick = ONE_HEAD | {"quick_gelu": True}
     cfg = ModelConfig(clip="tiny.json", head="captioner", head_layers=2)
     state, _ = official.to_official(Model(quick, cfg, SpectrogramConfig()))
     assert len(state[EMBEDDED]) == len(state["cls.predictions.bias"]) == 49411 and not state[EMBEDDED][49408:].any()
@@ -184,13 +184,13 @@ def test_two_heads_and_none_named_are_refused_and_unknown_keys_can_be_left(tmp_p
 
 
 def test_what_the_authors_code_cannot_run_does_not_go_out():
-    heads = TINY | {"quick_gelu": True, "text_cfg": TINY["text_cfg"] | {"heads": 2}}
+    heads = ONE_HEAD | {"quick_gelu": True, "text_cfg": ONE_HEAD["text_cfg"] | {"heads": 2}}
     spectrogram = SpectrogramConfig()
-    for clip, fusion, said in ((TINY, "global_global", "QuickGELU"), (heads, "global_global", "not as OpenAI's")):
+    for clip, fusion, said in ((ONE_HEAD, "global_global", "QuickGELU"), (heads, "global_global", "not as OpenAI's")):
         with pytest.raises(UserError, match=said):
             official.to_official(Model(clip, ModelConfig(clip="t.json", head=fusion), spectrogram))
     classifier = Model(
-        TINY | {"quick_gelu": True}, ModelConfig(clip="t.json", head="classifier", labels=["a"]), spectrogram
+        ONE_HEAD | {"quick_gelu": True}, ModelConfig(clip="t.json", head="classifier", labels=["a"]), spectrogram
     )
     state, account = official.to_official(classifier)
     assert {
@@ -202,7 +202,7 @@ def test_what_the_authors_code_cannot_run_does_not_go_out():
 
 def test_a_clip_gets_ears_that_are_copies_of_its_eyes(tmp_path):
     torch.manual_seed(1)
-    clip = open_clip.CLIP(**TINY, quick_gelu=True).eval()
+    clip = open_clip.CLIP(**ONE_HEAD, quick_gelu=True).eval()
     save_file({key: value.contiguous() for key, value in clip.state_dict().items()}, tmp_path / "my.safetensors")
     model, _, origin = model_folder.import_weights(
         str(tmp_path / "my.safetensors"), ["model.quick_gelu=yes", "spectrogram.channels=lmr"]

@@ -12,10 +12,14 @@ from forks import ROOT, Job
 
 STEPS = 8  # of a tiny run
 PATIENCE = 300  # s that a test waits for what takes seconds on a machine with nothing else to do
-TINY = {
+ONE_HEAD = {  # as of a weights file, whose heads are taken to be 64 wide
     "embed_dim": 64,
     "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "patch_size": 32},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+}
+TINY = ONE_HEAD | {  # an even number of heads, as every CLIP has: nn.MultiheadAttention has a way of its own for them
+    "vision_cfg": ONE_HEAD["vision_cfg"] | {"head_width": 32},
+    "text_cfg": ONE_HEAD["text_cfg"] | {"heads": 2},
 }
 NARROW = TINY | {"text_cfg": TINY["text_cfg"] | {"width": 16}}  # most of TINY's weights are its tokens'
 

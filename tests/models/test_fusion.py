@@ -133,12 +133,10 @@ def test_means_are_of_what_a_clip_has():
 def test_packed_vectors_become_rows_and_pool_as_they_do_packed():
     owner = torch.tensor([0, 0, 2, 2, 2, 4, 4])  # 4 is padding
     packed = torch.randn(7, 64)
-    rows = pad_packed(VISION, packed, owner, 4)
+    rows = pad_packed(VISION, packed, torch.tensor([2, 0, 3, 0]))
     assert rows.mask.sum(1).tolist() == [2, 0, 3, 0] and rows.vectors.shape == (4, 3, 64)
-    assert torch.equal(rows.vectors[rows.mask], packed[:5]) and pad_packed(VISION, packed, owner, 4, 9).mask.shape == (
-        4,
-        9,
-    )
+    assert torch.equal(rows.vectors[rows.mask], packed[:5])
+    assert pad_packed(VISION, packed, rows.lengths, 9).mask.shape == (4, 9)
     torch.testing.assert_close(fusion.mean_pool_padded(rows), pool(packed, owner, 4))
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from forks import ROOT
 from open_clip.model import CustomTextCLIP
-from running import TINY
+from running import ONE_HEAD, TINY
 from safetensors.torch import save_file, save_model
 
 from clip4vla.config import FramesConfig, ModelConfig, RunConfig, SpectrogramConfig
@@ -65,6 +65,45 @@ def test_vectors_and_gradients_are_those_of_open_clips_vision_tower(vision, reco
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("patch, channels", [((32, 32), 3), ((14, 14), 3), ((16, 224), 1), ((100, 60), 1)])
+def test_patches_are_embedded_as_by_a_convolution(patch, channels):
+    """To 1e-6 of the largest value, with the gradients of kernel and pictures; what 100 x 60 does not fill is left out."""
+    pictures, kernel = torch.randn(3, channels, 224, 224), 0.02 * torch.randn(48, channels, *patch)
+    ours, exact = (
+        [x.to(dtype).requires_grad_() for x in (pictures, kernel)] for dtype in (torch.float32, torch.float64)
+    )
+    embedded = towers.embed_patches(*ours)
+    wanted = F.conv2d(*exact, stride=patch).flatten(2).transpose(1, 2)
+    side = torch.randn(wanted.shape)
+    gradients = (torch.autograd.grad((x * side).sum(), leaves) for x, leaves in ((embedded, ours), (wanted, exact)))
+    for got, want in zip((embedded, *next(gradients)), (wanted, *next(gradients)), strict=True):
+        assert (got - want).abs().max() <= 1e-6 * want.abs().max()
+    assert not len(towers.embed_patches(pictures[:0], kernel))
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
+def test_quick_gelu_keeps_its_input_alone(dtype, error):
+    """Values are open_clip's to the last bit, the gradient is that of float64 to the type's precision; compiled, too."""
+    x, side, kept = (3 * torch.randn(2, 50, 64)).to(dtype).requires_grad_(), torch.randn(2, 50, 64).to(dtype), []
+    ours, theirs = towers.LeanQuickGELU(), open_clip.transformer.QuickGELU()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        y = ours(x)
+    assert [t.data_ptr() for t in kept] == [x.data_ptr()] and torch.equal(y, theirs(x))
+    exact = x.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(theirs(exact), exact, side.double())
+    for run in (ours, torch.compile(ours, backend="aot_eager")):
+        (gradient,) = torch.autograd.grad(run(x), x, side)
+        assert (gradient - wanted).norm() <= error * wanted.norm()
+
+
+def test_towers_have_the_lean_quick_gelu_wherever_open_clip_has_its_own():
+    clip = TINY | {"quick_gelu": True}
+    model = Model(clip, ModelConfig(clip="t.json", head="captioner", head_layers=3), SpectrogramConfig())
+    kinds = [type(m) for m in model.modules() if "GELU" in type(m).__name__]
+    assert set(kinds) == {towers.LeanQuickGELU} and len(kinds) == 2 + 2 + 2 + 3 + 1  # blocks, and the captioner's own
+    assert model.text.state_dict().keys() == CustomTextCLIP(**clip).text.state_dict().keys()
+
+
 def test_extra_position_is_distributed_as_the_others():
     torch.manual_seed(0)
     vision = towers.build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | {"width": 512, "layers": 1}}).visual
@@ -101,7 +140,7 @@ def test_pool_is_a_mean_of_unit_vectors_and_zero_without_any():
 def test_towers_from_a_weights_file(tmp_path, form):
     """The same small CLIP saved as people have it: OpenAI's names, open_clip's checkpoint, OpenAI's TorchScript archive."""
     torch.manual_seed(0)
-    clip = open_clip.CLIP(**TINY, quick_gelu=True).eval()
+    clip = open_clip.CLIP(**ONE_HEAD, quick_gelu=True).eval()
     state, file = {k: v.contiguous() for k, v in clip.state_dict().items()}, tmp_path / form
     if form == "openai.safetensors":
         save_file(state, file)

@@ -54,7 +54,7 @@ class NoCacheDecoder:
         self.words = torch.cat([self.words, token[:, None]], 1)
         _, read = towers.encode_text(self.text, self.words)
         there = torch.ones_like(self.words, dtype=torch.bool)
-        last = there & (torch.arange(there.shape[1], device=there.device) == there.shape[1] - 1)
+        last = (torch.arange(there.shape[1]) == there.shape[1] - 1).expand(there.shape)  # on the CPU
         return self.head(PaddedSequence(TEXT, read, there), self.parts, last, self.text.token_embedding.weight)
 
     def reorder_cache(self, rows: Tensor) -> None:

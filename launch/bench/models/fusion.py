@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     words, *parts = (
         random_parts(kind, args.captions if kind == TEXT else args.clips, dim, args.device) for kind in ROOM
     )
-    few = [part.select(torch.arange(min(args.compared, args.clips), device=args.device)) for part in parts]
+    few = [part.select(torch.arange(min(args.compared, args.clips))) for part in parts]
     sides = {"ours": lambda: score(head, words, few), "plain": lambda: plain(head, words, few)}
     scores = {name: side() for name, side in sides.items()}
     rounds: dict[str, list[float]] = {name: [] for name in sides}
@@ -71,7 +71,7 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
 
 def score(head: LocalToLocal, words: PaddedSequence, parts: list[PaddedSequence]) -> Tensor:
     """Score as text_video.py does on one rank, (C, B): captions of like length in groups."""
-    groups = words.mask.sum(1).argsort(stable=True).split(CAPTIONS)
+    groups = words.row_lengths().argsort(stable=True).split(CAPTIONS)
     scores = torch.cat([head(words.select(group), parts) for group in groups])
     return scores[torch.cat(groups).argsort()]
 
