@@ -19,7 +19,7 @@ import torch
 import webdataset
 from forks import ROOT
 from PIL import Image
-from running import TINY, run
+from running import ONE_HEAD, TINY, run
 from safetensors.torch import save_file
 from stand_ins import OneBatch, Towers
 
@@ -63,7 +63,7 @@ def clip(tmp_path_factory) -> Path:
 
 def weights(path: Path, seed: int) -> Path:
     torch.manual_seed(seed)
-    save_file(towers.build_clip(TINY).state_dict(), path)
+    save_file(towers.build_clip(ONE_HEAD).state_dict(), path)
     return path
 
 
@@ -178,7 +178,7 @@ def trace(run_dir: Path) -> np.ndarray:
 
 
 def test_vectors_are_open_clips_own(made, plain, clip):
-    reference = towers.build_clip(TINY).eval()
+    reference = towers.build_clip(ONE_HEAD).eval()
     towers.load_clip_weights(reference, str(clip))
     mean, std = (
         255 * torch.tensor(x).view(3, 1, 1) for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)

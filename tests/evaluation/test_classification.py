@@ -5,8 +5,8 @@ import csv
 import json
 import runpy
 import shutil
-from types import SimpleNamespace
 
+import made_batch
 import numpy as np
 import pytest
 import torch
@@ -341,10 +341,9 @@ def test_the_head_reads_media_beside_each_other_and_the_loss_ignores_what_it_can
         atol=1e-6,
     )
     head = Classifier(ModelConfig(labels=["a", "b"], modalities="a"), 4)
-    batch = SimpleNamespace(
-        meta=[{"id": "1", "label": "b"}, {"id": "2", "label": "z"}, {"id": "3", "label": "a"}, {"id": "4"}],
-        has_frames=torch.ones(4, dtype=torch.bool), has_audio=torch.tensor([True, True, False, True]),
-    )  # fmt: skip
+    batch = made_batch.batch(clips=4)
+    batch.has_audio = torch.tensor([True, True, False, True])
+    batch.meta = [{"id": "1", "label": "b"}, {"id": "2", "label": "z"}, {"id": "3", "label": "a"}, {"id": "4"}]
     assert head.targets(batch, batch.meta).tolist() == [1, -1, -1, -1]
     batch.share, batch.others = torch.tensor([0.3, 1, 1, 1]), [{"id": "5", "label": "a"}] * 4
     logits = torch.randn(4, 2, dtype=torch.float64)
