@@ -76,7 +76,7 @@ class Reader:
         return blobs
 
     def _fetch(self, ranges: Sequence[Range]) -> Iterable[bytes | BaseException]:
-        paths, starts, ends = ([getattr(r, field) for r in ranges] for field in ("path", "start", "end"))
+        paths, starts, ends = [r.path for r in ranges], [r.start for r in ranges], [r.end for r in ranges]
         return read_ranges(self.fs, paths, starts, ends, self.cfg)
 
 
