@@ -43,7 +43,7 @@ setup(
     extras_require={  # clip4vla/cli.py knows which of them brings what
         "train": TRAIN + PAGES,
         "dali": ["nvidia-dali-cuda130>=2.0,<3"],
-        "dali12": ["nvidia-dali-cuda120>=2.0,<3"],  # instead, where driver and torch are of CUDA 12
+        "dali12": ["nvidia-dali-cuda120>=2.0,<3"],  # in its place, beside a torch for CUDA 12
         "eval": ["pycocoevalcap>=1.2", "scikit-learn"],  # captions (METEOR and tokeniser are Java programs); t-SNE
         "web": ["faiss-cpu>=1.9", "gradio>=6,<7", "fastapi", "uvicorn", *PAGES],
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
