@@ -54,6 +54,18 @@ def towers_run(cfg: RunConfig, vectors: bool) -> list[str]:
     return [name for name in needed if name == "audio" or not vectors]
 
 
+def type_tokens(cfg: RunConfig) -> list[int]:
+    """Count the type tokens of each view of the sound that the losses and the head need."""
+    audio_types: list[str] = []
+    if cfg.loss.aa or cfg.loss.at or cfg.loss.av:
+        audio_types.append(cfg.model.pretrain_audio_type)
+    if cfg.loss.aa:
+        audio_types.append(cfg.model.pretrain_audio_type)  # masked
+    if uses_head(cfg.loss) and "a" in cfg.model.modalities:
+        audio_types.append(cfg.model.audio_type)
+    return [type_token_weights(kind, torch.zeros(1, dtype=torch.int64)).shape[1] for kind in audio_types]
+
+
 class FlopCounter:
     """Counts the useful FLOPs of a run's steps."""
 
@@ -63,7 +75,7 @@ class FlopCounter:
         # parts of a global batch that are compared each on its own; 1: the whole batch is
         self.batch_parts = cfg.train.gradient_accumulation_steps if cfg.train.negatives == "micro" else 1
         self.trunk, self.channels = model.audio.trunk, 1 if model.spectrogram.channels == "mono" else 3
-        self.type_tokens = self._type_tokens()
+        self.type_tokens = type_tokens(cfg)
         self.per_frame = float(_picture(model.vision, 3, torch.tensor(math.prod(model.vision.grid_size)), 0))
         passes = 3 if elements(model.text, trained=True) else 1
         per_token, per_token_pair = _transformer(model.text.transformer.resblocks)
@@ -72,17 +84,6 @@ class FlopCounter:
         self.per_caption = passes * 2 * width * self.dim
         embedding = model.text.token_embedding.weight  # of the captioner too, whose gradient it may not need
         self.per_word_scores = 2 * width * (3 * self.dim + (2 + embedding.requires_grad) * shape(embedding)[0])
-
-    def _type_tokens(self) -> list[int]:
-        """Count the type tokens of each view of the sound that the loss and the head need."""
-        audio_types: list[str] = []
-        if self.loss.aa or self.loss.at or self.loss.av:
-            audio_types.append(self.cfg.model.pretrain_audio_type)
-        if self.loss.aa:
-            audio_types.append(self.cfg.model.pretrain_audio_type)  # masked
-        if uses_head(self.loss) and "a" in self.cfg.model.modalities:
-            audio_types.append(self.cfg.model.audio_type)
-        return [type_token_weights(kind, torch.zeros(1, dtype=torch.int64)).shape[1] for kind in audio_types]
 
     def _sound_flops(self, micro: Batch) -> float:
         """Count the FLOPs of the audio tower in all views: of each segment, or of the valid patches of each clip at once."""

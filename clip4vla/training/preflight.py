@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from open_clip.transformer import QuickGELU, VisionTransformer
-from torch import Tensor, nn
 
 from clip4vla.checkpoints.lookup import read_metadata
 from clip4vla.checkpoints.manager import CheckpointManager
@@ -23,11 +21,7 @@ from clip4vla.distributed import collectives
 from clip4vla.distributed.watchdog import watch
 from clip4vla.errors import UserError
 from clip4vla.losses.objective import TERMS, required_features
-from clip4vla.models.classifier import Classifier
-from clip4vla.models.fusion import TOKENS, GlobalToGlobal, LocalToLocal
-from clip4vla.models.model import uses_head
-from clip4vla.models.towers import pools_first
-from clip4vla.training import engine, flops, train_step
+from clip4vla.training import engine, flops, memory, train_step
 from clip4vla.training.engine import GIB
 from clip4vla.training.meter import peak_memory
 from clip4vla.training.run_setup import RunSetup, prepare, train_loader
@@ -83,7 +77,7 @@ def describe(cfg: RunConfig, setup: RunSetup, loader: Loader, step: int) -> list
             "engine",
             f"{collectives.world_size()} ranks, ZeRO-{setup.stage}, {setup.precision}, global batch {train.batch_size}{pieces}",
         ),
-        ("memory", f"{resident(setup) / GIB:.2f} GiB a rank for weights, gradients and optimizer"),
+        ("memory", f"{memory.state(setup) / GIB:.2f} GiB a rank for weights, gradients and optimizer"),
         (
             "steps",
             f"{step} done of {train.max_steps}, {train.max_steps * train.batch_size:,} samples; run folder {cfg.run_dir}",
@@ -102,62 +96,6 @@ def _source(folder, part: int, cfg: RunConfig) -> str:
 
 def _millions(module: torch.nn.Module, trained: bool = False) -> str:
     return f"{flops.elements(module, trained) / 1e6:.1f}M"
-
-
-def resident(setup: RunSetup) -> int:
-    """Count bytes on a rank's device for weights, gradients and Adam's state (activations come on top), by ZeRO stage."""
-    world, stage, width = collectives.world_size(), setup.stage, setup.width
-    everything, trained = flops.elements(setup.model), flops.elements(setup.model, trained=True)
-    offloaded = {name for name in ("param", "optimizer") if f"offload_{name}" in setup.ds.get("zero_optimization", {})}
-    weights = everything * width // (world if stage == 3 else 1)
-    gradients = trained * width // (world if stage >= 2 else 1)
-    state = trained * (12 if width == 2 or stage else 8) // (world if stage else 1)  # two moments, fp32 copies
-    return weights * ("param" not in offloaded) + gradients + state * ("optimizer" not in offloaded)
-
-
-def activations(cfg: RunConfig, setup: RunSetup, micro: Batch) -> int:
-    """Estimate the bytes kept for a micro-batch's backward pass, with flash attention; frozen towers keep nothing."""
-    model, views, recompute = setup.model, 2 if cfg.loss.aa else 1, cfg.train.activation_checkpointing
-    text = micro.tokens.shape[1] * _kept(model.text.transformer.resblocks, recompute)
-    each = {  # numbers of one sequence, how many there are
-        "audio": (_of_picture(model.audio.trunk, micro.segments, recompute), len(micro.segments) * views),
-        "vision": (_of_picture(model.vision, micro.frames, recompute), len(micro.frames)),
-        "text": (text, len(micro)),
-    }
-    total = 0
-    for name in flops.towers_run(cfg, bool(setup.vectors)):
-        if flops.elements(getattr(model, name), trained=True):
-            total += math.prod(each[name])
-    if uses_head(cfg.loss) and not isinstance(
-        model.head, GlobalToGlobal | Classifier
-    ):  # of local_local a tile at a time
-        words = int(model.caption_targets(micro, cfg.loss)[1].sum()) if cfg.loss.caption else 0
-        packed = len(micro.segments) + len(micro.frames) + words
-        tile = TOKENS[setup.device.type] if isinstance(model.head, LocalToLocal) else packed
-        total += tile * _kept(model.head.encoder.blocks, recompute=False)
-        total += 3 * words * model.text.vocab_size * 4 // setup.width  # scores, log-probabilities, gradient: fp32
-    return total * setup.width
-
-
-def _of_picture(tower: VisionTransformer, pictures: Tensor, recompute: bool) -> int:
-    """Count the numbers kept for one picture of (n, C, 224, 224), its pixels included."""
-    kept = _kept(tower.transformer.resblocks, recompute, pools_first(tower))
-    return (math.prod(tower.grid_size) + 1) * kept + math.prod(pictures.shape[1:])
-
-
-def _kept(blocks: nn.ModuleList, recompute: bool, first_only: bool = False) -> int:
-    """Count the numbers kept for a token.
-
-    They are: 2 widths before the blocks and 2 after; in each inputs and outputs of norms and attention (9), and of the
-    activation (8, with QuickGELU 12); or, with `recompute`, a block's input and, of one block at a time, all. first_only:
-    the last block gives the first position alone, and keeps of the others its input, their norm, keys and values (4).
-    """
-    block = 21 if any(isinstance(m, QuickGELU) for m in blocks.modules()) else 17
-    last = 4 if first_only else block
-    around = 2 if first_only else 4
-    first: Any = blocks[0]
-    inside = len(blocks) + block if recompute else (len(blocks) - 1) * block + last
-    return first.attn.embed_dim * (around + inside)
 
 
 def disk(cfg: RunConfig, setup: RunSetup) -> str:
@@ -220,7 +158,8 @@ def _try(cfg: RunConfig, run: Any, loader: Loader, step: int) -> TrialStep:
 def _findings(cfg: RunConfig, setup: RunSetup, trial: TrialStep, left: int) -> list[str]:
     if not math.isfinite(trial.loss):
         raise UserError(f"the loss of the first step is {trial.loss}: take bf16 or fp32 in train.precision")
-    estimate = max(activations(cfg, setup, micro) for micro in trial.batch) / GIB
+    estimate = memory.estimate(cfg, setup, trial.batch)
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in estimate._asdict().items() if name != "moment")
     size = ", ".join(
         f"{sum(len(getattr(m, kind)) for m in trial.batch)} {kind}" for kind in ("ids", "segments", "frames")
     )
@@ -228,8 +167,8 @@ def _findings(cfg: RunConfig, setup: RunSetup, trial: TrialStep, left: int) -> l
     clips = cfg.train.batch_size / slower
     return [
         f"{'batch':<10} the largest of {LOOKED_AT}: {size.replace('ids', 'clips')} on a rank; loss {trial.loss:.4g}",
-        f"{'estimate':<10} {resident(setup) / GIB + estimate:.2f} GiB a rank, {estimate:.2f} of it activations",
-        f"{'measured':<10} {trial.peak:.2f} of {_memory(setup.device):.1f} GiB at the peak of a step",
+        f"{'estimate':<10} {estimate.total / GIB:.2f} GiB a rank, in the {estimate.moment}: {parts}",
+        f"{'measured':<10} {trial.peak:.2f} of {_memory(setup.device):.1f} GiB at the peak of a step{_in_use(setup.device)}",
         f"{'speed':<10} {clips:.3g} clips/s: {trial.step:.3g} s a step, {trial.read:.3g} s to read a batch",
         f"{'time':<10} {_duration(left * slower)} for {left} steps, without evaluations and checkpoints",
         "dry run: everything is in place; nothing was written",
@@ -241,6 +180,14 @@ def _memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory / GIB
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+
+
+def _in_use(device: torch.device) -> str:
+    """Say how much of a GPU's memory is in use, runtime and the allocator's reserve included; nothing of a CPU."""
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    return f" without runtime; {(total - free) / GIB:.2f} of the device in use"
 
 
 def _duration(seconds: float) -> str:

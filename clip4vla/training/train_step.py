@@ -24,7 +24,7 @@ def step(run: Any, micros: list[Batch], cfg: RunConfig) -> tuple[dict[str, Tenso
     """Take one step of the DeepSpeed engine: (losses by name, features (b, D) of this rank's clips by name), detached."""
     micros = [micro.to(run.device) for micro in micros]
     taught = _count_targets(run, micros, cfg) if cfg.loss.caption or cfg.loss.label else None
-    if len(micros) == 1 or cfg.train.negatives == "micro" or not required_features(cfg.loss):
+    if len(micros) == 1 or not embeds_first(cfg):
         return _step_per_micro_batch(run, micros, cfg, taught)
     with torch.no_grad():
         features = _joined([_embed(run, micro, cfg) for micro in micros])
@@ -35,6 +35,11 @@ def step(run: Any, micros: list[Batch], cfg: RunConfig) -> tuple[dict[str, Tenso
         run.backward(sum(inner) * len(micros))  # the engine takes the mean over micro-batches
         run.step()
     return losses, features
+
+
+def embeds_first(cfg: RunConfig) -> bool:
+    """Tell whether several micro-batches are all embedded, for their common negatives, before one runs with gradient."""
+    return cfg.train.negatives == "global" and bool(required_features(cfg.loss))
 
 
 def _count_targets(run: Any, micros: list[Batch], cfg: RunConfig) -> Tensor:
