@@ -149,8 +149,7 @@ class _ContrastiveTerm:
         self.first = collectives.rank() * self.num_local
         self.local_rows = slice(self.first, self.first + self.num_local)  # of this rank, among those of all ranks
         has_invalid = valid.device.type != "cpu" or not bool(valid.all())  # on a GPU asking would cost a wait
-        number = torch.arange(len(valid), device=valid.device)
-        self.clips = Clips(number, valid if has_invalid else None, groups)  # N
+        self.clips = Clips(valid if has_invalid else None, groups)  # N
         self.weight = valid.to(scale.dtype) / valid.sum().clamp(min=1)  # (N,) of each row in the mean
         share_a, share_b = (1.0, 0.0) if term.one_way else (0.5, 0.5)
         unset = Denominator(self.weight, self.weight)
@@ -187,13 +186,14 @@ class _ContrastiveTerm:
     def _logsumexps(self) -> tuple[LogSumExp, LogSumExp]:
         """Accumulate the logits of a with b by local row of a (b,) and, over all ranks, by row of b (N,).
 
-        Keeps the positive logits, too.
+        Keeps the positive logits, too, and adds them last: tiles have negatives only.
         """
         by_row = LogSumExp.empty(self.num_local, self.weight)
         by_column = LogSumExp.empty(len(self.valid), self.weight)
-        for rows, columns, logits in self._tiles(self.a, self.b):
-            self.local_pos_logits[self._positive_rows(rows, columns)] = self._positives(logits, rows, columns)
+        for rows, columns, logits in self._tiles(self.a, self.b, self.local_pos_logits):
             add_logits(logits, *self._pairs(rows, columns), by_row.at(rows), by_column.at(columns))
+        by_row.add(self.local_pos_logits)
+        by_column.at(self.local_rows).add(self.local_pos_logits)
         return by_row, by_column.of_all_ranks()
 
     def _intra_logsumexp(self, side: _Side) -> LogSumExp:
@@ -203,8 +203,12 @@ class _ContrastiveTerm:
             add_logits(logits, *self._pairs(rows, columns), by_row.at(rows))
         return by_row
 
-    def _tiles(self, query: _Side, key: _Side) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Yield (local rows of query, columns: rows of key, their logits); a clip with itself in one feature has the least."""
+    def _tiles(
+        self, query: _Side, key: _Side, pos_logits: Tensor | None = None
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yield (local rows of query, columns: rows of key, their logits); in place of positives, those of a clip with itself,
+        stands the least number: they go into pos_logits (b,), if given.
+        """
         size = TILE[self.weight.device.type]
         height = min(self.num_local, 1 << ((size.bit_length() - 1) // 2 - 1))
         width = size // height
@@ -215,8 +219,10 @@ class _ContrastiveTerm:
             for left in range(0, len(self.valid), width):
                 columns = slice(left, min(len(self.valid), left + width))
                 logits = scaled @ key.gathered[columns].T
-                if query is key:
-                    self._positives(logits, rows, columns).fill_(torch.finfo(logits.dtype).min)
+                positives = self._positives(logits, rows, columns)
+                if pos_logits is not None:
+                    pos_logits[self._positive_rows(rows, columns)] = positives
+                positives.fill_(torch.finfo(logits.dtype).min)
                 yield rows, columns, logits
 
     def _pairs(self, rows: slice, columns: slice) -> tuple[Clips, Clips]:
@@ -249,12 +255,13 @@ class _ContrastiveTerm:
         self, query: _Side, key: _Side, factor: Tensor, query_grad: Tensor, key_grad: Tensor | None = None
     ) -> None:
         """Add the gradient through all logits of local query rows to query_grad (b, D) and, if given, key_grad (b, D)."""
+        shares = sum((-side.denominator.log[self.local_rows]).exp() for side in (query, key))
+        positive_grads = factor * (shares - self.weight[self.local_rows])
         for rows, columns, tile in self._tiles(query, key):
             denominators = query.denominator.at(self.of_local(rows)), key.denominator.at(columns)
             turn_into_gradients(tile, *self._pairs(rows, columns), *denominators, factor)
             if query is not key:
-                weights = self.weight[self.of_local(self._positive_rows(rows, columns))]
-                self._positives(tile, rows, columns).sub_(factor * weights)
+                self._positives(tile, rows, columns).copy_(positive_grads[self._positive_rows(rows, columns)])
             query_grad[rows].addmm_(tile, key.gathered[columns])
             if key_grad is not None:
                 key_grad[columns].addmm_(tile.T, query.local[rows])

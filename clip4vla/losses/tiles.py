@@ -23,16 +23,14 @@ BACKEND = {"cuda": "inductor"}
 
 
 class Clips(NamedTuple):
-    """Describes the clips of rows or columns, m of them, as far as it excludes pairs from the denominators."""
+    """Describes the clips of rows or columns, m of them, as far as it makes pairs no negatives."""
 
-    number: Tensor  # m int64, in the global batch
-    valid: Tensor | None = None  # m bool; None: all are valid
-    group: Tensor | None = None  # m int64; None: each is the only one of its group
+    valid: Tensor | None  # m bool; None: all are valid
+    group: Tensor | None  # m int64; None: each is the only one of its group
 
     def at(self, where: slice) -> "Clips":
         """Select some of the clips."""
-        valid, group = (None if x is None else x[where] for x in (self.valid, self.group))
-        return Clips(self.number[where], valid, group)
+        return Clips(*(x if x is None else x[where] for x in self))
 
 
 class LogSumExp(NamedTuple):
@@ -49,6 +47,12 @@ class LogSumExp(NamedTuple):
     def at(self, where: slice) -> "LogSumExp":
         """View some of the sets."""
         return LogSumExp(self.max[where], self.sum[where])
+
+    def add(self, logits: Tensor, number: Tensor | float = 1.0) -> None:
+        """Add to each set `number` times exp of its logit (m,), in place."""
+        new_max = torch.maximum(self.max, logits)
+        self.sum.mul_((self.max - new_max).exp()).add_(number * (logits - new_max).exp())
+        self.max.copy_(new_max)
 
     def of_all_ranks(self) -> "LogSumExp":
         """Join with what the other ranks have accumulated for the same sets: two all-reduces of m numbers."""
@@ -121,17 +125,14 @@ def _add_logits(sets: LogSumExp, logits: Tensor, dim: int) -> None:
     """Add logits to sets, each of which has its logits along `dim`."""
     tile_max = logits.amax(dim, keepdim=True)
     tile_sum = (logits - tile_max).exp_().sum(dim, keepdim=True)  # inductor knows an online softmax by these two lines
-    tile_max, tile_sum = tile_max.squeeze(dim), tile_sum.squeeze(dim)
-    new_max = torch.maximum(sets.max, tile_max)
-    sets.sum.mul_((sets.max - new_max).exp()).add_(tile_sum * (tile_max - new_max).exp())
-    sets.max.copy_(new_max)
+    sets.add(tile_max.squeeze(dim), tile_sum.squeeze(dim))
 
 
 @fused
 def turn_into_gradients(
     logits: Tensor, rows: Clips, columns: Clips, by_row: Denominator, by_column: Denominator, factor: Tensor
 ) -> None:
-    """Turn a tile of logits (h, w) into factor times the loss's gradient by them, without what positives have in numerators.
+    """Turn a tile of logits (h, w) into factor times the loss's gradient by them, in place; positives are the caller's.
 
     A logit is in the denominator of its row, as query, and in that of its column, as query of the other direction.
     """
@@ -143,11 +144,11 @@ def turn_into_gradients(
 
 
 def _excluded(rows: Clips, columns: Clips) -> Tensor | None:
-    """Mark pairs (h, w) that are in no denominator: of clips that are not valid, or of two clips of one group."""
+    """Mark pairs (h, w) that are no negatives: of clips that are not valid, or of one group."""
     excluded = None
     if rows.valid is not None and columns.valid is not None:
         excluded = ~rows.valid[:, None] | ~columns.valid
     if rows.group is not None and columns.group is not None:
-        same_group = (rows.group[:, None] == columns.group) & (rows.number[:, None] != columns.number)
+        same_group = rows.group[:, None] == columns.group
         excluded = same_group if excluded is None else excluded | same_group
     return excluded

@@ -18,14 +18,14 @@ from clip4vla.losses.contrastive import Term, multi_info_nce
 from clip4vla.losses.objective import compute_losses
 from launch.bench.training import scale
 
-B, WORLD, D = 256, 4, 8
+B, WORLD, D = 512, 4, 8
 TILE = (2048, 16384)  # rows and columns of a GPU's
 KINDS = {  # most passes operation by operation, and as inductor fuses them for a GPU
-    "plain": (55, 7),
-    "one way": (55, 7),
-    "groups": (61, 8),
-    "intra": (111, 13),
-    "intra groups": (125, 14),
+    "plain": (54.5, 6.5),
+    "one way": (54.5, 6.5),
+    "groups": (57.5, 7.5),
+    "intra": (110.5, 12.5),
+    "intra groups": (117.5, 13.5),
 }
 
 
@@ -35,8 +35,7 @@ def fused_passes(name: str, groups: bool, by_column: bool) -> float:
     height, width = TILE
 
     def clips(m):
-        number = torch.empty(m, dtype=torch.int64)
-        return tiles.Clips(number, torch.empty(m, dtype=torch.bool), number if groups else None)
+        return tiles.Clips(torch.empty(m, dtype=torch.bool), torch.empty(m, dtype=torch.int64) if groups else None)
 
     pairs = clips(height), clips(width)
     tile = torch.empty(TILE, device="meta")
@@ -51,7 +50,7 @@ def fused_passes(name: str, groups: bool, by_column: bool) -> float:
 @pytest.fixture
 def count(monkeypatch):
     """Returns what counts (elementwise, products) passes of work on one of the ranks, fused or operation by operation."""
-    monkeypatch.setitem(contrastive.TILE, "cpu", 1 << 16)  # 128 x 512
+    monkeypatch.setitem(contrastive.TILE, "cpu", 1 << 18)  # 256 x 1024
     monkeypatch.setattr(collectives, "all_reduce_max", lambda x: x)
 
     def run(work, fused, world=WORLD):
@@ -109,6 +108,6 @@ def test_the_three_terms_of_pretraining_make_a_tenth_of_the_passes_that_they_did
         return compute_losses(named | {"scale": torch.ones(1)}, labels, LossConfig())["loss"]
 
     (eager, products), (fused, _), (fused_alone, _) = (count(work, *how) for how in ((False,), (True,), (True, 1)))
-    assert eager <= 220 and fused <= 26 and products <= 23
+    assert eager <= 218.5 and fused <= 25 and products <= 22
     for passes, assumed in zip((fused_alone, fused), scale.PASSES, strict=True):
-        assert assumed <= passes <= assumed + 2.5  # with the vectors of rows and columns, which are not small here
+        assert assumed <= passes <= assumed + 2  # with the vectors of rows and columns, which are not small here
