@@ -31,6 +31,7 @@ CHECKS = (
     Check("loss", "python launch/bench.py loss --n 32768", 40),
     Check("loader", "python launch/bench.py loader --rounds 2", 60),
     Check("embed", "python launch/bench.py embed --rounds 2", 50),
+    Check("engines", "python launch/bench.py engines", 90),
     Check("demo", "bash launch/demo.sh sample", 120),
     Check("evaluate", "python launch/evaluate.py configs/pretrain/sample_clip.yaml", 30),
 )

@@ -246,3 +246,26 @@ def test_benches_of_the_engine_print_their_keys(name, tmp_path):
     if name == "scale":
         assert [row["gpus"] for row in figures["table"]] == [2**i for i in range(13)]
         assert figures["table"][-1]["efficiency"] < figures["table"][0]["efficiency"] == 1
+
+
+def test_frozen_towers_give_open_clips_vectors(tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY | {"embed_dim": 512}))
+    done = run("launch/bench.py", "embed", "--rounds", 1, "--clips", 64, "--clip", tmp_path / "tiny.json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["agreement"] > 0.9999  # float16, and JPEG decoders that may differ by a grey level
+    ratio = figures["rounds"]["ours"][0] / figures["rounds"]["peer"][0]
+    assert figures["throughput_ratio"] == pytest.approx(ratio, rel=1e-3)
+
+
+def test_every_engine_takes_the_same_steps(tmp_path):
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY | {"embed_dim": 512}))
+    done = run("launch/bench.py", "engines", "--precision", "bf16", "fp32", "--clip", tmp_path / "tiny.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["engines"]
+    assert [(row["precision"], row["zero"]) for row in rows] == [
+        (p, zero) for p in ("bf16", "fp32") for zero in (1, 2, 3)
+    ]
+    exact = rows[3]["loss"]
+    assert [row["loss"] for row in rows] == pytest.approx([exact] * 6, rel=5e-3)
+    assert min(min(row["clips_per_s"], row["estimated_gib"], row["memory_gib"]) for row in rows) > 0
