@@ -14,7 +14,8 @@ from data_prep import annotation_io
 from data_prep.manifest import ManifestRow, MediaFolder, Skipped
 from data_prep.sets.folder import folder
 from data_prep.sets.howto100m import howto100m
-from data_prep.sets.sounds import audiocaps, audioset, clotho, esc10, esc50, grid, urbansound8k
+from data_prep.sets.sounds import audiocaps, audioset, clotho, esc10, esc50, urbansound8k
+from data_prep.sets.speech import grid
 from data_prep.sets.stamps import stamps
 from data_prep.sets.videos import activitynet, msrvtt, msrvtt_1ka, ucf101, vatex, youcook2
 
