@@ -1,23 +1,58 @@
 """Read the annotations of each data set, in the files that its authors publish, as manifest rows, one for each sample.
 
-One generator per data set yields ManifestRow, or Skipped with a reason, in file order. Video sets keep the audio type
-"both": the paper fine-tunes and tests with both tokens, since their sound may be speech or not.
+SETS names the generator of each data set, in data_prep/sets/: it yields ManifestRow, or Skipped with a reason, in file
+order. Video sets keep the audio type "both": the paper fine-tunes and tests with both tokens, since their sound may be
+speech or not.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from clip4vla.config import DataConfig
 from clip4vla.errors import UserError
 from data_prep import annotation_io
 from data_prep.manifest import ManifestRow, MediaFolder, Skipped
+from data_prep.sets import sounds, speech, videos
 from data_prep.sets.folder import folder
 from data_prep.sets.howto100m import howto100m
-from data_prep.sets.sounds import audiocaps, audioset, clotho, esc10, esc50, urbansound8k
-from data_prep.sets.speech import grid
 from data_prep.sets.stamps import stamps
-from data_prep.sets.videos import activitynet, msrvtt, msrvtt_1ka, ucf101, vatex, youcook2
+
+# the annotations' folder or file, and the media; howto100m takes its number of clips too
+SETS: dict[str, Callable[[Path, MediaFolder], Iterable[ManifestRow | Skipped]]] = {
+    "folder": folder,
+    "stamps": lambda place, media: stamps(media.root),
+    "howto100m": howto100m,
+    "audioset": sounds.audioset,
+    "audiocaps": sounds.audiocaps,
+    "auto_acd": sounds.auto_acd,
+    "clotho": sounds.clotho,
+    "esc50": sounds.esc50,
+    "esc10": partial(sounds.esc50, source="esc10"),
+    "fsd50k": sounds.fsd50k,
+    "musiccaps": sounds.musiccaps,
+    "urbansound8k": sounds.urbansound8k,
+    "vggsound": sounds.vggsound,
+    "wavcaps": sounds.wavcaps,
+    "grid": speech.grid,
+    "librispeech": speech.librispeech,
+    "ljspeech": speech.ljspeech,
+    "speech_commands": speech.speech_commands,
+    "spokencoco": speech.spokencoco,
+    "activitynet": videos.activitynet,
+    "didemo": videos.didemo,
+    "kinetics400": partial(videos.kinetics, source="kinetics400"),
+    "kinetics600": partial(videos.kinetics, source="kinetics600"),
+    "lsmdc": videos.lsmdc,
+    "msrvtt": videos.msrvtt,
+    "msrvtt_1ka": videos.msrvtt_1ka,
+    "msvd": videos.msvd,
+    "ucf101": videos.ucf101,
+    "valor32k": videos.valor32k,
+    "vatex": videos.vatex,
+    "youcook2": videos.youcook2,
+}
 
 
 def read(cfg: DataConfig) -> tuple[list[ManifestRow], list[Skipped]]:
@@ -51,27 +86,7 @@ def read(cfg: DataConfig) -> tuple[list[ManifestRow], list[Skipped]]:
 
 
 def _annotated(cfg: DataConfig, place: Path, root: Path) -> Iterable[ManifestRow | Skipped]:
-    if cfg.dataset == "stamps":
-        return stamps(root)
-    if cfg.dataset == "folder":
-        return folder(place, root)
     media = MediaFolder(root, cfg.clips_already_cut)
-    if cfg.dataset == "grid":
-        return grid(media)
     if cfg.dataset == "howto100m":
         return howto100m(place, media, cfg.clips_per_video)
-    sets = {
-        "audioset": audioset,
-        "msrvtt": msrvtt,
-        "msrvtt_1ka": msrvtt_1ka,
-        "vatex": vatex,
-        "audiocaps": audiocaps,
-        "clotho": clotho,
-        "activitynet": activitynet,
-        "youcook2": youcook2,
-        "esc50": esc50,
-        "esc10": esc10,
-        "urbansound8k": urbansound8k,
-        "ucf101": ucf101,
-    }
-    return sets[cfg.dataset](place, media)
+    return SETS[cfg.dataset](place, media)
