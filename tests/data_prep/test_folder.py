@@ -5,8 +5,12 @@ import unicodedata
 
 import pytest
 from annotation_files import reasons
+from sample_prep import rows_of, tones
 
+from clip4vla.data.sample_metadata import validate
 from clip4vla.errors import UserError
+from data_prep.checks.folders import inspect
+from data_prep.checks.page import summary
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "Café/Noël.wav") for form in ("NFC", "NFD"))
 
@@ -183,3 +187,22 @@ def test_labels_are_a_list_or_stand_between_semicolons(prepare, tmp_path):
     assert reasons(skipped) == {
         f"own.jsonl:{n}": "malformed: labels are a list of texts, or a text with ; between them" for n in (2, 3)
     }
+
+
+def test_labels_go_through_shards_and_check(run, tmp_path):
+    tones(tmp_path / "media", "t1", "t2", "t3")
+    lines = [{"labels": ["Speech", "Rain"]}, {"labels": ["Rain"]}, {"label": "x"}]
+    lines = [{"path": f"t{i}.wav", "caption": "x"} | line for i, line in enumerate(lines, 1)]
+    table = tmp_path / "own.jsonl"
+    table.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, printed = run(tmp_path / "out", f"annotations={table}", media=tmp_path / "media", dataset="folder")
+    assert code == 0, printed
+    rows = {row["id"]: row for row in rows_of(tmp_path / "out/media/train")}
+    assert [rows[f"t{i}.wav"].get("labels") for i in (1, 2, 3)] == [["Speech", "Rain"], ["Rain"], None]
+    assert "labels" not in rows["t3.wav"] and rows["t3.wav"]["label"] == "x"  # the bytes of earlier versions
+    reports = inspect([str(tmp_path / "out")], None, False)
+    assert not reports[0].findings
+    assert "labels: 3 classes, 1.33 a clip, Rain 2, Speech 1, x 1" in summary(reports, reports[0].tally)
+    for wrong in ("Rain", [1], [""]):
+        with pytest.raises(ValueError, match="json: labels is "):
+            validate(rows["t1.wav"] | {"labels": wrong})
