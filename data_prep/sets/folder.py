@@ -85,14 +85,14 @@ def _row(media: MediaFolder, line: Any, others: set[str]) -> ManifestRow:
         raise ValueError(f"audio_type {kind!r} is not vb, nb or both")
     start, end = (None if get(name) is None else float(get(name)) for name in ("start", "end"))
     annotation_io.check_span(start, end)
-    found = _find(media, files, start, end)
+    made = _find(media, files, start, end)
     name = composed("+".join(posixpath.normpath(path) for path in files.values()))  # however its lines spell it
     span = "" if start is end is None else f"@{start or 0:.10g}-{'' if end is None else f'{end:.10g}'}"
     label = None if get("label") is None else str(get("label"))
     more: dict[str, Any] = {"lang": lang, "audio_type": kind, "label": label, "labels": _labels(get("labels", []))}
     split, group = slug(str(get("split", "train"))), str(get("group", name))
     return ManifestRow(
-        str(get("id", name + span)), name, group, slug(media.root.name), split, [caption], [lang], **more, **found
+        str(get("id", name + span)), name, group, slug(media.root.name), split, [caption], [lang], **more, **made
     )
 
 
@@ -108,18 +108,16 @@ def _find(media: MediaFolder, files: dict[str, str], start: float | None, end: f
     """Look for the files of a line: picture, media, start and end of its row; of a picture and a sound both or none."""
     if "path" in files and len(files) > 1:
         raise ValueError("path and picture or sound: a sample is of one file, or of a picture and a sound")
-    found: dict[str, Any] = {"picture": None, "media": None, "start": start, "end": end}
+    made: dict[str, Any] = {"picture": None, "media": None, "start": start, "end": end}
     for column, path in files.items():
         path = posixpath.normpath(inside(path))
         suffix = os.path.splitext(path)[1].lower()
         if column == "picture" or (column == "path" and suffix in PICTURES):
-            found["picture"] = on_disk(media.root, path) if suffix in PICTURES else media.find_picture(path)
+            made["picture"] = on_disk(media.root, path) if suffix in PICTURES else media.find_picture(path)
         else:
-            found["media"], found["start"], found["end"] = _find_sound(media, path, suffix, start, end)
+            made["media"], made["start"], made["end"] = _find_sound(media, path, suffix, start, end)
     return (
-        found
-        if len(files) == bool(found["picture"]) + bool(found["media"])
-        else found | {"picture": None, "media": None}
+        made if len(files) == bool(made["picture"]) + bool(made["media"]) else made | {"picture": None, "media": None}
     )
 
 

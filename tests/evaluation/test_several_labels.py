@@ -2,6 +2,7 @@
 
 import csv
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from clip4vla.config import RunConfig
 from clip4vla.config_io import load
 from clip4vla.data.sample_metadata import labels_of
 from clip4vla.errors import UserError
-from clip4vla.evaluation import classification, linear_probe
+from clip4vla.evaluation import classification, features, linear_probe
 from clip4vla.evaluation.features import Features
 from clip4vla.evaluation.retrieval_metrics import d_prime, rank_classes
 from clip4vla.models.classifier import label_of
@@ -57,8 +58,7 @@ def made(n=120, seed=0, groups=1):
         {"id": str(i), "group": str(i // groups), "source": "s", "split": "x", "label": None, "labels": labels}
         for i, labels in enumerate([[CLASSES[k] for k in np.flatnonzero(row)] for row in marks])
     ]
-    features = Features(list(range(n)), clips, {"a": torch.from_numpy(x).float()})
-    return features, marks
+    return Features(list(range(n)), clips, {"a": torch.from_numpy(x).float()}), marks
 
 
 def test_a_probe_of_each_class_against_the_rest_is_scikit_learns():
@@ -139,3 +139,47 @@ def test_labels_of_older_shards_and_what_takes_one_class_alone():
     assert labels_of({"label": "Dog"}) == ["Dog"] and labels_of({"label": None}) == labels_of({}) == []
     with pytest.raises(UserError, match="x: its labels 'Dog; Bark' are several classes"):
         label_of({"id": "x", "label": None, "labels": ["Dog", "Bark"]})
+
+
+@pytest.fixture
+def embedded(monkeypatch):
+    """classification.embed() on made features in two folds, with names at fixed vectors."""
+    held, marks = made(80, groups=2)
+    for clip in held.clips:
+        clip["split"] = f"fold{int(clip['id']) // 2 % 2}"
+    parts = iter([held, held._rows([])] * 2)
+    monkeypatch.setattr(features, "of_folders", lambda *_: next(parts))
+    names = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    model = SimpleNamespace(class_vectors=lambda *_: names, logit_scale=torch.tensor(3.0))
+    loader = SimpleNamespace(folders=[], tokenize=None, device=torch.device("cpu"))
+
+    def call(*words):
+        cfg = cfg_of("model.modalities=a", "classify.C=[0.1, 1]", "data.train={}", *words)
+        return classification.embed(model, loader, cfg), cfg
+
+    return call, held, marks, names
+
+
+def test_folds_are_held_out_and_shots_are_refused(embedded):
+    call, held, marks, _ = embedded
+    outputs, cfg = call("classify.cross_validate=true", "classify.shots=[]")
+    assert outputs.several and outputs.classes == CLASSES
+    row = classification.compute_metrics(outputs, cfg)[cfg.model.audio_type]["label"]
+    assert row["n_folds"] == 2 and set(row["C"]) == {"s/fold0", "s/fold1"}
+    inside = np.array([clip["split"] == "fold0" for clip in held.clips])
+    x, scores = held.vectors["a"].numpy(), outputs.scores["a"].exp().numpy()
+    for k in range(4):
+        judge = LogisticRegression(C=row["C"]["s/fold0"], solver="newton-cholesky", tol=1e-12)
+        judge.fit(x[~inside].astype(float), marks[~inside, k])
+        assert scores[inside, k] == pytest.approx(judge.predict_proba(x[inside].astype(float))[:, 1], abs=1e-4)
+    with pytest.raises(UserError, match=r"classify.shots=\[1\]: few-shot probes draw clips of each class"):
+        call("classify.cross_validate=true", "classify.shots=[1]")
+
+
+def test_names_rank_clips_by_their_cosine(embedded):
+    call, held, marks, names = embedded
+    outputs, cfg = call("classify.method=zero_shot", "classify.cross_validate=false", "model.media_mean=raw")
+    row = classification.compute_metrics(outputs, cfg)[cfg.model.audio_type]["label"]
+    cosines = (held.vectors["a"] @ names.T).numpy()
+    assert row["mAP"] == pytest.approx(100 * average_precision_score(marks, cosines))
+    assert float(outputs.scores["a"].max()) == 0
