@@ -127,7 +127,7 @@ def test_an_evaluation_gives_map_auc_and_d_prime(tmp_path):
 
 
 def test_clips_without_any_of_the_classes_are_left_out():
-    clips = {0: {"id": "a", "labels": ["Dog", "Cat"]}, 1: {"id": "b", "labels": ["Cat"]}, 2: {"id": "c", "label": None}}
+    clips = {0: {"id": "a", "labels": ["Cat", "Dog"]}, 1: {"id": "b", "labels": ["Cat"]}, 2: {"id": "c", "label": None}}
     kept, gone = classification._split_eligible(clips, dict.fromkeys(clips, True), ["Dog"])
     assert list(kept) == [0] and gone == {"no label": ["c"], "another label": ["b"], "no media": []}
     outputs = classification.ClassificationOutputs(["Bark", "Dog"], kept, gone, {}, several=True)
