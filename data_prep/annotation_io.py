@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from clip4vla.config_io import NOT_UTF8, parse_json, repeated
 from clip4vla.data.sample_metadata import CAPTIONS, LONGEST
 from clip4vla.errors import UserError, one_line
-from data_prep.manifest import ManifestRow, MediaFolder, Skipped, inside
+from data_prep.manifest import ManifestRow, MediaFolder, Skipped
 
 BLOCK, PAIR = 1 << 20, 1 << 26  # characters: of a large JSON file read at once; of a key with its value
 QUOTED = 20  # characters of what is no JSON that a message repeats
@@ -226,6 +226,16 @@ def _mark(text: str, at: int) -> tuple[str, int]:
     return match[1], match.end()
 
 
+def read_lists(files: Iterable[tuple[Path, str]], split_of: dict[str, str]) -> Iterator[Skipped]:
+    """Fill `split_of`, the split of each name in lists of names, a name a line; yield the malformed lines."""
+    for path, split in files:
+        for where, line in read_lines(path):
+            if isinstance(line, ValueError):
+                yield Skipped("malformed", where, str(line))
+            else:
+                split_of[line] = split
+
+
 # Rows
 
 
@@ -283,18 +293,6 @@ def clip_row(
     path, first, last = media.find_clip(video, start, end) or (None, start, end)
     more |= {"media": path, "start": first, "end": last}
     return ManifestRow(name, video, name, source, split, kept, ["en"] * len(kept), **more)
-
-
-def pair_row(
-    media: MediaFolder, source: str, split: str, name: str, files: tuple[str, str], texts: Any, **more: Any
-) -> ManifestRow:
-    """Return the row of a picture and a sound, the two `files`, in English, grouped by the picture; without both, of none."""
-    picture, sound = files
-    row = whole_row(source, split, name, media.find_sound(inside(sound)), texts, group=picture, **more)
-    row.picture, row.item = media.find_picture(inside(picture)), picture
-    if not (row.picture and row.media):
-        row.item, row.picture, row.media = sound if row.picture else picture, None, None
-    return row
 
 
 def check_span(start: float | None, end: float | None) -> None:

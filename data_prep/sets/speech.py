@@ -9,7 +9,7 @@ from pathlib import Path
 from clip4vla.io.walk import walk
 from data_prep import annotation_io
 from data_prep.annotation_io import Line, RowsOrSkipped
-from data_prep.manifest import ManifestRow, MediaFolder, slug
+from data_prep.manifest import ManifestRow, MediaFolder, inside, slug
 
 GRID: list[dict[str, str]] = [  # the words of a sentence by the letters of its file's name; {}: the letter itself
     {word[0]: word for word in words.split()}
@@ -83,31 +83,32 @@ def speech_commands(place: Path, media: MediaFolder) -> RowsOrSkipped:
     validation_list.txt and testing_list.txt name the files of val and test, the others train; its background noise is
     left out.
     """
-    named = annotation_io.require_files(place, "validation_list.txt", "testing_list.txt")
-    split_of = {
-        os.path.splitext(line)[0]: split
-        for path, split in zip(named, ("val", "test"), strict=True)
-        for _, line in annotation_io.read_lines(path)
-        if isinstance(line, str)
-    }
+    split_of: dict[str, str] = {}
+    lists = annotation_io.require_files(place, "validation_list.txt", "testing_list.txt")
+    yield from annotation_io.read_lists(zip(lists, ("val", "test"), strict=True), split_of)
 
     def row(_: str, path: str) -> ManifestRow:
         name = "/".join(os.path.splitext(path)[0].split("/")[-2:])
         word, _, file = name.partition("/")
         more = {"audio_type": "vb", "label": word, "group": file.partition("_nohash_")[0]}
-        return annotation_io.whole_row("speech_commands", split_of.get(name, "train"), name, path, [word], **more)
+        return annotation_io.whole_row(
+            "speech_commands", split_of.get(f"{name}.wav", "train"), name, path, [word], **more
+        )
 
-    return annotation_io.rows(((path, "", path) for path in sorted(media.paths) if "_nohash_" in path), row)
+    yield from annotation_io.rows(((path, "", path) for path in sorted(media.paths) if "_nohash_" in path), row)
 
 
 def spokencoco(place: Path, media: MediaFolder) -> RowsOrSkipped:
     """Pictures of COCO with five captions each, read aloud (Hsu et al. 2021): a sample is a picture and one of its sounds."""
 
     def row(split: str, pair: tuple[str, dict[str, str]]) -> ManifestRow:
-        picture, spoken = pair
-        return annotation_io.pair_row(
-            media, "spokencoco", split, spoken["uttid"], (picture, spoken["wav"]), [spoken["text"]], audio_type="vb"
-        )
+        image, spoken = pair
+        sound, texts = media.find_sound(inside(spoken["wav"])), [spoken["text"]]
+        made = annotation_io.whole_row("spokencoco", split, spoken["uttid"], sound, texts, image, audio_type="vb")
+        made.item, made.picture = image, media.find_picture(inside(image))
+        if not (made.picture and made.media):  # a sample is of both; the item is what the list of missing ones names
+            made.item, made.picture, made.media = spoken["wav"] if made.picture else image, None, None
+        return made
 
     def lines() -> Iterator[Line]:
         for path, split in annotation_io.existing_files(

@@ -198,7 +198,8 @@ def msvd(place: Path, media: MediaFolder) -> RowsOrSkipped:
     """
     (path,) = annotation_io.require_files(place, "AllVideoDescriptions.txt")
     lists = annotation_io.existing_files(place, {f"{split}_list.txt": split for split in ("train", "val", "test")})
-    split_of = {name: split for file, split in lists for _, name in annotation_io.read_lines(file)}
+    split_of: dict[str, str] = {}
+    yield from annotation_io.read_lists(lists, split_of)
 
     def row(_: str, line: str) -> ManifestRow | None:
         name, _, text = line.partition(" ")
@@ -207,7 +208,7 @@ def msvd(place: Path, media: MediaFolder) -> RowsOrSkipped:
         return annotation_io.clip_row(media, "msvd", split, *_clip_of(name), [text])
 
     lines = ((where, "", line) for where, line in annotation_io.read_lines(path) if not str(line).startswith("#"))
-    return annotation_io.rows(lines, row, join=True)
+    yield from annotation_io.rows(lines, row, join=True)
 
 
 def _clip_of(name: str) -> tuple[str, float, float]:

@@ -148,7 +148,7 @@ def test_ljspeech_takes_the_text_with_numbers_written_out(prepare):
 
 
 def test_speech_commands(prepare):
-    files = {"validation_list.txt": "no/a1_nohash_0.wav\n", "testing_list.txt": "yes/b2_nohash_0.wav\n"}
+    files = {"validation_list.txt": "no/a1_nohash_0.wav\n", "testing_list.txt": b"yes/b2_nohash_0.wav\n\xff\n"}
     media = ["no/a1_nohash_0.wav", "no/c3_nohash_1.wav", "yes/b2_nohash_0.wav", "_background_noise_/pink_noise.wav"]
     rows, skipped = prepare("speech_commands", files, media)
     assert [(row.id, row.split, row.label, row.group, row.captions, row.media) for row in rows] == [
@@ -156,7 +156,7 @@ def test_speech_commands(prepare):
         ("no/c3_nohash_1", "train", "no", "c3", ["no"], media[1]),
         ("yes/b2_nohash_0", "test", "yes", "b2", ["yes"], media[2]),
     ]
-    assert {row.audio_type for row in rows} == {"vb"} and not skipped
+    assert {row.audio_type for row in rows} == {"vb"} and [item.where for item in skipped] == ["testing_list.txt:2"]
 
 
 def test_spokencoco_pairs_a_picture_with_each_of_its_sounds(prepare):
