@@ -56,7 +56,9 @@ class DataConfig:
 
     dataset: Literal[
         "folder", "stamps", "howto100m", "audioset", "msrvtt", "msrvtt_1ka", "vatex", "audiocaps", "clotho",
-        "activitynet", "youcook2", "esc50", "esc10", "urbansound8k", "grid", "ucf101",
+        "activitynet", "youcook2", "esc50", "esc10", "urbansound8k", "grid", "ucf101", "auto_acd", "didemo", "fsd50k",
+        "kinetics400", "kinetics600", "librispeech", "ljspeech", "lsmdc", "msvd", "musiccaps", "speech_commands",
+        "spokencoco", "valor32k", "vggsound", "wavcaps",
     ] = option("folder", "which annotation format, see data_prep/annotations.py")  # fmt: skip
     annotations: str = option("", "annotation file or folder; empty: media_root", path=True)
     media_root: str = option(

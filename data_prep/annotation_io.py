@@ -77,17 +77,19 @@ def not_utf8(text: str) -> bool:
     return bool(UNDECODED(text))
 
 
-def read_csv(path: Path, *columns: str, header: bool = True) -> Iterator[tuple[str, dict[str, str] | ValueError]]:
+def read_csv(
+    path: Path, *columns: str, header: bool = True, separator: str = ",", cells_span_lines: bool = False
+) -> Iterator[tuple[str, dict[str, str] | ValueError]]:
     """Yield (FILE:LINE, cells by column, "" where there is none; or why the line is malformed).
 
-    Each line stands for itself, so that a quote that is not closed takes no other line with it.
+    Each line stands for itself, so that a quote that is not closed takes no other line with it, unless cells_span_lines.
     Raises UserError if the header lacks one of the columns or names one twice.
     """
-    lines = read_lines(path)
-    names = _header(path, columns, next(lines, ("", ""))[1]) if header else list(columns)
+    lines = _joined_lines(read_lines(path)) if cells_span_lines else read_lines(path)
+    names = _header(path, columns, next(lines, ("", ""))[1], separator) if header else list(columns)
     for where, line in lines:
         try:
-            cells = _cells(line)
+            cells = _cells(line, separator)
             if len(cells) > len(names):
                 raise ValueError("more cells than the header has columns")
         except ValueError as error:
@@ -97,9 +99,22 @@ def read_csv(path: Path, *columns: str, header: bool = True) -> Iterator[tuple[s
             yield where, dict(itertools.zip_longest(names, cells, fillvalue=""))
 
 
-def _header(path: Path, columns: tuple[str, ...], line: str | ValueError) -> list[str]:
+def _joined_lines(lines: Iterable[tuple[str, str | ValueError]]) -> Iterator[tuple[str, str | ValueError]]:
+    """Join each line with those after it while a quote is open, that is while the quotes are odd in number."""
+    begun: tuple[str, str] | None = None
+    for where, line in lines:
+        if isinstance(line, str) and begun:
+            where, line = begun[0], f"{begun[1]} {line}"
+        begun = (where, line) if isinstance(line, str) and line.count('"') % 2 else None
+        if not begun:
+            yield where, line
+    if begun:
+        yield begun
+
+
+def _header(path: Path, columns: tuple[str, ...], line: str | ValueError, separator: str) -> list[str]:
     try:
-        names = _cells(line)
+        names = _cells(line, separator)
     except ValueError as error:
         raise UserError(f"{path}: the first line is malformed: {error}") from None
     if missing := set(columns) - set(names):
@@ -109,12 +124,12 @@ def _header(path: Path, columns: tuple[str, ...], line: str | ValueError) -> lis
     return names
 
 
-def _cells(line: str | ValueError) -> list[str]:
+def _cells(line: str | ValueError, separator: str) -> list[str]:
     """Split one line of a table; ValueError if it is malformed."""
     if isinstance(line, ValueError):
         raise line
     try:
-        return next(csv.reader([line], skipinitialspace=True, strict=True))
+        return next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True))
     except csv.Error as error:
         raise ValueError(
             f"not a line of a table ({error}): write a quote inside a cell twice, and a cell in one line"
@@ -125,6 +140,13 @@ def read_csvs(place: Path, splits: dict[str, str], *columns: str, header: bool =
     """Yield the lines of all of these tables that are there."""
     for path, split in existing_files(place, splits):
         yield from ((where, split, line) for where, line in read_csv(path, *columns, header=header))
+
+
+def by_key(path: Path, split: str, items: list[Any], key: str) -> Iterator[Line]:
+    """Yield the items of a JSON list, named by this key's value, or by their number where they have none."""
+    for number, item in enumerate(items):
+        name = item.get(key, number) if isinstance(item, dict) else number
+        yield f"{path.name}: {name}", split, item
 
 
 def parse_foreign(text: str | bytes) -> Any:
@@ -202,6 +224,16 @@ def _mark(text: str, at: int) -> tuple[str, int]:
     if not (match := MARK(text, at)):
         raise ValueError(text[at : at + QUOTED])
     return match[1], match.end()
+
+
+def read_lists(files: Iterable[tuple[Path, str]], split_of: dict[str, str]) -> Iterator[Skipped]:
+    """Fill `split_of`, the split of each name in lists of names, a name a line; yield the malformed lines."""
+    for path, split in files:
+        for where, line in read_lines(path):
+            if isinstance(line, ValueError):
+                yield Skipped("malformed", where, str(line))
+            else:
+                split_of[line] = split
 
 
 # Rows
@@ -326,7 +358,7 @@ def as_text(item: ManifestRow | Skipped) -> ManifestRow | Skipped:
     """Return the item; a row that holds half a character, such as a cut emoji, cannot be written and is malformed."""
     words: list[str | None] = [item.id if isinstance(item, ManifestRow) else item.where]
     if isinstance(item, ManifestRow):
-        words += [item.item, item.media, item.picture, item.label, item.lang, *item.captions]
+        words += [item.item, item.media, item.picture, item.label, item.lang, *item.labels, *item.captions]
     try:
         "".join(filter(None, words)).encode()
         return item

@@ -210,7 +210,7 @@ def sample(cfg: DataConfig, row: ManifestRow) -> tuple[dict[str, Any], dict[str,
         members["frames.jpg"] = jpeg(np.concatenate(clip.frames), cfg.frames.quality)
     if not members:
         raise ValueError("digital silence, and no picture")
-    meta = asdict(row) | {"duration": round(clip.seconds, 6)} | counts
+    meta = row.as_json() | {"duration": round(clip.seconds, 6)} | counts
     picture, media = meta.pop("picture"), meta.pop("media")
     n_frames = 1 if picture else len(clip.frames)
     paths = {"audio": media if meta["has_audio"] else None, "frames": (picture or media) if n_frames else None}

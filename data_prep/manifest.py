@@ -1,16 +1,18 @@
 """Define the manifest: one row is one sample to be. Annotations that cannot become rows are Skipped."""
 
+import functools
 import os
 import re
 import sys
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from clip4vla.io.walk import walk
 from clip4vla.media.av_reader import SOUNDS, VIDEOS
+from clip4vla.media.images import PICTURES
 
 
 @dataclass(slots=True)
@@ -33,8 +35,14 @@ class ManifestRow:
     lang: str = "en"  # spoken in the sound
     audio_type: str = "both"  # vb, nb, both
     label: str | None = None
+    labels: list[str] = field(default_factory=list)  # several classes at once, in place of label
     start: float | None = None
     end: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the fields; without labels where there are none, so that such rows have the bytes of earlier versions."""
+        fields = asdict(self)
+        return fields if self.labels else {name: value for name, value in fields.items() if name != "labels"}
 
 
 @dataclass(slots=True)
@@ -51,19 +59,41 @@ class Skipped:
 
 
 class MediaFolder:
-    """Find media files below a root by the names that people's downloads give them. The root is walked once."""
+    """Find media files below a root by the names that people's downloads give them. The root is walked once, when first asked."""
 
     def __init__(self, root: Path, cut: bool = False):
         """cut: files named after a whole video hold the annotated interval alone."""
         self.root, self.cut = root, cut
-        suffixes = VIDEOS + SOUNDS
-        self.paths = [path for path in _walk(root) if os.path.splitext(path)[1].lower() in suffixes]
-        self.by_stem: dict[str, str] = {}
-        for path in self.paths:
-            stem = composed(os.path.splitext(os.path.basename(path))[0])
-            held = self.by_stem.setdefault(stem, path)
-            if _rank(path) < _rank(held):  # the same on any file system
-                self.by_stem[stem] = path
+
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        """List the videos and sounds."""
+        return [path for path in self._files if os.path.splitext(path)[1].lower() in VIDEOS + SOUNDS]
+
+    @functools.cached_property
+    def by_stem(self) -> dict[str, str]:
+        """Map names without suffix to the videos and sounds; of several the best by _rank, the same on any file system."""
+        return _by_stem(self.paths)
+
+    @functools.cached_property
+    def _pictures(self) -> dict[str, str]:
+        return _by_stem([path for path in self._files if os.path.splitext(path)[1].lower() in PICTURES])
+
+    @functools.cached_property
+    def _files(self) -> list[str]:
+        return list(_walk(self.root))
+
+    def find_picture(self, path: str) -> str | None:
+        """Return the picture at a path below the root; else the one of that name, with whatever suffix and folder."""
+        name = os.path.basename(path)
+        stem, suffix = os.path.splitext(name)
+        return on_disk(self.root, path) or self._pictures.get(composed(stem if suffix.lower() in PICTURES else name))
+
+    def find_sound(self, path: str) -> str | None:
+        """Return the sound or video at a path below the root; else the one of that name, with whatever suffix and folder."""
+        name = os.path.basename(path)
+        stem, suffix = os.path.splitext(name)
+        return on_disk(self.root, path) or self.find(stem if suffix.lower() in VIDEOS + SOUNDS else name)
 
     def find(self, name: str) -> str | None:
         """Return the file of that name, with whatever suffix of a video or sound and in whatever folder."""
@@ -110,9 +140,18 @@ def _name_unreadable(error: OSError) -> None:
     print(f"left out, cannot be read: {error.filename} ({error.strerror})", file=sys.stderr)
 
 
+def _by_stem(paths: list[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for path in paths:
+        stem = composed(os.path.splitext(os.path.basename(path))[0])
+        if _rank(path) < _rank(named.setdefault(stem, path)):
+            named[stem] = path
+    return named
+
+
 def _rank(path: str) -> tuple[int, str]:
     """Return the sort key of a path: videos before sounds, since they hold both; then by name."""
-    return (VIDEOS + SOUNDS).index(os.path.splitext(path)[1].lower()), path
+    return (VIDEOS + SOUNDS + PICTURES).index(os.path.splitext(path)[1].lower()), path
 
 
 def inside(path: str) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from clip4vla.config_io import parse_json
@@ -109,7 +109,7 @@ def _row(line: bytes) -> ManifestRow:
     row = ManifestRow(**parse_json(line))
     texts = [row.id, row.item, row.group, row.source, row.split, row.lang, row.audio_type]
     texts += [text for text in (row.picture, row.media, row.label) if text is not None]
-    for some in (texts, row.captions, row.caption_langs):
+    for some in (texts, row.captions, row.caption_langs, row.labels):
         if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
             raise ValueError(line)
     if not all(type(end) in (int, float, type(None)) for end in (row.start, row.end)):
@@ -144,7 +144,7 @@ def make_plan(out: Path, rows: Iterable[ManifestRow], skipped: list[Skipped], si
 
 
 def _line(row: ManifestRow) -> str:
-    return json.dumps(asdict(row), ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(row.as_json(), ensure_ascii=False, separators=(",", ":"))
 
 
 def _heads(filled: list[tuple[ShardPlan, list[str]]]) -> list[tuple]:

@@ -46,6 +46,14 @@ def validate(clip: Any) -> None:
         raise ValueError(reason)
 
 
+def labels_of(clip: dict[str, Any]) -> list[str]:
+    """List the classes that a clip's json names: its `labels`, or its one `label`.
+
+    Shards of AudioSet by earlier versions have no `labels`, but several in `label`, joined by ;.
+    """
+    return clip.get("labels") or [label for label in (clip.get("label") or "").split(";") if label]
+
+
 def _fields(clip: Any) -> str:
     if not isinstance(clip, dict) or set(FIELDS) - set(clip):
         lacks = sorted(set(FIELDS) - set(clip)) if isinstance(clip, dict) else "every field"
@@ -64,6 +72,9 @@ def _values(clip: dict[str, Any]) -> str:
         return f"json: {len(clip['captions'])} captions, {CAPTIONS} at most"
     if (longest := max(map(len, texts), default=0)) > LONGEST:
         return f"json: a caption of {longest} characters, {LONGEST} at most"
+    labels = clip.get("labels", [])  # of several classes; shards of one class a clip, and older ones, have none
+    if not isinstance(labels, list) or not all(isinstance(label, str) and label for label in labels):
+        return f"json: labels is {labels!r:.60}"
     if not {type(clip["media"].get(name, 0)) for name in ("audio", "frames")} <= {str, type(None)}:
         return "json: media is not two paths"
     if clip["audio_type"] not in TYPES:

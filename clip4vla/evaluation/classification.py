@@ -5,9 +5,11 @@ B clips, D width, K classes. Accuracies are in percent. Of several modalities ea
 
 import csv
 import io
+import math
 import os
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor
 from clip4vla.config import RunConfig
 from clip4vla.config_io import decode, expand_path
 from clip4vla.data.loader import Loader, open_folders, stable_hash63
+from clip4vla.data.sample_metadata import labels_of
 from clip4vla.distributed import collectives
 from clip4vla.distributed.rank_0 import ProgressCallback, run_on_rank_0
 from clip4vla.distributed.watchdog import watch
@@ -52,6 +55,7 @@ class ClassificationOutputs:
     training: dict[str, int] = field(default_factory=dict)
     # by modalities: the notes of linear_probe.ProbeEvaluation.solved
     probe_notes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    several: bool = False  # clips, of data.test or data.train, have several classes: each is scored against the rest
 
     def folds(self, cfg: RunConfig) -> list[str]:
         """Name the fold of each clip: SOURCE/SPLIT, or "all" where all are held out together."""
@@ -60,9 +64,20 @@ class ClassificationOutputs:
 
     @property
     def target(self) -> Tensor:
-        """Compute the class indices (B,) int64 of the clips' labels."""
+        """Mark the classes (B, K) bool of the clips' labels; labels that are no class are left out."""
         numbers = {label: i for i, label in enumerate(self.classes)}
-        return torch.tensor([numbers[label_of(clip)] for clip in self.clips.values()], dtype=torch.int64)
+        target = torch.zeros(len(self.clips), len(self.classes), dtype=torch.bool)
+        for row, clip in zip(target, self.clips.values(), strict=True):
+            row[[numbers[label] for label in labels_of(clip) if label in numbers]] = True
+        return target
+
+
+def _have_several(clips: Iterable[dict[str, Any]]) -> bool:
+    return any(len(labels_of(clip)) > 1 for clip in clips)
+
+
+def _all_labels(clips: Iterable[dict[str, Any]]) -> list[str]:
+    return sorted({label for clip in clips for label in labels_of(clip)})
 
 
 def _source(clip: dict[str, Any]) -> str:
@@ -99,9 +114,10 @@ def _split_eligible(
     clips: dict[int, dict], has_media: dict[int, bool], classes: list[str]
 ) -> tuple[dict[int, dict], dict]:
     """Split clips into (those with a class and a medium, ids of the others by reason); UserError if none is left."""
+    known = set(classes)
     gone = {
-        "no label": [i for i, clip in clips.items() if not label_of(clip)],
-        "another label": [i for i, clip in clips.items() if label_of(clip) and label_of(clip) not in classes],
+        "no label": [i for i, clip in clips.items() if not labels_of(clip)],
+        "another label": [i for i, clip in clips.items() if labels_of(clip) and not {*labels_of(clip)} & known],
         "no media": [i for i in clips if not has_media[i]],
     }
     lost = {i for rows in gone.values() for i in rows}
@@ -124,17 +140,23 @@ def _kinds(cfg: RunConfig) -> list[str]:
 
 
 def _by_names(model: Model, loader: Loader, held: Features, cfg: RunConfig) -> ClassificationOutputs:
-    """Score clips by cosines of the classes' sentences with y^g, z^g, or the mean of both, over the temperature."""
-    classes = class_names(cfg) or sorted({label_of(clip) for clip in held.clips} - {""})
+    """Score clips by cosines of the classes' sentences with y^g, z^g, or the mean of both, over the temperature.
+
+    Of several classes a clip the scores are these logits, less the largest of all: clips are ranked for each class, and
+    shares of a sum over the classes would rank them otherwise.
+    """
+    classes = class_names(cfg) or _all_labels(held.clips)
     some, clips, left_out = _chosen(held, classes, cfg)
+    several = _have_several(clips.values())
     names = model.class_vectors(loader.tokenize, classes, cfg.classify.templates).cpu()
     scale = model.logit_scale.exp().item() if cfg.model.learn_temperature else 1 / cfg.model.temperature
     scores = {}
     for kinds in _kinds(cfg):
         media = fusion.mean([some.vectors[kind] for kind in kinds], cfg.model.media_mean)
         logits = scale * media @ names.T
-        scores[kinds] = logits.log_softmax(1).masked_fill(~some.having(kinds)[:, None], torch.nan)
-    return ClassificationOutputs(classes, clips, left_out, scores)
+        scored = logits - logits.max() if several else logits.log_softmax(1)
+        scores[kinds] = scored.masked_fill(~some.having(kinds)[:, None], torch.nan)
+    return ClassificationOutputs(classes, clips, left_out, scores, several=several)
 
 
 def class_names(cfg: RunConfig) -> list[str]:
@@ -159,14 +181,22 @@ def class_names(cfg: RunConfig) -> list[str]:
 def _by_probe(model: Model, loader: Loader, held: Features, cfg: RunConfig) -> ClassificationOutputs:
     """Score clips with probes that rank 0 fits, for each fold and each of the modalities."""
     folders = open_folders(cfg.data.train, "data.train", cfg.data) if cfg.data.train else []
-    training = features.of_folders(model, loader, folders, cfg).where(lambda clip: bool(label_of(clip)))
-    classes = sorted({label_of(clip) for clip in [*held.clips, *training.clips]} - {""})
+    training = features.of_folders(model, loader, folders, cfg).where(lambda clip: bool(labels_of(clip)))
+    classes = _all_labels([*held.clips, *training.clips])
+    several = _have_several([*held.clips, *training.clips])
+    if several and cfg.classify.shots:
+        raise UserError(
+            f"classify.shots={cfg.classify.shots}: few-shot probes draw clips of each class, and clips here have several: "
+            "set classify.shots=[]"
+        )
     some, clips, left_out = _chosen(held, classes, cfg)
-    outputs = ClassificationOutputs(classes, clips, left_out, {}, Counter(map(_source, training.clips)))
+    outputs = ClassificationOutputs(
+        classes, clips, left_out, {}, Counter(map(_source, training.clips)), several=several
+    )
 
     def work(passed: ProgressCallback) -> dict[str, tuple[Tensor, dict]]:
         evaluation = linear_probe.ProbeEvaluation(
-            some, outputs.folds(cfg), training, classes, cfg, loader.device, passed
+            some, outputs.folds(cfg), training, classes, cfg, loader.device, passed, several
         )
         return {kinds: evaluation.solved(kinds) for kinds in _kinds(cfg)}
 
@@ -183,7 +213,8 @@ def compute_metrics(outputs: ClassificationOutputs, cfg: RunConfig) -> dict[str,
     for kinds, scores in outputs.scores.items():
         scored = ~scores.isnan().any(1)
         if scored.any():
-            row = _row(outputs, scores, scored.nonzero()[:, 0], cfg) | outputs.probe_notes.get(kinds, {})
+            make = _row_of_several if outputs.several else _row
+            row = make(outputs, scores, scored.nonzero()[:, 0], cfg) | outputs.probe_notes.get(kinds, {})
             rows["label" + f"/{kinds}" * (kinds != cfg.model.modalities)] = row
     return {cfg.model.audio_type: rows}
 
@@ -194,7 +225,7 @@ def _row(outputs: ClassificationOutputs, scores: Tensor, rows: Tensor, cfg: RunC
     mAP: of the clips ranked for each class by its probability, all folds together. `accuracy_std` is over folds.
     `confusion`, clips by target and by prediction, is there for CONFUSED classes at most.
     """
-    folds, target = outputs.folds(cfg), outputs.target[rows]
+    folds, target = outputs.folds(cfg), outputs.target[rows].int().argmax(1)
     mine = np.array([folds[i] for i in rows.tolist()])
     names = list(dict.fromkeys(mine.tolist()))
     order = scores[rows].argsort(dim=1, descending=True, stable=True)
@@ -224,6 +255,24 @@ def _row(outputs: ClassificationOutputs, scores: Tensor, rows: Tensor, cfg: RunC
     return row
 
 
+def _row_of_several(outputs: ClassificationOutputs, scores: Tensor, rows: Tensor, cfg: RunConfig) -> dict[str, Any]:
+    """Compute the metrics of the clips numbered in rows (n,) that have several classes, as AudioSet's are.
+
+    mAP and AUC, in percent, are means over the classes of clips ranked for each by its score, all folds together; d' is that
+    of the mean area. chance_mAP: the mean share of the clips that a class has. `AP` by class: None where no clip is of it.
+    """
+    target = outputs.target[rows]
+    figures = np.array(retrieval_metrics.rank_classes(scores[rows], target))
+    precision, area = np.nanmean(figures, axis=0).tolist()
+    clips = target.sum(0)
+    row: dict[str, Any] = {"mAP": 100 * precision, "AUC": 100 * area, "d_prime": retrieval_metrics.d_prime(area)}
+    row["chance_mAP"] = 100 * float((clips[clips > 0] / len(rows)).double().mean())
+    row |= {"labels_per_clip": float(clips.sum() / len(rows))}
+    row |= {"n_clips": len(rows), "n_classes": len(outputs.classes), "n_folds": len(set(outputs.folds(cfg)))}
+    row |= {"classes": outputs.classes, "clips": clips.tolist()}
+    return row | {"AP": [None if math.isnan(one) else 100 * one for one in figures[:, 0].tolist()]}
+
+
 def protocol(outputs: ClassificationOutputs, cfg: RunConfig) -> dict[str, Any]:
     """Describe for the manifest how clips got their class, from which others, and what is missing."""
     how = {
@@ -232,27 +281,45 @@ def protocol(outputs: ClassificationOutputs, cfg: RunConfig) -> dict[str, Any]:
         "zero_shot": f"nearest of the classes' names in {len(cfg.classify.templates)} sentences, averaged",
         "classifier": "the head that was trained",
     }[cfg.classify.method]
+    how += "; each class against the rest, since clips have several" * outputs.several
     turn = "; each folder of data.test held out in turn" * (cfg.classify.cross_validate)
     return {"protocol": how + turn, "training_clips": dict(outputs.training), "excluded": outputs.left_out}
 
 
 def write_results(folder: Path, outputs: ClassificationOutputs) -> None:
-    """Write predictions.csv by all modalities together: id, source, label, guess, its probability, the label's rank."""
+    """Write predictions.csv by all modalities together: id, source, label, guess, its probability, the label's rank.
+
+    Several labels of a clip stand with ; between them, and the rank is that of the best.
+    """
     scores = next(iter(outputs.scores.values()))
-    place = 1 + (scores > scores.gather(1, outputs.target[:, None])).sum(1)
+    own = scores.masked_fill(~outputs.target, -torch.inf).amax(1, keepdim=True)
+    place = 1 + (scores > own).sum(1)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["id", "source", "label", "guess", "probability", "rank"])
     for clip, row, rank in zip(outputs.clips.values(), scores, place.tolist(), strict=True):
         best = int(row.argmax())
         writer.writerow(
-            [clip["id"], _source(clip), label_of(clip), outputs.classes[best], f"{row[best].exp():.6f}", rank]
+            [
+                clip["id"],
+                _source(clip),
+                ";".join(labels_of(clip)),
+                outputs.classes[best],
+                f"{row[best].exp():.6f}",
+                rank,
+            ]
         )
     write_text(folder / "predictions.csv", out.getvalue())
 
 
 def table(metrics: dict[str, dict]) -> str:
     """Format the metrics as text, one line for each of the modalities."""
+    if "d_prime" in next(iter(metrics.values())):
+        heads = ("mAP", "AUC", "d'", "chance mAP", "clips", "classes", "folds")
+        return "\n".join([" " * 12 + "".join(f"{head:>12}" for head in heads), *(
+            f"{name:<12}{row['mAP']:>12.1f}{row['AUC']:>12.1f}{row['d_prime']:>12.2f}{row['chance_mAP']:>12.1f}"
+            f"{row['n_clips']:>12}{row['n_classes']:>12}{row['n_folds']:>12}" for name, row in metrics.items()
+        )])  # fmt: skip
     lines = [
         f"{'':<12}{'accuracy':>18}{'top 5':>8}{'class mean':>12}{'mAP':>7}{'majority':>10}{'clips':>8}{'classes':>9}{'folds':>7}"
     ]
@@ -278,8 +345,8 @@ def examples(
         predictions = [
             (outputs.classes[k], p) for p, k in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        label = label_of(outputs.clips[numbers[row]])
-        predicted.append(Predicted(n, label, predictions, folds[row] if several else ""))
+        labels = labels_of(outputs.clips[numbers[row]])
+        predicted.append(Predicted(n, labels, predictions, folds[row] if several else ""))
     with ThreadPoolExecutor(THREADS) as pool:
         shown = pool.map(
             lambda row: preview.preview_clip(loader, numbers[row], outputs.clips, cfg.model.modalities), chosen

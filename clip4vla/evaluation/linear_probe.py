@@ -1,7 +1,8 @@
 """The linear probe: multinomial logistic regression with an L2 penalty, in float64 by L-BFGS.
 
 n clips, D width, K classes. The objective is scikit-learn's, 1/2 |W|^2 + C sum of cross entropies, the bias not penalised
-(of two classes, scikit-learn keeps the difference of our two vectors: its C is twice ours).
+(of two classes, scikit-learn keeps the difference of our two vectors: its C is twice ours). Where clips have several classes,
+y is (n, K) of 0 and 1, and each class has a logistic regression of its own against the rest, all with one C.
 """
 
 from collections import Counter
@@ -15,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clip4vla.config import ClassifyConfig, RunConfig
+from clip4vla.data.sample_metadata import labels_of
 from clip4vla.errors import UserError
-from clip4vla.evaluation import linear_probe
+from clip4vla.evaluation import linear_probe, retrieval_metrics
 from clip4vla.evaluation.features import Features
-from clip4vla.models.classifier import label_of
 
 ITERATIONS = 1000
 ROUGH = 1e-4  # tolerance while a strength is looked for
@@ -33,10 +34,19 @@ class Probe(NamedTuple):
     weight: Tensor  # K D
     bias: Tensor  # K
     strength: float  # C
+    several: bool = False  # each class against the rest
 
     def log_probabilities(self, x: Tensor) -> Tensor:
         """Compute log-probabilities (n, K) float64 of features (n, D)."""
-        return (x.double() @ self.weight.T + self.bias).log_softmax(1)
+        logits = x.double() @ self.weight.T + self.bias
+        return F.logsigmoid(logits) if self.several else logits.log_softmax(1)
+
+    def quality(self, x: Tensor, y: Tensor) -> float:
+        """Compute what a strength is chosen by: accuracy, or of several classes a clip the mean average precision."""
+        if not self.several:
+            return self.accuracy(x, y)
+        figures = retrieval_metrics.rank_classes(self.log_probabilities(x).cpu(), y.bool().cpu())
+        return float(np.nanmean([precision for precision, _ in figures]))
 
     def accuracy(self, x: Tensor, y: Tensor) -> float:
         """Compute the share of the clips whose likeliest class is theirs, from features (n, D) and classes (n,)."""
@@ -46,7 +56,7 @@ class Probe(NamedTuple):
 def fit(
     x: Tensor, y: Tensor, classes: int, strength: float, start: Probe | None = None, tolerance: float = 1e-6
 ) -> Probe:
-    """Fit a probe to features x (n, D) and classes y (n,); start: a probe of another strength, which is near.
+    """Fit a probe to features x (n, D) and classes y (n,) or (n, K); start: a probe of another strength, which is near.
 
     tolerance: of the gradient, in the directions of LogisticProblem; 1e-6 is right to about 1e-4 in a probability.
     """
@@ -88,23 +98,29 @@ class LogisticProblem:
 
         def objective() -> Tensor:
             search.zero_grad()
-            loss = F.cross_entropy(rows @ weight.T + bias, self.y) + penalty / 2 * (weight * lengths).square().sum()
+            loss = self._loss(rows @ weight.T + bias) + penalty / 2 * (weight * lengths).square().sum()
             loss.backward()
             return loss
 
         with torch.enable_grad():
             search.step(objective)
         weight, bias = (weight.detach() * lengths) @ self.directions.T, bias.detach()
-        return Probe(weight, bias - weight @ self.centre, strength)
+        return Probe(weight, bias - weight @ self.centre, strength, self.y.ndim == 2)
+
+    def _loss(self, logits: Tensor) -> Tensor:
+        """Compute the mean over the clips of their cross entropies, from logits (n, K)."""
+        if self.y.ndim == 1:
+            return F.cross_entropy(logits, self.y)
+        return F.binary_cross_entropy_with_logits(logits, self.y, reduction="sum") / len(self.y)
 
 
 def fit_select_C(
     x: Tensor, y: Tensor, classes: int, strengths: Sequence[float], held: Tensor, again: bool = True
 ) -> Probe:
-    """Fit a probe to features (n, D) and classes (n,) with the strength C that is most accurate on the held clips (n,) bool.
+    """Fit a probe to features (n, D) and classes (n,) or (n, K) with the strength C that is best on the held clips (n,) bool.
 
-    Of equally accurate strengths the smallest wins, which has the largest penalty. again: fit the chosen one on all clips,
-    not only on those that are not held. Raises UserError if several strengths are given and no clip is held.
+    Best by Probe.quality; of equally good strengths the smallest wins, which has the largest penalty. again: fit the chosen
+    one on all clips, not only on those that are not held. Raises UserError if several strengths are given and no clip is held.
     """
     if len(strengths) == 1:
         return fit(x, y, classes, strengths[0]) if again else fit(x[~held], y[~held], classes, strengths[0])
@@ -112,24 +128,24 @@ def fit_select_C(
         raise UserError(
             "a probe: no class has clips of two groups to choose its strength by; give classify.C a single one"
         )
-    best = _most_accurate(LogisticProblem(x[~held], y[~held], classes), strengths, x[held], y[held])
+    best = _best(LogisticProblem(x[~held], y[~held], classes), strengths, x[held], y[held])
     return fit(x, y, classes, best.strength, best) if again else best
 
 
-def _most_accurate(problem: LogisticProblem, strengths: Sequence[float], x: Tensor, y: Tensor) -> Probe:
-    """Fit strengths in ascending order, and return the first of the probes that are most accurate on x (n, D), y (n,).
+def _best(problem: LogisticProblem, strengths: Sequence[float], x: Tensor, y: Tensor) -> Probe:
+    """Fit strengths in ascending order, and return the first of the probes that are best on x (n, D), y (n,) or (n, K).
 
     Stops once PATIENCE strengths have been worse than the best: weaker penalties take the longest, and overfit more.
     """
     first, *others = sorted(strengths)
     best = probe = problem.fit(first, None, ROUGH)
-    best_accuracy, worse = best.accuracy(x, y), 0
+    best_quality, worse = best.quality(x, y), 0
     for strength in others:
         probe = problem.fit(strength, probe, ROUGH)  # from the one before, which is near
-        accuracy = probe.accuracy(x, y)
-        if accuracy > best_accuracy:
-            best, best_accuracy, worse = probe, accuracy, 0
-        elif accuracy < best_accuracy:
+        quality = probe.quality(x, y)
+        if quality > best_quality:
+            best, best_quality, worse = probe, quality, 0
+        elif quality < best_quality:
             worse += 1
         if worse == PATIENCE:
             break
@@ -166,8 +182,15 @@ class LabeledFeatures:
 
     rows: list[int]  # of the Features that they are from
     x: Tensor  # n D
-    y: Tensor  # n
+    y: Tensor  # n, or n K where clips have several classes
     groups: list[str]
+
+    @property
+    def home(self) -> Tensor:
+        """Number one class of each clip (n,) int64: of several its rarest one."""
+        if self.y.ndim == 1:
+            return self.y
+        return self.y.sum(0).expand_as(self.y).masked_fill(self.y == 0, torch.inf).argmin(1)
 
     def joined(self, other: "LabeledFeatures") -> "LabeledFeatures":
         """Join both sets of clips; rows are left out, since they count in two Features."""
@@ -187,12 +210,19 @@ class ProbeEvaluation:
     cfg: RunConfig
     device: torch.device
     passed: Callable[[str], None]  # called before each fit, which may take minutes
+    several: bool = False  # clips have several classes
 
     def known(self, clips: Features, kinds: str, rows: Sequence[int]) -> LabeledFeatures:
         """Select those of the rows that have any of these media."""
         there, numbers = clips.having(kinds), {label: i for i, label in enumerate(self.classes)}
         rows = [row for row in rows if there[row]]
-        y = torch.tensor([numbers[label_of(clips.clips[row])] for row in rows], dtype=torch.int64, device=self.device)
+        named = [[numbers[label] for label in labels_of(clips.clips[row]) if label in numbers] for row in rows]
+        if self.several:
+            y = torch.zeros(len(rows), len(self.classes), dtype=torch.float64, device=self.device)
+            for marks, some in zip(y, named, strict=True):
+                marks[some] = 1
+        else:
+            y = torch.tensor([one for (one,) in named], dtype=torch.int64, device=self.device)
         return LabeledFeatures(
             rows, clips.beside(kinds)[rows].to(self.device), y, [clips.clips[row]["group"] for row in rows]
         )
@@ -222,12 +252,13 @@ class ProbeEvaluation:
         fit = rest.joined(self.known(self.training, kinds, range(len(self.training.clips))))
         if not test.rows:
             return
-        if len(fit.y.unique()) < 2:
+        n_classes = int(fit.y.any(0).sum()) if self.several else len(fit.y.unique())
+        if n_classes < 2:
             raise UserError(
-                f"classification of {fold}: the clips to train on have {len(fit.y.unique())} classes: data.train needs more"
+                f"classification of {fold}: the clips to train on have {n_classes} classes: data.train needs more"
             )
         self.passed(f"evaluation: probe of {kinds}, {fold}")
-        cfg, apart = self.cfg, linear_probe.group_holdout(fit.y.cpu(), fit.groups, self.cfg.seed).to(self.device)
+        cfg, apart = self.cfg, linear_probe.group_holdout(fit.home.cpu(), fit.groups, self.cfg.seed).to(self.device)
         best = linear_probe.fit_select_C(fit.x, fit.y, len(self.classes), cfg.classify.C, apart)
         scores[test.rows] = best.log_probabilities(test.x).cpu()
         notes["C"][fold] = best.strength

@@ -209,6 +209,36 @@ def mean_average_precision(scores: Tensor, target: Tensor) -> float:
     return float(np.mean(precisions))
 
 
+def rank_classes(scores: Tensor, target: Tensor) -> list[tuple[float, float]]:
+    """Compute (average precision, area under the ROC curve), 0..1, of n clips ranked for each of K classes.
+
+    scores (n, K), target (n, K) bool; clips of equal scores share a rank, as scikit-learn has it. NaN for a class without
+    clips, and the area also for one that all clips have.
+    """
+    figures = []
+    for score, right in zip(scores.T, target.T, strict=True):
+        order = score.argsort(descending=True)
+        last = torch.cat([score[order].diff() != 0, torch.ones(1, dtype=torch.bool)])  # of the clips of one score
+        true = right[order].cumsum(0)[last].double()
+        ranked = torch.arange(1, len(order) + 1)[last].double()
+        recall, fallout = true / true[-1], (ranked - true) / (ranked[-1] - true[-1])
+        precision = float((recall.diff(prepend=recall.new_zeros(1)) * true / ranked).sum())
+        zero = recall.new_zeros(1)
+        area = float(torch.trapezoid(torch.cat([zero, recall]), torch.cat([zero, fallout])))
+        figures.append((precision, area))
+    return figures
+
+
+def d_prime(area: float) -> float:
+    """Compute d' = sqrt(2) Phi^-1(area): how many deviations apart two normal distributions of scores with that area are.
+
+    AudioSet gives it of the mean area of the classes (Gemmeke et al. 2017). An area of 0 or 1 would have no finite one: it is
+    held 1e-9 away.
+    """
+    held = torch.tensor(area, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+    return float(2**0.5 * torch.special.ndtri(held))
+
+
 def table(metrics: dict[str, dict]) -> str:
     """Format the metrics as text, one direction a line."""
     head = (

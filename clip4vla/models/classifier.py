@@ -9,18 +9,20 @@ from torch import Tensor, nn
 
 from clip4vla.config import ModelConfig
 from clip4vla.data.batch import Batch, upload
+from clip4vla.data.sample_metadata import labels_of
 from clip4vla.errors import UserError
 from clip4vla.models import fusion
 
 
 def label_of(clip: dict[str, Any]) -> str:
-    """Return the class that a clip's json names, "" if none; UserError if it names several (AudioSet's, joined by ;)."""
-    label = clip.get("label") or ""
-    if ";" in label:
+    """Return the class that a clip's json names, "" if none; UserError if it names several."""
+    labels = labels_of(clip)
+    if len(labels) > 1:
         raise UserError(
-            f"{clip['id']}: its label {label!r} names several classes: classification knows one for each clip"
+            f"{clip['id']}: its labels {'; '.join(labels)!r} are several classes: a trained head and a baseline know one for "
+            "each clip; classify.method=probe and zero_shot take several"
         )
-    return label
+    return labels[0] if labels else ""
 
 
 def in_words(label: str) -> str:

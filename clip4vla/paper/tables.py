@@ -87,6 +87,7 @@ def _classification(metrics: dict[str, Any], settings: dict[str, Any]) -> Iterat
         settings["classify"]["method"]
     ]
     for name, score in metrics.items():
+        score = dict.fromkeys(CLASSIFICATION_METRICS) | score  # clips of several classes have no accuracy
         folds = f", {score['n_folds']} folds" * (score["n_folds"] > 1)
         cells = [_cell(score, metric) for metric in CLASSIFICATION_METRICS]
         cells[0] += f" ± {score['accuracy_std']:.1f}" if "accuracy_std" in score else ""

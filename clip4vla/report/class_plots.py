@@ -25,13 +25,13 @@ def confusion(names: list[str], counts: np.ndarray) -> bytes:
     return _png(confusion_figure(names, counts))
 
 
-def per_class(names: list[str], recall: np.ndarray, clips: np.ndarray, chance: float) -> bytes:
-    """Return a PNG of the recall (C,) of each class, percent, best first, with its number of clips (C,).
+def per_class(names: list[str], recall: np.ndarray, clips: np.ndarray, chance: float, what: str = "recall") -> bytes:
+    """Return a PNG of the recall (C,), or `what` it is, of each class, percent, best first, with its number of clips (C,).
 
     recall: NaN where a class has no clips.
     chance: percent.
     """
-    return _png(per_class_figure(names, recall, clips, chance))
+    return _png(per_class_figure(names, recall, clips, chance, what))
 
 
 def few_shot(curves: dict[str, dict[int, list[float]]], full: dict[str, float]) -> bytes:
@@ -81,7 +81,9 @@ def confusion_figure(names: list[str], counts: np.ndarray) -> "Figure":
     return figure
 
 
-def per_class_figure(names: list[str], recall: np.ndarray, clips: np.ndarray, chance: float) -> "Figure":
+def per_class_figure(
+    names: list[str], recall: np.ndarray, clips: np.ndarray, chance: float, what: str = "recall"
+) -> "Figure":
     """Draw a bar for each class, recall and clips (C,), classes without a clip last.
 
     There are lines at chance and at the mean of the classes.
@@ -95,13 +97,13 @@ def per_class_figure(names: list[str], recall: np.ndarray, clips: np.ndarray, ch
     rows = range(len(names))
     axes.barh(rows, recall[order], height=0.74, color=BLUE, alpha=0.75)
     for row, index in enumerate(order):
-        axes.text(102, row, _share(recall[index], clips[index]), va="center", fontsize=size, color=SOFT)
+        axes.text(102, row, _share(recall[index], clips[index], what), va="center", fontsize=size, color=SOFT)
     mean = np.nanmean(recall)
     axes.axvline(mean, color=INK, lw=1.2, label=f"mean of the classes: {mean:.1f}%")
     axes.axvline(chance, color=RED, lw=1.2, ls="--", label=f"chance: {chance:.1f}%")
     axes.set_yticks(rows, [_short(names[index]) for index in order], fontsize=size, parse_math=False)
     axes.set(xlim=(0, 100), ylim=(len(names) - 0.5, -0.5))
-    axes.set_xlabel("recall (%)", fontsize=9)
+    axes.set_xlabel(f"{what} (%)", fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
@@ -141,8 +143,9 @@ def few_shot_figure(curves: dict[str, dict[int, list[float]]], full: dict[str, f
     return figure
 
 
-def _share(recall: float, clips: int) -> str:
-    return f"{recall:.0f}% of {clips:,} {'clip' if clips == 1 else 'clips'}" if clips else "no clips"
+def _share(recall: float, clips: int, what: str) -> str:
+    of = "of" if what == "recall" else "with"
+    return f"{recall:.0f}% {of} {clips:,} {'clip' if clips == 1 else 'clips'}" if clips else "no clips"
 
 
 def _short(name: str) -> str:

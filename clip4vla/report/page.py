@@ -193,25 +193,28 @@ def captions(metrics: dict[str, dict[str, Any]], exhibits: list[ClipPreview], wr
     return title + (captioning.section(exhibits, written) if written else "")
 
 
+ONE = {"accuracy": "accuracy %", "top5": "top 5 %", "mAP": "mAP %", "mean_class_accuracy": "class mean %"}
+ONE |= {"majority_baseline": "majority baseline %"}
+ONE_NOTE = "Majority baseline: always the most frequent class. Class mean: all classes count the same. ± : deviation over folds. "
+SEVERAL = {"mAP": "mAP %", "AUC": "AUC %", "d_prime": "d′", "chance_mAP": "chance mAP %"}
+SEVERAL_NOTE = """Clips have several classes, and are ranked for each. mAP, AUC: means over the classes; d′: of the mean AUC.
+Chance mAP: the mean share of the clips that a class has. """
+
+
 def classification(metrics: dict[str, dict[str, Any]], exhibits: list[ClipPreview], predicted: list[Predicted]) -> str:
     """Return HTML of classification. metrics: as classification.ranked gives them.
 
     predicted: refers to exhibits by number.
     """
-    columns = {
-        "accuracy": "accuracy %",
-        "top5": "top 5 %",
-        **({"mAP": "mAP %"} if "mAP" in metrics["label"] else {}),  # earlier versions did not write it
-        "mean_class_accuracy": "class mean %",
-        "majority_baseline": "majority baseline %",
-    }
+    several = "d_prime" in metrics["label"]  # classes of a clip; earlier versions wrote no mAP of one class
+    columns = {key: head for key, head in (SEVERAL if several else ONE).items() if key in metrics["label"]}
     rows = "".join(
         f"<tr><td>{escape(name)}</td>{''.join(f'<td>{_number(row, key)}</td>' for key in columns)}"
         f"<td>{row['n_clips']:,}</td><td>{row['n_classes']}</td><td>{row['n_folds']}</td></tr>"
         for name, row in metrics.items()
     )
     head = "".join(f"<th>{name}" for name in ("", *columns.values(), "clips", "classes", "folds"))
-    note = "Majority baseline: always the most frequent class. Class mean: all classes count the same. ± : deviation over folds. "
+    note = SEVERAL_NOTE if several else ONE_NOTE
     note += "In brackets: 95% interval, bootstrap over groups." * any("ci" in row for row in metrics.values())
     table = f'<div class="scroll"><table><thead><tr>{head}</thead><tbody>{rows}</tbody></table></div>'
     plots = {name: data_uri(png, "image/png") for name, png in _class_plots(metrics).items()}
@@ -233,6 +236,10 @@ def _class_plots(metrics: dict[str, dict[str, Any]]) -> dict[str, bytes]:
     row = metrics["label"]
     if row["n_classes"] > PLOTTED:
         return {}
+    if "AP" in row:
+        clips, precision = np.array(row["clips"]), np.array(row["AP"], float)
+        plot = class_plots.per_class(row["classes"], precision, clips, row["chance_mAP"], "average precision")
+        return {"average precision of each class": plot}
     counts = np.array(row["confusion"])
     clips = counts.sum(1)
     recall = np.where(clips, 100 * counts.diagonal() / np.maximum(clips, 1), np.nan)
@@ -290,7 +297,8 @@ def _metrics_row(subset: str, row: dict[str, Any]) -> str:
 def _number(row: dict[str, Any], name: str) -> str:
     interval = row.get("ci", {}).get(name)
     spread = f" <i>± {row['accuracy_std']:.1f}</i>" if name == "accuracy" and "accuracy_std" in row else ""
-    return f"{row[name]:.1f}{spread}" + (f" <i>[{interval[0]:.1f}, {interval[1]:.1f}]</i>" if interval else "")
+    value = f"{row[name]:.2f}" if name == "d_prime" else f"{row[name]:.1f}"
+    return value + spread + (f" <i>[{interval[0]:.1f}, {interval[1]:.1f}]</i>" if interval else "")
 
 
 HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">

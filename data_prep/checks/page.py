@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from clip4vla.config import SpectrogramConfig
+from clip4vla.data.sample_metadata import labels_of
 from clip4vla.data.shards import ShardFolder
 from clip4vla.io.atomic import write_text
 from clip4vla.media.spectrogram import decode, mel_filters
@@ -98,12 +99,20 @@ def counted(counter: Counter[str]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counter.most_common()) or "none"
 
 
+def counted_labels(tally: ClipStats) -> str:
+    """Return the number of classes, the labels of a clip, and the most frequent classes; `none` without labels."""
+    if not tally.labels:
+        return "none"
+    most = Counter(dict(tally.labels.most_common(SHOWN)))
+    return f"{len(tally.labels):,} classes, {tally.labels.total() / len(tally):.3g} a clip, {counted(most)}"
+
+
 def summary(reports: list[FolderReport], tally: ClipStats) -> str:
     """Return the text that check.py prints."""
     lines = _aligned([list(ROW), *folder_table(reports, tally)])
     lines += ["", *_aligned([["", "min", "median", "mean", "max"], *distributions(tally)]), ""]
     lines += [f"audio types: {counted(tally.types)}", f"spoken: {counted(tally.spoken)}"]
-    lines += [f"captions: {counted(tally.written)}"]
+    lines += [f"captions: {counted(tally.written)}", f"labels: {counted_labels(tally)}"]
     lines += [f"remark: {remark}" for remark in remarks(reports)]
     for report in reports:
         lines += [f"finding: {finding}" for finding in report.findings[:SHOWN]]
@@ -153,7 +162,9 @@ def _head(reports: list[FolderReport], tally: ClipStats, decoded: str) -> str:
     )
     lists = {"audio types": tally.types, "spoken languages": tally.spoken, "captions": tally.written}
     short = {name: escape(total[name]) for name in ROW[1:-1]} | {"decoded": escape(decoded), "findings": badge}
-    long = {name: escape(counted(counter)) for name, counter in lists.items()}
+    long = {name: escape(counted(counter)) for name, counter in lists.items()} | {
+        "labels": escape(counted_labels(tally))
+    }
     cells = ["".join(f"<div><dt>{n}</dt><dd>{cell}</dd></div>" for n, cell in some.items()) for some in (short, long)]
     return f'<dl>{cells[0]}</dl><dl class="long">{cells[1]}</dl>'
 
@@ -276,7 +287,11 @@ def _card(clip: PreviewClip) -> str:
         )
     texts = [f"{text} [{lang}]" for text, lang in zip(meta["captions"], meta["caption_langs"], strict=True)]
     named = {"split": meta["split"], "type": meta["audio_type"], "spoken": meta["has_audio"] and meta["lang"]}
-    named |= {"label": meta["label"], "seconds": round(meta["duration"], 2), "segments": meta["n_segments"]}
+    named |= {
+        "label": "; ".join(labels_of(meta)),
+        "seconds": round(meta["duration"], 2),
+        "segments": meta["n_segments"],
+    }
     facts = " · ".join(f"{name} {value}" for name, value in (named | {"frames": meta["n_frames"]}).items() if value)
     return (
         f'<article class="card"><div class="media">{"".join(parts)}</div>{_captions(texts)}'

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from clip4vla.config import SpectrogramConfig
-from clip4vla.data.sample_metadata import parse
+from clip4vla.data.sample_metadata import labels_of, parse
 from clip4vla.data.shards import ENTRIES, HEADER, INDEX, Entries, Member, Shard, read_error
 from clip4vla.media.spectrogram import n_segments
 
@@ -51,11 +51,12 @@ class ClipStats:
     types: Counter[str] = field(default_factory=Counter)
     spoken: Counter[str] = field(default_factory=Counter)  # languages of clips with speech
     written: Counter[str] = field(default_factory=Counter)  # languages of captions
+    labels: Counter[str] = field(default_factory=Counter)
 
     @classmethod
     def sum(cls, tallies: list["ClipStats"]) -> "ClipStats":
         """Merge the statistics of several shards or folders."""
-        names, none = ("words", "types", "spoken", "written"), Counter[Any]()
+        names, none = ("words", "types", "spoken", "written", "labels"), Counter[Any]()
         counts = [sum((getattr(tally, name) for tally in tallies), none) for name in names]
         return cls(np.concatenate([cls().facts, *(t.facts for t in tallies)]), *counts)
 
@@ -309,5 +310,6 @@ def _count(tally: ClipStats, meta: dict[str, Any]) -> None:
     tally.words.update(len(caption.split()) for caption in meta["captions"])
     tally.types[meta["audio_type"]] += 1
     tally.written.update(meta["caption_langs"])
+    tally.labels.update(labels_of(meta))
     if meta["has_audio"] and meta["audio_type"] != "nb":
         tally.spoken[meta["lang"]] += 1

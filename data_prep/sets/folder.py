@@ -4,7 +4,7 @@ import difflib
 import os
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,33 +13,47 @@ from clip4vla.media.av_reader import SOUNDS, VIDEOS
 from clip4vla.media.images import PICTURES
 from data_prep import annotation_io
 from data_prep.annotation_io import RowsOrSkipped
-from data_prep.manifest import ManifestRow, Skipped, composed, inside, on_disk, slug
+from data_prep.manifest import ManifestRow, MediaFolder, Skipped, composed, inside, on_disk, slug
 
-COLUMNS = ("path", "caption", "start", "end", "audio_type", "label", "split", "lang")
+FILES = ("path", "picture", "sound")
+GUESSED = ("path", "caption", "start", "end", "audio_type", "label", "split", "lang")  # that a misspelt name may mean
+COLUMNS = (*GUESSED, "labels", "picture", "sound", "id", "group")
 OTHER_NAMES = {
     **{"begin": "start", "onset": "start", "stop": "end", "language": "lang", "fold": "split", "subset": "split"},
     **{"class": "label", "category": "label"},
 }
 
 
-def folder(place: Path, root: Path) -> RowsOrSkipped:
-    """captions.csv or .jsonl: path, caption[, start, end, audio_type, label, split, lang].
+def folder(place: Path, media: MediaFolder) -> RowsOrSkipped:
+    """captions.csv or .jsonl: path (or picture, sound), caption[, start, end, audio_type, label, labels, split, lang, id, group].
 
-    Lines with equal path, start, end and split are one sample with several captions.
+    Lines with equal files, start, end and split, or with equal id and split, are one sample with several captions.
     """
     file = _table(place)
     others: set[str] = set()
-    lines = (
-        annotation_io.read_csv(file, "path", "caption")
-        if file.suffix.lower() == ".csv"
-        else annotation_io.read_lines(file)
-    )
-    yield from annotation_io.rows(
-        ((where, "", line) for where, line in lines), lambda _, line: _row(root, line, others), join=True
-    )
+    files_of: dict[tuple[str, str], tuple[Any, ...]] = {}
+    lines = _csv(file) if file.suffix.lower() in (".csv", ".tsv") else annotation_io.read_lines(file)
+
+    def row(_: str, line: Any) -> ManifestRow:
+        made = _row(media, line, others)
+        files = made.picture, made.media, made.start, made.end
+        if files_of.setdefault((made.split, made.id), files) != files:
+            raise ValueError(f"id {made.id} is that of another file or interval too")
+        return made
+
+    yield from annotation_io.rows(((where, "", line) for where, line in lines), row, join=True)
     if others:
         why = f"columns that are not read: {', '.join(sorted(others))[:300]}; those that are: {', '.join(COLUMNS)}"
         yield Skipped("unusable", file.name, why)
+
+
+def _csv(file: Path) -> Iterator[tuple[str, dict[str, str] | ValueError]]:
+    """Read a table whose cells stand between commas, semicolons or tabs: whichever gives its header a column `caption`."""
+    header = str(next(annotation_io.read_lines(file), ("", ""))[1])
+    names = {separator: [name.strip(' "') for name in header.split(separator)] for separator in ",;\t"}
+    separator = next((separator for separator, some in names.items() if "caption" in some), ",")
+    needed = "caption" if {"picture", "sound"} & set(names[separator]) else "path"
+    return annotation_io.read_csv(file, needed, "caption", separator=separator)
 
 
 def _table(place: Path) -> Path:
@@ -51,7 +65,7 @@ def _table(place: Path) -> Path:
     return files[0]
 
 
-def _row(root: Path, line: Any, others: set[str]) -> ManifestRow:
+def _row(media: MediaFolder, line: Any, others: set[str]) -> ManifestRow:
     """Return the row of a line; `others` collects the names of what is in it and is not read."""
     line = annotation_io.parse_foreign(line) if isinstance(line, str) else line
     if not isinstance(line, dict):
@@ -59,28 +73,67 @@ def _row(root: Path, line: Any, others: set[str]) -> ManifestRow:
     _check_names(line, others)
     given = {name: value.strip() if isinstance(value, str) else value for name, value in line.items()}
     get: Callable[..., Any] = {name: value for name, value in given.items() if value not in (None, "")}.get
-    path, caption = get("path"), annotation_io.clean(get("caption", ""))
+    caption = annotation_io.clean(get("caption", ""))
     kind, lang = get("audio_type", "both"), get("lang", "en")
-    if not path or not caption:
+    files = {name: get(name) for name in FILES if get(name)}
+    if not files or not caption:
         raise ValueError("path or caption is empty")
-    texts = isinstance(path, str) and isinstance(lang, str)
-    if not texts or any(isinstance(get(name), dict | list) for name in ("label", "split")):
+    texts = all(isinstance(text, str) for text in (lang, *files.values()))
+    if not texts or any(isinstance(get(name), dict | list) for name in ("label", "split", "id", "group")):
         raise ValueError("path, lang, label or split is no text")
-    suffix = os.path.splitext(inside(path))[1].lower()
-    if suffix not in PICTURES + VIDEOS + SOUNDS:
-        raise ValueError(f"{path}: unknown kind of file, not one of {' '.join(PICTURES + VIDEOS + SOUNDS)}")
     if kind not in ("vb", "nb", "both"):
         raise ValueError(f"audio_type {kind!r} is not vb, nb or both")
     start, end = (None if get(name) is None else float(get(name)) for name in ("start", "end"))
     annotation_io.check_span(start, end)
-    path = posixpath.normpath(path)
-    name = composed(path)  # one file is one sample, however its lines spell it
+    made = _find(media, files, start, end)
+    name = composed("+".join(posixpath.normpath(path) for path in files.values()))  # however its lines spell it
     span = "" if start is end is None else f"@{start or 0:.10g}-{'' if end is None else f'{end:.10g}'}"
-    more: dict[str, Any] = {"picture" if suffix in PICTURES else "media": on_disk(root, path)}
     label = None if get("label") is None else str(get("label"))
-    more |= {"lang": lang, "audio_type": kind, "label": label, "start": start, "end": end}
-    split = slug(str(get("split", "train")))
-    return ManifestRow(name + span, name, name, slug(root.name), split, [caption], [lang], **more)
+    more: dict[str, Any] = {"lang": lang, "audio_type": kind, "label": label, "labels": _labels(get("labels", []))}
+    split, group = slug(str(get("split", "train"))), str(get("group", name))
+    return ManifestRow(
+        str(get("id", name + span)), name, group, slug(media.root.name), split, [caption], [lang], **more, **made
+    )
+
+
+def _labels(given: Any) -> list[str]:
+    """Return the classes of a list, or of a text with semicolons between them."""
+    labels = given.split(";") if isinstance(given, str) else given
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError("labels are a list of texts, or a text with ; between them")
+    return list(dict.fromkeys(filter(None, (label.strip() for label in labels))))
+
+
+def _find(media: MediaFolder, files: dict[str, str], start: float | None, end: float | None) -> dict[str, Any]:
+    """Look for the files of a line: picture, media, start and end of its row; of a picture and a sound both or none."""
+    if "path" in files and len(files) > 1:
+        raise ValueError("path and picture or sound: a sample is of one file, or of a picture and a sound")
+    made: dict[str, Any] = {"picture": None, "media": None, "start": start, "end": end}
+    for column, path in files.items():
+        path = posixpath.normpath(inside(path))
+        suffix = os.path.splitext(path)[1].lower()
+        if column == "picture" or (column == "path" and suffix in PICTURES):
+            made["picture"] = on_disk(media.root, path) if suffix in PICTURES else media.find_picture(path)
+        else:
+            made["media"], made["start"], made["end"] = _find_sound(media, path, suffix, start, end)
+    return (
+        made if len(files) == bool(made["picture"]) + bool(made["media"]) else made | {"picture": None, "media": None}
+    )
+
+
+def _find_sound(
+    media: MediaFolder, path: str, suffix: str, start: float | None, end: float | None
+) -> tuple[str | None, float | None, float | None]:
+    """Return (path, start, end) of a sound or video; one without a suffix is an id, looked for as other sets' clips are."""
+    if suffix in VIDEOS + SOUNDS:
+        return on_disk(media.root, path), *((None, None) if media.cut else (start, end))
+    if start is not None and end is not None:
+        clip = media.find_clip(path, start, end)
+    else:
+        clip = (there, start, end) if (there := media.find(path)) else None
+    if not clip and suffix:
+        raise ValueError(f"{path}: unknown kind of file, not one of {' '.join(PICTURES + VIDEOS + SOUNDS)}")
+    return clip or (None, start, end)
 
 
 def _check_names(line: dict[str, Any], others: set[str]) -> None:
@@ -95,6 +148,6 @@ def _check_names(line: dict[str, Any], others: set[str]) -> None:
 def _meant(name: str, line: dict[str, Any]) -> str | None:
     """Return the column that a name is likely to mean; None if there is none, or the line has that one too."""
     words = re.findall("[a-z]+", name.lower())
-    near = [OTHER_NAMES.get(word, word) for word in words if word in OTHER_NAMES or word in COLUMNS]
-    near += difflib.get_close_matches("_".join(words), COLUMNS, n=1, cutoff=0.75)
+    near = [OTHER_NAMES.get(word, word) for word in words if word in OTHER_NAMES or word in GUESSED]
+    near += difflib.get_close_matches("_".join(words), GUESSED, n=1, cutoff=0.75)
     return near[0] if near and near[0] not in line else None

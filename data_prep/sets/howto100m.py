@@ -3,9 +3,11 @@
 import hashlib
 import math
 import sys
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
+from clip4vla.errors import UserError
 from data_prep import annotation_io
 from data_prep.annotation_io import RowsOrSkipped
 from data_prep.manifest import ManifestRow, MediaFolder, Skipped
@@ -17,9 +19,9 @@ def howto100m(place: Path, media: MediaFolder, clips_per_video: int = 0) -> Rows
     """Narrated videos: clips of >= 10 s and >= 5 words, merged from neighbouring lines of the narration.
 
     clips_per_video > 0: at most that number of clips a video, spread evenly. Split: val if sha256(id) mod 1000 is 0, else train.
-    HowTo100M_v1.csv says which videos are wanted; others in caption.json (9 GB, so it is streamed) are passed over.
+    HowTo100M_v1.csv says which videos are wanted; the narration of others is passed over. See _narrations for its forms.
     """
-    table, talks = annotation_io.require_files(place, "HowTo100M_v1.csv", "caption.json")
+    (table,) = annotation_io.require_files(place, "HowTo100M_v1.csv")
     videos: dict[str, tuple[str, str, str]] = {}
     for where, line in annotation_io.read_csv(table, "video_id", "category_1"):
         if isinstance(line, ValueError):
@@ -34,18 +36,63 @@ def howto100m(place: Path, media: MediaFolder, clips_per_video: int = 0) -> Rows
         else:
             yield annotation_io.missing(video, video)
     narrated: set[str] = set()
-    for video, talk in annotation_io.stream_json(talks):
+    source = _narration_file(place, table.parent)
+    for where, video, talk in _narrations(source, videos):
         if video in narrated:
-            yield Skipped("malformed", f"{talks.name}: {video}", f"duplicate of {talks.name}: {video}")
+            yield Skipped("malformed", where, f"duplicate of {where}")
         elif video in videos:
             narrated.add(video)
-            yield from _narrated(f"{talks.name}: {video}", video, talk, *videos.pop(video)[1:], clips_per_video)
-    yield from (Skipped("unusable", where, f"no lines in {talks.name}") for where, _, _ in videos.values())
+            yield from _narrated(where, video, talk, *videos.pop(video)[1:], clips_per_video)
+    yield from (Skipped("unusable", where, f"no lines in {source.name}") for where, _, _ in videos.values())
+
+
+def _narration_file(place: Path, folder: Path) -> Path:
+    """Return the JSON file of all narrations, or the folder of one ID.csv a video; UserError for none, or for several files.
+
+    Known are caption.json (without stop words), raw_caption.json, and sentencified_htm_1200k.json and the like (Han et al.
+    2022, whole sentences).
+    """
+    if place.suffix == ".json":
+        return place
+    names = ("caption.json", "raw_caption*.json", "sentencified_htm_*.json")
+    files = [path for name in names for path in sorted(folder.glob(name))]
+    if len(files) > 1:
+        raise UserError(f"annotations={place}: several narrations; name one, as annotations={files[0]}")
+    tables = [path for path in (folder / "howto100m_captions", folder) if any(_tables(path))]
+    if not files and not tables:
+        raise UserError(
+            f"annotations={place}: none of {', '.join(names)}, ID.csv there; the config's header says which go where"
+        )
+    return (files or tables)[0]
+
+
+def _tables(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.glob("*.csv") if path.name != "HowTo100M_v1.csv")
+
+
+def _narrations(source: Path, wanted: Container[str]) -> Iterator[tuple[str, str, Any]]:
+    """Yield (FILE: ID, ID, {"start": [..], "end": [..], "text": [..]}) of the JSON file, or of the folder's tables.
+
+    The JSON takes 9 GB, so it is streamed; a table is start, end, text, and a malformed line of it makes its video malformed.
+    """
+    if source.is_file():
+        yield from ((f"{source.name}: {video}", video, talk) for video, talk in annotation_io.stream_json(source))
+        return
+    for path in sorted(_tables(source)):
+        if path.stem in wanted:
+            lines = [line for _, line in annotation_io.read_csv(path, "start", "end", "text")]
+            broken = next((line for line in lines if isinstance(line, ValueError)), None)
+            columns = {
+                name: [line[name] for line in lines if isinstance(line, dict)] for name in ("start", "end", "text")
+            }
+            yield path.name, path.stem, broken or columns
 
 
 def _narrated(where: str, video: str, talk: Any, path: str, category: str, count: int) -> RowsOrSkipped:
     """The clips of one video; talk = {"start": [..], "end": [..], "text": [..]} in seconds."""
     try:
+        if isinstance(talk, ValueError):
+            raise talk
         lines = list(zip(talk["start"], talk["end"], talk["text"], strict=True))
         timed = [(float(s), float(e), annotation_io.clean(text)) for s, e, text in lines if None not in (s, e)]
         good = sorted(line for line in timed if 0 <= line[0] <= line[1] < math.inf)

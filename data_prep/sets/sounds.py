@@ -1,23 +1,17 @@
-"""Read the annotations of sets of sounds and speech; see data_prep/annotations.py."""
+"""Read the annotations of sets of sounds; see data_prep/annotations.py."""
 
-import hashlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from data_prep import annotation_io
 from data_prep.annotation_io import RowsOrSkipped
-from data_prep.manifest import ManifestRow, MediaFolder, Skipped, inside, on_disk, slug
-
-GRID: list[dict[str, str]] = [  # the words of a sentence by the letters of its file's name; {}: the letter itself
-    {word[0]: word for word in words.split()}
-    for words in ("bin lay place set", "blue green red white", "at by in with", "", "again now please soon")
-]
-GRID.insert(4, dict(zip("z123456789", "zero one two three four five six seven eight nine".split(), strict=True)))
+from data_prep.manifest import ManifestRow, MediaFolder, Skipped, inside, on_disk
 
 
 def audioset(place: Path, media: MediaFolder) -> RowsOrSkipped:
-    """10 s of YouTube videos with sound events; caption "The sound of A, B", label "A;B" (the classes' names)."""
+    """10 s of YouTube videos with sound events; caption "The sound of A, B", labels = the classes' names."""
     files = {"balanced_train": "train", "unbalanced_train": "train", "eval": "test"}
     (classes,) = annotation_io.require_files(place, "class_labels_indices.csv")
     names: dict[str, str] = {}
@@ -35,10 +29,8 @@ def audioset(place: Path, media: MediaFolder) -> RowsOrSkipped:
             raise ValueError(f"label {unknown[0]!r} is not in {classes.name}")
         labels = [names[mid] for mid in mids]
         start, end = float(line["start_seconds"]), float(line["end_seconds"])
-        more = {"audio_type": "nb", "label": ";".join(labels)}
-        return annotation_io.clip_row(
-            media, "audioset", split, line["YTID"], start, end, [f"The sound of {', '.join(labels)}"], **more
-        )
+        clip, texts = (line["YTID"], start, end), [f"The sound of {', '.join(labels)}"]
+        return annotation_io.clip_row(media, "audioset", split, *clip, texts, audio_type="nb", labels=labels)
 
     columns = ("YTID", "start_seconds", "end_seconds", "positive_labels")
     lines = annotation_io.read_csvs(
@@ -79,7 +71,10 @@ def clotho(place: Path, media: MediaFolder) -> RowsOrSkipped:
 
 
 def esc50(place: Path, media: MediaFolder, source: str = "esc50") -> RowsOrSkipped:
-    """5 s of environmental sounds in 50 classes; the folds fold1 to fold5 are the splits, label = category."""
+    """5 s of environmental sounds in 50 classes; the folds fold1 to fold5 are the splits, label = category.
+
+    source: esc10 takes the subset of 10 classes, which the table marks.
+    """
 
     def row(split: str, line: dict[str, str]) -> ManifestRow | None:
         if source == "esc10" and line["esc10"] != "True":
@@ -93,11 +88,6 @@ def esc50(place: Path, media: MediaFolder, source: str = "esc50") -> RowsOrSkipp
 
     columns = ["filename", "fold", "category", "src_file", *(["esc10"] if source == "esc10" else [])]
     return annotation_io.rows(annotation_io.read_csvs(place, {"meta/esc50.csv": ""}, *columns), row)
-
-
-def esc10(place: Path, media: MediaFolder) -> RowsOrSkipped:
-    """ESC-50's subset of 10 classes, which its table marks."""
-    return esc50(place, media, "esc10")
 
 
 def urbansound8k(place: Path, media: MediaFolder) -> RowsOrSkipped:
@@ -115,24 +105,100 @@ def urbansound8k(place: Path, media: MediaFolder) -> RowsOrSkipped:
     return annotation_io.rows(annotation_io.read_csvs(place, {"metadata/UrbanSound8K.csv": ""}, *columns), row)
 
 
-def grid(media: MediaFolder) -> RowsOrSkipped:
-    """3 s of people who say six words each, which the file's name spells: bbaf2n, "bin blue at f two now".
+def vggsound(place: Path, media: MediaFolder) -> RowsOrSkipped:
+    """10 s of YouTube videos in 309 classes, whose source of sound is visible; label = class (Chen et al. 2020)."""
 
-    The files of one sentence are in one split, by a hash of its name: 70% train, 10% val, 20% test.
+    def row(_: str, line: dict[str, str]) -> ManifestRow:
+        if line["split"] not in ("train", "test"):
+            raise ValueError(f"split {line['split']!r} is not train or test")
+        start, label = float(line["start"]), line["label"]
+        clip = line["id"], start, start + 10
+        texts = [f"The sound of {label}"]
+        return annotation_io.clip_row(media, "vggsound", line["split"], *clip, texts, audio_type="nb", label=label)
+
+    columns = ("id", "start", "label", "split")
+    return annotation_io.rows(annotation_io.read_csvs(place, {"vggsound.csv": ""}, *columns, header=False), row)
+
+
+def fsd50k(place: Path, media: MediaFolder) -> RowsOrSkipped:
+    """Sounds of Freesound of 0.3 to 30 s, each with all of its classes of AudioSet's ontology (Fonseca et al. 2022).
+
+    dev.csv says which of its sounds are for validation; eval.csv is the test.
     """
 
-    def row(_: str, path: str) -> ManifestRow:
-        speaker, name = os.path.split(os.path.splitext(path)[0])
-        words = [spelt.get(letter, "") if spelt else letter for letter, spelt in zip(name, GRID, strict=True)]
-        if not all(words):
-            raise ValueError(f"{name} spells no sentence of GRID's")
-        place = int(hashlib.md5(name.encode()).hexdigest(), 16) % 100
-        split, more = "test" if place < 20 else "val" if place < 30 else "train", {"audio_type": "vb", "group": name}
-        return annotation_io.whole_row("grid", split, f"{slug(speaker)}_{name}", path, [" ".join(words)], **more)
+    def row(part: str, line: dict[str, str]) -> ManifestRow:
+        split = line["split"] if part == "dev" else "test"
+        if split not in ("train", "val", "test"):
+            raise ValueError(f"split {split!r} is not train or val")
+        labels = [label.replace("_", " ") for label in line["labels"].split(",")]
+        name, caption = line["fname"], f"The sound of {', '.join(labels)}"
+        return annotation_io.whole_row(
+            "fsd50k", split, name, media.find(name), [caption], audio_type="nb", labels=labels
+        )
+
+    files = {f"FSD50K.ground_truth/{part}.csv": part for part in ("dev", "eval")}
+    return annotation_io.rows(annotation_io.read_csvs(place, files, "fname", "labels"), row)
+
+
+def musiccaps(place: Path, media: MediaFolder) -> RowsOrSkipped:
+    """10 s of music from AudioSet, described by musicians; the clips of AudioSet's evaluation set are the test."""
+
+    def row(_: str, line: dict[str, str]) -> ManifestRow:
+        split = {"True": "test", "False": "train"}.get(line["is_audioset_eval"])
+        if not split:
+            raise ValueError(f"is_audioset_eval {line['is_audioset_eval']!r} is not True or False")
+        clip = line["ytid"], float(line["start_s"]), float(line["end_s"])
+        return annotation_io.clip_row(media, "musiccaps", split, *clip, [line["caption"]], audio_type="nb")
+
+    (path,) = annotation_io.require_files(place, "musiccaps-public.csv")
+    columns = ("ytid", "start_s", "end_s", "caption", "is_audioset_eval")
+    lines = annotation_io.read_csv(path, *columns, cells_span_lines=True)
+    return annotation_io.rows(((where, "", line) for where, line in lines), row)
+
+
+def auto_acd(place: Path, media: MediaFolder) -> RowsOrSkipped:
+    """10 s of AudioSet and VGGSound, described by a language model (Sun et al. 2024), cut already.
+
+    The tables give a YouTube id without times, of some clips with a suffix that its authors do not explain: a file of that
+    very name comes first, then a clip that is cut from the video, as YID or ID_START.
+    """
+    cut: dict[str, str] = {}
+    for path in sorted(media.paths):
+        stem = os.path.splitext(os.path.basename(path))[0]
+        cut.setdefault(re.sub("^Y(?=.{11}(_|$))", "", stem)[:11], path)
+
+    def row(split: str, line: dict[str, str]) -> ManifestRow:
+        name = line["youtube_id"]
+        path = media.find(name) or cut.get(name[:11])
+        return annotation_io.whole_row("auto_acd", split, name, path, [line["caption"]], audio_type="nb")
+
+    files = {"train.csv": "train", "test.csv": "test"}
+    return annotation_io.rows(annotation_io.read_csvs(place, files, "youtube_id", "caption"), row, join=True)
+
+
+def wavcaps(place: Path, media: MediaFolder) -> RowsOrSkipped:
+    """Sounds of four sources, each with a caption that a language model wrote from its description (Mei et al. 2024).
+
+    FreeSound and SoundBible number their sounds alike, so that a sound is looked for in folders that are called after its
+    source, as the archives do; of a single source anywhere.
+    """
+    parts = {"AudioSet_SL": "as", "BBC_Sound_Effects": "bbc", "FreeSound": "fsd", "SoundBible": "sb"}
+    files = annotation_io.existing_files(place, {f"{part}/{name}_final.json": part for part, name in parts.items()})
+    paths = {
+        (part, os.path.splitext(os.path.basename(path))[0]): path
+        for path in media.paths
+        for part in parts
+        if part in os.path.dirname(path)
+    }
+
+    def row(part: str, sound: dict[str, Any]) -> ManifestRow:
+        name = os.path.splitext(sound["id"])[0] if part == "AudioSet_SL" else sound["id"]
+        path = paths.get((part, name)) or (media.find(name) if len(files) == 1 else None)
+        return annotation_io.whole_row("wavcaps", "train", f"{part}/{name}", path, [sound["caption"]], audio_type="nb")
 
     lines = (
-        (path, "", path)
-        for path in sorted(media.paths)
-        if len(os.path.splitext(os.path.basename(path))[0]) == len(GRID)
+        line
+        for path, part in files
+        for line in annotation_io.by_key(path, part, annotation_io.read_json(path, dict, data=list)["data"], "id")
     )
     return annotation_io.rows(lines, row)

@@ -5,8 +5,12 @@ import unicodedata
 
 import pytest
 from annotation_files import reasons
+from sample_prep import rows_of, tones
 
+from clip4vla.data.sample_metadata import validate
 from clip4vla.errors import UserError
+from data_prep.checks.folders import inspect
+from data_prep.checks.page import summary
 
 COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "Café/Noël.wav") for form in ("NFC", "NFD"))
 
@@ -76,7 +80,7 @@ def test_columns_that_are_not_read_are_listed_once(prepare):
     assert [row.split for row in rows] == ["val", "val"]
     assert reasons(skipped) == {
         "captions.csv": "unusable: columns that are not read: Author, duration, my_split; those that are: "
-        "path, caption, start, end, audio_type, label, split, lang"
+        "path, caption, start, end, audio_type, label, split, lang, labels, picture, sound, id, group"
     }
 
 
@@ -118,3 +122,87 @@ def test_the_plan_of_a_table_with_a_line_that_is_no_utf8(run, tmp_path):
             tmp_path / "out", f"max_failed_fraction={share}", "--plan", media=tmp_path / "media", dataset="folder"
         )
         assert got == code and words in printed, printed
+
+
+# Pairs, ids, separators
+
+
+def test_a_picture_and_a_sound_are_one_sample(prepare):
+    csv = "picture,sound,caption,group,id,audio_type\n"
+    csv += "cat.png,a/cat_1.wav,A cat,cats,c1,vb\ncat.png,a/cat_1.wav,Un chat,cats,c1,vb\ncat,cat_2,Again,cats,c2,vb\n"
+    csv += "cat.png,,Silent,,,\n,a/cat_1.wav,Unseen,,,\ncat.png,gone.wav,Lost,,,\nnone,cat_2,Lost,,,\n"
+    csv += "cat.png,cat_2,Other file,,c1,\n"
+    rows, skipped = prepare("folder", {"captions.csv": csv}, ["cat.png", "a/cat_1.wav", "b/cat_2.flac"])
+    assert [(row.id, row.group, row.picture, row.media, row.captions) for row in rows] == [
+        ("c1", "cats", "cat.png", "a/cat_1.wav", ["A cat", "Un chat"]),
+        ("c2", "cats", "cat.png", "b/cat_2.flac", ["Again"]),
+        ("cat.png", "cat.png", "cat.png", None, ["Silent"]),
+        ("a/cat_1.wav", "a/cat_1.wav", None, "a/cat_1.wav", ["Unseen"]),
+    ]
+    assert reasons(skipped) == {
+        "cat.png+gone.wav": "missing: no file named cat.png+gone.wav",
+        "none+cat_2": "missing: no file named none+cat_2",
+        "captions.csv:9": "malformed: id c1 is that of another file or interval too",
+    }
+
+
+def test_a_path_or_a_pair(prepare):
+    csv = "path,picture,caption\na.wav,cat.png,x\na.wav,,y\n"
+    rows, skipped = prepare("folder", {"captions.csv": csv}, ["a.wav", "cat.png"])
+    assert [row.captions for row in rows] == [["y"]] and list(reasons(skipped)) == ["captions.csv:2"]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_the_header_says_what_stands_between_cells(prepare, separator):
+    cells = [["path", "caption", "label"], ["a.wav", '"Rain, hard; then a\tpause"', "rain"], ["b.wav", "x", ""]]
+    csv = "\ufeff" + "".join(separator.join(line) + "\n" for line in cells)
+    rows, skipped = prepare("folder", {"captions.csv": csv}, ["a.wav", "b.wav"])
+    assert [(row.captions, row.label) for row in rows] == [(["Rain, hard; then a pause"], "rain"), (["x"], None)]
+    assert not skipped
+
+
+def test_a_path_without_suffix_is_an_id(prepare):
+    csv = "path,caption,start,end\nabcdefghijk,Cut,30,40\nabcdefghijk,Whole,50,60\nRain 1.2,All,,\nabc,None,,\na.mp4,Exact,1,2\n"
+    media = ["x/abcdefghijk_30_40.mp4", "abcdefghijk.mkv", "Rain 1.2.wav", "a.mp4"]
+    rows, skipped = prepare("folder", {"captions.csv": csv}, media)
+    assert [(row.id, row.media, row.start, row.end) for row in rows] == [
+        ("abcdefghijk@30-40", media[0], None, None),
+        ("abcdefghijk@50-60", media[1], 50, 60),
+        ("Rain 1.2", media[2], None, None),
+        ("a.mp4@1-2", media[3], 1, 2),
+    ]
+    assert reasons(skipped) == {"abc": "missing: no file named abc"}
+    rows, _ = prepare("folder", {}, clips_already_cut=True)
+    assert [(row.media, row.start) for row in rows] == [(name, None) for name in media]
+
+
+def test_labels_are_a_list_or_stand_between_semicolons(prepare, tmp_path):
+    csv = "path,caption,labels\na.wav,x,Speech; Male speech ;Speech\nb.wav,y,\n"
+    rows, _ = prepare("folder", {"captions.csv": csv}, ["a.wav", "b.wav"])
+    assert [row.labels for row in rows] == [["Speech", "Male speech"], []]
+    lines = [{"labels": ["a", "b; c"]}, {"labels": [1]}, {"labels": {"a": 1}}]
+    text = "\n".join(json.dumps({"path": "a.wav", "caption": "x"} | line) for line in lines)
+    rows, skipped = prepare("folder", {"own.jsonl": text}, annotations=str(tmp_path / "annotations/own.jsonl"))
+    assert [row.labels for row in rows] == [["a", "b; c"]]
+    assert reasons(skipped) == {
+        f"own.jsonl:{n}": "malformed: labels are a list of texts, or a text with ; between them" for n in (2, 3)
+    }
+
+
+def test_labels_go_through_shards_and_check(run, tmp_path):
+    tones(tmp_path / "media", "t1", "t2", "t3")
+    lines = [{"labels": ["Speech", "Rain"]}, {"labels": ["Rain"]}, {"label": "x"}]
+    lines = [{"path": f"t{i}.wav", "caption": "x"} | line for i, line in enumerate(lines, 1)]
+    table = tmp_path / "own.jsonl"
+    table.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, printed = run(tmp_path / "out", f"annotations={table}", media=tmp_path / "media", dataset="folder")
+    assert code == 0, printed
+    rows = {row["id"]: row for row in rows_of(tmp_path / "out/media/train")}
+    assert [rows[f"t{i}.wav"].get("labels") for i in (1, 2, 3)] == [["Speech", "Rain"], ["Rain"], None]
+    assert "labels" not in rows["t3.wav"] and rows["t3.wav"]["label"] == "x"  # the bytes of earlier versions
+    reports = inspect([str(tmp_path / "out")], None, False)
+    assert not reports[0].findings
+    assert "labels: 3 classes, 1.33 a clip, Rain 2, Speech 1, x 1" in summary(reports, reports[0].tally)
+    for wrong in ("Rain", [1], [""]):
+        with pytest.raises(ValueError, match="json: labels is "):
+            validate(rows["t1.wav"] | {"labels": wrong})

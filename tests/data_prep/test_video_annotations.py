@@ -64,7 +64,7 @@ def test_msrvtt_1ka(prepare):
     assert {row.source for row in rows} == {"msrvtt_1ka"}  # never taken for the full split
     assert reasons(skipped) == {
         "MSRVTT_data.json: sentence 5": "malformed: no caption",
-        "MSRVTT_train.9k.csv:4": "malformed: video5 has no sentence in MSRVTT_data.json",
+        "MSRVTT_train.9k.csv:4": "malformed: video5 has no sentence",
         "MSRVTT_train.9k.csv:5": "malformed: duplicate of MSRVTT_train.9k.csv:2",
         "MSRVTT_JSFUSION_test.csv:4": "malformed: duplicate of MSRVTT_JSFUSION_test.csv:2",
         "video9999": "missing: no file named video9999",

@@ -199,7 +199,7 @@ def test_links_between_pages_and_to_files_resolve():
 def test_files_named_in_the_pages_are_there():
     for page, text in PAGES.items():
         if page == "extending.md":
-            text = re.sub(r"\S*vggsound\S*", "", text)
+            text = re.sub(r"\S*fsdkaggle\S*", "", text)
         for name in re.findall(r"(?<![\w/.<{])(?:clip4vla|data_prep|launch|configs|tests|docs)/[\w/.-]+\w\b", text):
             assert (ROOT / name).exists() or list(ROOT.glob(name + "*")), (page, name)
 
@@ -312,20 +312,26 @@ def guide(name: str, folder: Path) -> Path:
 
 def test_the_guide_to_a_data_set_gives_shards(tmp_path):
     copy = guide("A data set", tmp_path / "copy")
-    media = copy / "data/vggsound/media"
+    media = copy / "data/fsdkaggle/media"
     media.mkdir(parents=True)
     sounds = sorted((ROOT / "tests/sample").rglob("*.ogg"))[:2]
-    shutil.copy(sounds[0], media / "abc_000030.ogg")
-    shutil.copy(sounds[1], media / "d_f_5.ogg")
-    lines = ["abc,30,playing harp,train", "d_f,5,dog barking,test", "gone,1,dog barking,test", "abc,40,dog barking,dev"]
-    (media.parent / "vggsound.csv").write_text("\n".join(lines) + "\n")
-    printed = follow(
-        copy, "extending.md", {"shard.py": "max_failed_fraction=0.3", "check.py": "--decode all"}, "vggsound"
+    shutil.copy(sounds[0], media / "00044347.ogg")
+    shutil.copy(sounds[1], media / "00326459.ogg")
+    head = "fname,label,manually_verified,freesound_id,license\n"
+    (media.parent / "train_post_competition.csv").write_text(
+        f"{head}00044347.wav,Hi-hat,0,28739,x\n001ca53d.wav,Saxophone,1,358827,x\n002d256b.wav,,0,1,x\n"
     )
-    assert len(printed) == 3 and "vggsound/train: 1 clips found" in [*printed.values()][0]
-    skipped = [json.loads(line) for line in (copy / "data/shards/vggsound/skipped.jsonl").read_text().splitlines()]
-    assert {item["why"]: item["where"] for item in skipped} == {"missing": "gone_1_11", "malformed": "vggsound.csv:4"}
-    counts = json.loads((copy / "data/shards/vggsound/vggsound/test/index.json").read_text())["counts"]
+    (media.parent / "test_post_competition_scoring_clips.csv").write_text(f"{head}00326459.wav,Bass_drum,1,2,x\n")
+    printed = follow(
+        copy, "extending.md", {"shard.py": "max_failed_fraction=0.3", "check.py": "--decode all"}, "fsdkaggle"
+    )
+    assert len(printed) == 3 and "fsdkaggle/train: 1 clips found" in [*printed.values()][0]
+    skipped = [json.loads(line) for line in (copy / "data/shards/fsdkaggle/skipped.jsonl").read_text().splitlines()]
+    assert {item["why"]: item["where"] for item in skipped} == {
+        "missing": "001ca53d",
+        "malformed": "train_post_competition.csv:4",
+    }
+    counts = json.loads((copy / "data/shards/fsdkaggle/fsdkaggle/test/index.json").read_text())["counts"]
     assert (counts["samples"], counts["with_audio"]) == (1, 1)
 
 

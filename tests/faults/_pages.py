@@ -59,7 +59,7 @@ def write(folder: Path) -> dict[str, Path]:
     count = len(HOSTILE)
     matrix = [[int(i == j) for i in range(count)] for j in range(count)]
     label = {"label": numbers | {"classes": HOSTILE, "confusion": matrix}}
-    guessed = [Predicted(i, text, [(other, 0.5) for other in HOSTILE[:4]], text) for i, text in enumerate(SHORT)]
+    guessed = [Predicted(i, [text], [(other, 0.5) for other in HOSTILE[:4]], text) for i, text in enumerate(SHORT)]
     page.write(pages["classification"], SHORT[11], settings, {}, page.classification(label, exhibits, guessed))
     pages["comparison"] = compare_runs.compare([str(_run(folder / "runs", text)) for text in SHORT[:3]])
     done = run("data_prep/check.py", folder / "out", "--decode", "0")

@@ -46,14 +46,14 @@ CHOICES = """[{ which: "right" }, { which: "wrong" }, { class: "dog" }, { guesse
 EXHIBITS = [*map(exhibit, range(7)), ClipPreview("alone", [])]
 EXHIBITS[6] = dataclasses.replace(EXHIBITS[6], title=EVIL, captions=[EVIL])
 PREDICTED = [
-    Predicted(0, "dog", [("dog", 0.625), ("cat", 0.25), ("cow", 0.125)], "1"),
-    Predicted(1, "dog", [("cat", 0.5), ("dog", 0.375)], "2"),
-    Predicted(2, "cat", [("cat", 1.0)], "2"),
-    Predicted(3, "cat", [("dog", 0.75), ("cow", 0.125)], "10"),  # the right one is not among them
-    Predicted(4, "Cow", [("cat", 0.875), ("7", 0.0625)], "1"),  # neither: the surer another, the less sure
-    Predicted(5, "dog", [("dog", math.nan), ("cat", math.nan)], "1"),
-    Predicted(6, EVIL, [(EVIL, 0.5), ("cow", 0.25)], "1"),
-    Predicted(7, "cat", [], "1"),
+    Predicted(0, ["dog"], [("dog", 0.625), ("cat", 0.25), ("cow", 0.125)], "1"),
+    Predicted(1, ["dog"], [("cat", 0.5), ("dog", 0.375)], "2"),
+    Predicted(2, ["cat"], [("cat", 1.0)], "2"),
+    Predicted(3, ["cat"], [("dog", 0.75), ("cow", 0.125)], "10"),  # the right one is not among them
+    Predicted(4, ["Cow"], [("cat", 0.875), ("7", 0.0625)], "1"),  # neither: the surer another, the less sure
+    Predicted(5, ["dog"], [("dog", math.nan), ("cat", math.nan)], "1"),
+    Predicted(6, [EVIL], [(EVIL, 0.5), ("cow", 0.25)], "1"),
+    Predicted(7, ["cat"], [], "1"),
 ]
 TITLES = [one.title for one in EXHIBITS]
 

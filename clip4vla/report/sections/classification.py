@@ -11,7 +11,7 @@ class Predicted:
     """Hold a held-out clip and its predicted classes."""
 
     exhibit: int  # its number among the page's exhibits
-    label: str  # the true class
+    labels: list[str]  # the true classes, mostly one
     guesses: list[tuple[str, float]]  # the likeliest classes with their probability (0 to 1, may be NaN), best first
     fold: str  # the held-out fold; "" without folds
 
@@ -58,21 +58,21 @@ STYLE = """
 """
 
 SCRIPT = """
-const first = ({ guesses }) => guesses.length ? guesses[0][0] : "", isRight = thing => first(thing) === thing.label;
+const first = ({ guesses }) => guesses.length ? guesses[0][0] : "", isRight = thing => thing.labels.includes(first(thing));
 const pair = (label, guess) => JSON.stringify([label, guess]);
-const pairs = new Set(things.map(thing => pair(thing.label, first(thing))));
+const pairs = new Set(things.flatMap(thing => thing.labels.map(label => pair(label, first(thing)))));
 
-const searched = (thing, { title, captions }) => [thing.label, first(thing), title, ...captions];
+const searched = (thing, { title, captions }) => [...thing.labels, first(thing), title, ...captions];
 function wanted(thing) {
   const is = (id, value) => !item(id).value || item(id).value === value;
-  return is("which", isRight(thing) ? "right" : "wrong") && is("class", thing.label) && is("guessed", first(thing))
-    && is("fold", thing.fold);
+  const ofClass = !item("class").value || thing.labels.includes(item("class").value);
+  return is("which", isRight(thing) ? "right" : "wrong") && ofClass && is("guessed", first(thing)) && is("fold", thing.fold);
 }
 /* A true class that is not among the guesses is less likely than any that is: the surer another, the less. */
-function value({ label, guesses }, what) {
+function value({ labels, guesses }, what) {
   const probability = guesses.length ? guesses[0][1] : null;
-  if (what === "mistake") return guesses.length && guesses[0][0] === label ? null : probability;
-  const match = guesses.find(([name]) => name === label);
+  if (what === "mistake") return guesses.length && labels.includes(guesses[0][0]) ? null : probability;
+  const match = guesses.find(([name]) => labels.includes(name));
   return match ? match[1] : probability === null ? null : -probability;
 }
 
@@ -81,8 +81,9 @@ function only(label, guess) {
   choose();
   item("top").scrollIntoView();
 }
-function bar(label, [name, probability]) {
-  const there = pairs.has(pair(label, name)), own = name === label, words = own ? `✓ ${name}` : name;
+function bar(labels, [name, probability]) {
+  const label = labels.find(one => pairs.has(pair(one, name))), there = label !== undefined;
+  const own = labels.includes(name), words = own ? `✓ ${name}` : name;
   const shown = probability === null ? "–" : probability.toLocaleString("en", { style: "percent", minimumFractionDigits: 1 });
   const line = make("div", own ? "guess true" : "guess", make(there ? "button" : "span", "", words), make("span", "", shown));
   line.style.setProperty("--w", `${100 * probability}%`);
@@ -90,18 +91,18 @@ function bar(label, [name, probability]) {
   return line;
 }
 function card(thing) {
-  const { label, guesses, fold } = thing, exhibit = exhibits[thing.exhibit], right = isRight(thing);
+  const { labels, guesses, fold } = thing, exhibit = exhibits[thing.exhibit], right = isRight(thing);
   const badge = make("span", right ? "badge ok" : "badge miss", right ? "✓ right" : "✗ wrong");
   const head = make("div", "head", make("b", "", exhibit.title), badge, ...(fold ? [make("span", "chip", `fold: ${fold}`)] : []));
-  const missing = guesses.some(([name]) => name === label) ? "" : ", which is not among the guesses";
-  const known = make("p", "class", "class: ", make("b", "", label), missing);
+  const missing = guesses.some(([name]) => labels.includes(name)) ? "" : ", which is not among the guesses";
+  const known = make("p", "class", labels.length > 1 ? "classes: " : "class: ", make("b", "", labels.join("; ")), missing);
   const words = make("div", "words", captions(exhibit.captions, 1));
-  return make("article", "card", head, media(exhibit), known, ...guesses.map(guess => bar(label, guess)), words);
+  return make("article", "card", head, media(exhibit), known, ...guesses.map(guess => bar(labels, guess)), words);
 }
 
 const { compare } = new Intl.Collator("en", { numeric: true });
-for (const [id, of] of [["class", ({ label }) => label], ["guessed", first], ["fold", ({ fold }) => fold]]) {
-  const names = [...new Set(things.map(of))].filter(Boolean).sort(compare);
+for (const [id, of] of [["class", ({ labels }) => labels], ["guessed", first], ["fold", ({ fold }) => fold]]) {
+  const names = [...new Set(things.flatMap(of))].filter(Boolean).sort(compare);
   item(id).append(...names.map(name => new Option(name, name)));
   item(id).parentElement.hidden = !names.length;
 }
