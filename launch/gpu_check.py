@@ -31,7 +31,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--have", type=path_word, metavar="FILE", help="packages that the machine has, beside PyTorch's"
     )
-    parser.add_argument("--python", default="3.12", help="that machine's version of Python")
+    parser.add_argument("--python", choices=("3.11", "3.12"), default="3.12", help="that machine's version of Python")
     parser.add_argument("--piece-mb", type=count, default=50, help="most megabytes in a folder of wheels")
     return parser.parse_args()
 
