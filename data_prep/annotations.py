@@ -19,8 +19,10 @@ from data_prep.annotation_io import Line, RowsOrSkipped
 from data_prep.manifest import ManifestRow, MediaFolder, Skipped
 from data_prep.sets.folder import folder
 from data_prep.sets.howto100m import howto100m
+from data_prep.sets.parquet import parquet
 from data_prep.sets.sounds import audiocaps, audioset, clotho, esc10, esc50, grid, urbansound8k
 from data_prep.sets.stamps import stamps
+from data_prep.sets.webdataset import webdataset
 
 
 def read(cfg: DataConfig) -> tuple[list[ManifestRow], list[Skipped]]:
@@ -30,11 +32,12 @@ def read(cfg: DataConfig) -> tuple[list[ManifestRow], list[Skipped]]:
     no caption, is left.
     """
     root, place = Path(cfg.media_root), Path(cfg.annotations or cfg.media_root)
-    if not root.is_dir():
+    packed = cfg.dataset in ("webdataset", "parquet")
+    if not packed and not root.is_dir():
         raise UserError(
             f"media_root={cfg.media_root}: no such folder; the config's header says where the media come from"
         )
-    if not place.exists():
+    if not packed and not place.exists():
         raise UserError(f"annotations={place}: no such file or folder; the config's header says what lies there")
     rows: list[ManifestRow] = []
     skipped: list[Skipped] = []
@@ -58,6 +61,10 @@ def _annotated(cfg: DataConfig, place: Path, root: Path) -> Iterable[ManifestRow
         return stamps(root)
     if cfg.dataset == "folder":
         return folder(place, root)
+    if cfg.dataset == "webdataset":
+        return webdataset(cfg)
+    if cfg.dataset == "parquet":
+        return parquet(cfg)
     media = MediaFolder(root, cfg.clips_already_cut)
     if cfg.dataset == "grid":
         return grid(media)

@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from clip4vla.io.walk import walk
 from clip4vla.media.av_reader import SOUNDS, VIDEOS
@@ -35,6 +35,13 @@ class ManifestRow:
     label: str | None = None
     start: float | None = None
     end: float | None = None
+    # where the bytes of `picture` and `media` lie that are no files: [TAR, offset, size] or [TABLE, row group, row, column]
+    places: dict[str, list[Any]] = field(default_factory=dict)
+
+    def block(self) -> str:
+        """Return what is read from its beginning to get at this row alone: a row group of a table, else the row itself."""
+        tables = [place for place in self.places.values() if isinstance(place[-1], str)]
+        return f"{tables[0][0]}#{tables[0][1]}" if tables else self.id
 
 
 @dataclass(slots=True)

@@ -59,7 +59,7 @@ def check_aspect_ratio(width: float, height: float) -> None:
 
 
 def _render_svg(data: bytes, size: int) -> bytes:
-    """Draw the bytes of an SVG file to PNG bytes, twice as wide as needed; it may hold entities and pictures, but fetches none."""
+    """Draw an SVG file's bytes to PNG bytes, twice as wide as needed; it may hold entities and pictures, but fetches none."""
     try:
         from cairosvg.surface import PNGSurface
         from cairosvg.url import fetch

@@ -75,12 +75,13 @@ def _row(root: Path, line: Any, others: set[str]) -> ManifestRow:
     annotation_io.check_span(start, end)
     path = posixpath.normpath(path)
     name = composed(path)  # one file is one sample, however its lines spell it
-    span = "" if start is end is None else f"@{start or 0:.10g}-{'' if end is None else f'{end:.10g}'}"
     more: dict[str, Any] = {"picture" if suffix in PICTURES else "media": on_disk(root, path)}
     label = None if get("label") is None else str(get("label"))
     more |= {"lang": lang, "audio_type": kind, "label": label, "start": start, "end": end}
     split = slug(str(get("split", "train")))
-    return ManifestRow(name + span, name, name, slug(root.name), split, [caption], [lang], **more)
+    return ManifestRow(
+        name + annotation_io.span_suffix(start, end), name, name, slug(root.name), split, [caption], [lang], **more
+    )
 
 
 def _check_names(line: dict[str, Any], others: set[str]) -> None:
