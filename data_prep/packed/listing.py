@@ -7,6 +7,7 @@ import json
 import os
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,6 +103,10 @@ def _hub_files(name: str, base: str) -> list[str]:
     """List the Arrow files that the package `datasets` makes of a data set of the hub, below its cache; it downloads them."""
     repository, _, config = name.partition(":")
     datasets = _datasets()
+    if (
+        sys.modules.get("transformers", "") is None
+    ):  # clip4vla/cli.py's doing; `datasets` imports it where it has a place
+        del sys.modules["transformers"]
     try:
         splits = datasets.load_dataset(repository, config or None)
     except Exception as error:  # whatever its readers, its network and the hub raise

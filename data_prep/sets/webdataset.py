@@ -135,7 +135,7 @@ def _add(tar: _Tar, file: BinaryIO, member: tarfile.TarInfo) -> None:
     folder, name = posixpath.split(path)
     key, _, rest = name.lower().partition(".")
     suffix = posixpath.splitext(name)[1].lower()
-    if member.isdir() or any(map(is_hidden, path.split("/"))):
+    if member.isdir() or any(is_hidden(part) for part in path.split("/") if part != ".."):
         return
     if suffix not in fields.KINDS and rest not in TEXTS:
         tar.others[f".{rest[:20]}"] += 1
