@@ -72,8 +72,8 @@ def _expanded(base: str, pattern: str) -> list[str]:
 def _files_below(base: str) -> list[str]:
     """List the paths of all files below a folder or URL, relative to it and sorted, without what is hidden."""
     if "://" not in base:
-        found = [os.path.relpath(os.path.join(folder, name), base) for folder, _, files in walk(base) for name in files]
-        return sorted(found)
+        paths = [os.path.join(folder, name) for folder, _, files in walk(base) for name in files]
+        return sorted(os.path.relpath(path, base) for path in paths)
     fs, root = _opened(base)
     try:
         paths = remote.call(fs, "find", root, cfg=remote.DEFAULT)
@@ -92,11 +92,8 @@ def _without_caches(base: str, names: list[str]) -> list[str]:
             kept[folder] = {item["filename"] for item in state["_data_files"]}
         except (OSError, ValueError, LookupError, TypeError):
             continue
-    return [
-        name
-        for name in names
-        if posixpath.basename(name) in kept.get(posixpath.dirname(name), {posixpath.basename(name)})
-    ]
+    pairs = [(name, *posixpath.split(name)) for name in names]
+    return [name for name, folder, file in pairs if folder not in kept or file in kept[folder]]
 
 
 def _hub_files(name: str, base: str) -> list[str]:

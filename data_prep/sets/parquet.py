@@ -40,7 +40,7 @@ class _Column:
                 raise ValueError("no path")
             path = posixpath.normpath(inside(path))
             if os.path.splitext(path)[1].lower() not in fields.KINDS:
-                raise ValueError(f"{path}: unknown kind of file")
+                raise ValueError(f"{path}: unknown kind of file, not one of {' '.join(fields.KINDS)}")
             return path if "://" in base else on_disk(Path(base), path)
         label = posixpath.basename(path or "").lstrip(".") or self.bytes_in.partition(".")[0]
         label += "" if os.path.splitext(label)[1].lower() in fields.KINDS else self.suffix
@@ -98,8 +98,8 @@ def _row(
     path: str | None = None
     for column in media:
         path = fields.lookup(cells, column.path_in) if column.path_in else None
-        if found := column.medium(base, name, number, path):
-            there[found] = [name, group, row, column.bytes_in] if column.bytes_in else []
+        if medium := column.medium(base, name, number, path):
+            there[medium] = [name, group, row, column.bytes_in] if column.bytes_in else []
     label = fields.lookup(cells, cfg.label_from) if cfg.label_from else cells.get(fields.LABEL)
     start, end = (None if cells.get(key) is None else fields.seconds(cells[key]) for key in SPAN)
     made = fields.row(cfg, name, there, fields.captions(cells, cfg.captions_from), label, (start, end))

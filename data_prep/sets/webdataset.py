@@ -24,7 +24,7 @@ from data_prep.packed.listing import list_archives, open_archive
 
 TEXTS = ("txt", "json", "cls")
 LONGEST_TEXT = 1 << 24  # bytes of such a member
-READERS = 8  # tars whose headers are read at once: at a URL each header is a request
+READERS = 8  # tars at a URL whose headers are read at once, since each header is a request
 DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 
 
@@ -53,7 +53,7 @@ def webdataset(cfg: DataConfig) -> RowsOrSkipped:
 
     def lines() -> Iterator[Line]:
         others: Counter[str] = Counter()
-        with ThreadPoolExecutor(READERS) as pool:
+        with ThreadPoolExecutor(READERS if "://" in base else 1) as pool:
             for tar in pool.map(lambda name: _read(base, name), names):
                 skipped.extend(tar.skipped)
                 others += tar.others

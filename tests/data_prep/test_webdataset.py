@@ -184,7 +184,7 @@ def test_a_damaged_tar_keeps_what_comes_before(tmp_path, damage, kept, why):
 
 
 def _negative():
-    """A header whose member ends before it begins: some versions of tarfile would read it for ever."""
+    """A header whose member ends before it begins: some versions of tarfile would read it without an end."""
     info = tarfile.TarInfo("1.wav")
     info.size = -1024
     return info.tobuf(tarfile.GNU_FORMAT)
