@@ -38,6 +38,10 @@ class ManifestRow:
     # where the bytes of `picture` and `media` lie that are no files: [TAR, offset, size] or [TABLE, row group, row, column]
     places: dict[str, list[Any]] = field(default_factory=dict)
 
+    def archives(self) -> set[str]:
+        """Return the tars and tables that its bytes lie in."""
+        return {place[0] for place in self.places.values()}
+
     def block(self) -> str:
         """Return what is read from its beginning to get at this row alone: a row group of a table, else the row itself."""
         tables = [place for place in self.places.values() if isinstance(place[-1], str)]

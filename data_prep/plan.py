@@ -135,7 +135,7 @@ def make_plan(out: Path, rows: Iterable[ManifestRow], skipped: list[Skipped], si
     for unit in before[1] if before and before[0] == size else []:
         lines = []
         for row, line in zip(unit.read(), unit.text().splitlines(), strict=True):
-            kept = ("", line.decode() if gone & {row.id, row.item} else "")
+            kept = ("", line.decode() if gone & {row.id, row.item, *row.archives()} else "")
             _, text = new.pop((row.source, row.split, row.id), kept)
             lines += [text] if text else []
         filled.append((unit, lines))

@@ -1,6 +1,7 @@
 """List the tars and tables that media_root names: one, those of a folder, those of a pattern; local or at any fsspec URL."""
 
 import fnmatch
+import functools
 import importlib
 import io
 import json
@@ -74,7 +75,7 @@ def _files_below(base: str) -> list[str]:
     if "://" not in base:
         paths = [os.path.join(folder, name) for folder, _, files in walk(base) for name in files]
         return sorted(os.path.relpath(path, base) for path in paths)
-    fs, root = _opened(base)
+    fs, root = _opened(base, os.getpid())
     try:
         paths = remote.call(fs, "find", root, cfg=remote.DEFAULT)
     except OSError as error:
@@ -124,22 +125,28 @@ def split_of(name: str) -> str:
 
 
 def open_archive(base: str, name: str) -> BinaryIO:
-    """Open a tar or table to be read anywhere; raises OSError."""
+    """Open a tar or table to be read anywhere; raises OSError, and UserError as read_remote does."""
     if "://" not in base:
         return open(os.path.join(base, name), "rb")
-    return io.BufferedReader(_RemoteFile(*_opened(f"{base}/{name}")), AHEAD)
+    return io.BufferedReader(_RemoteFile(base, name), AHEAD)
 
 
 def read_remote(base: str, name: str, begin: int, size: int) -> bytes:
     """Read the bytes [begin, begin + size) of a file at a URL; UserError if it does not answer: the run can go on later."""
-    fs, path = _opened(f"{base}/{name}")
-    (data,) = remote.read_ranges(fs, [path], [begin], [begin + size])
+    fs, root = _opened(base, os.getpid())
+    (data,) = remote.read_ranges(fs, [f"{root}/{name}"], [begin], [begin + size])
     if isinstance(data, BaseException):
-        raise UserError(f"{base}/{name}: {remote.line(data)}; finished shards stay: start again when it answers")
+        raise _unanswered(base, name, remote.line(data))
     return data
 
 
-def _opened(url: str) -> tuple[Any, str]:
+def _unanswered(base: str, name: str, why: str) -> UserError:
+    return UserError(f"{base}/{name}: {why}; finished shards stay: start again when it answers")
+
+
+@functools.cache
+def _opened(url: str, process: int) -> tuple[Any, str]:
+    """Open a URL for a process. A fork has its own, and keeps its parent's, which would be closed in the wrong event loop."""
     try:
         return remote.open_folder(url)
     except (ImportError, ValueError) as error:
@@ -149,9 +156,15 @@ def _opened(url: str) -> tuple[Any, str]:
 class _RemoteFile(io.RawIOBase):
     """Reads a file at a URL by ranges, with io/remote.py's time-outs and retries."""
 
-    def __init__(self, fs: Any, path: str) -> None:
-        self.fs, self.path, self.at = fs, path, 0
-        self.size = remote.size(fs, path)
+    def __init__(self, base: str, name: str) -> None:
+        self.base, self.name, self.at = base, name, 0
+        fs, root = _opened(base, os.getpid())
+        try:
+            self.size = remote.size(fs, f"{root}/{name}")
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise _unanswered(base, name, one_line(error)) from None
 
     def readable(self) -> bool:
         """Return True."""
@@ -166,10 +179,7 @@ class _RemoteFile(io.RawIOBase):
         wanted = max(0, min(len(buffer), self.size - self.at))
         if not wanted:
             return 0
-        (data,) = remote.read_ranges(self.fs, [self.path], [self.at], [self.at + wanted])
-        if isinstance(data, BaseException):
-            raise OSError(remote.line(data)) from data
-        buffer[:wanted] = data
+        buffer[:wanted] = read_remote(self.base, self.name, self.at, wanted)
         self.at += wanted
         return wanted
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from clip4vla.errors import UserError
 from data_prep.packed.listing import open_archive
 
 ROWS = 1024  # of text columns that are read at once
@@ -120,6 +121,8 @@ def read_cell(base: str, name: str, group: int, row: int, column: str) -> bytes:
             _reading.pop(column, None)  # before the next one: each may hold a whole row group
             _reading[column] = cell, group, Cells(cell, group)
         return _reading[column][2].read(row)
+    except UserError:
+        raise
     except MISTAKES as error:
         _reading.pop(column, None)
         raise ValueError(f"unreadable table: {' '.join(str(error).split())[:150]}") from None

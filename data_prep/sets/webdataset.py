@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from clip4vla.config import DataConfig
-from clip4vla.errors import one_line
+from clip4vla.errors import UserError, one_line
 from clip4vla.io.walk import is_hidden
 from data_prep import annotation_io
 from data_prep.annotation_io import Line, RowsOrSkipped
@@ -101,6 +101,8 @@ def _read(base: str, name: str) -> _Tar:
         with open_archive(base, name) as file:
             for member in _members(file):
                 _add(tar, file, member)
+    except UserError:
+        raise
     except FileNotFoundError:
         tar.skipped.append(Skipped("missing", name, "no such tar"))
     except OSError as error:

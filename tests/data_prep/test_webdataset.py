@@ -244,6 +244,29 @@ def test_parts_and_what_changed_later(run, tmp_path):
     assert sorted(meta["captions"][0] for meta in rows_of(one / "raw/train")) == ["0", "1", "3", "two"]
 
 
+def test_samples_of_a_tar_that_is_gone_stay(run, tmp_path):
+    """Where a pattern still names it; one that a URL does not give for now ends the run, and no shard changes."""
+    for n in range(3):
+        write_tar(tmp_path / f"raw/{n}.tar", {"0.flac": medium("flac")})
+    words = {"media": tmp_path / "raw/{0..2}.tar", "dataset": "webdataset"}
+    assert run(tmp_path / "out", "workers=1", **words)[0] == 0
+    before = shard_files(tmp_path / "out")
+    (tmp_path / "raw/1.tar").unlink()
+    code, printed = run(tmp_path / "out", "workers=1", **words)
+    assert code == 0 and "1 missing, the first: 1.tar: no such tar" in printed
+    assert shard_files(tmp_path / "out") == before and len(rows_of(tmp_path / "out/raw/train")) == 3
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "raw/0.tar"), "/one/0.tar")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(memory), "cat_file", _refuse)
+        with pytest.raises(UserError, match="memory://one/0.tar: .*not now; finished shards stay"):
+            rows("memory://one")
+
+
+def _refuse(*_, **__):
+    raise PermissionError("not now")
+
+
 def test_pictures_of_one_member_and_sound_of_another(tmp_path):
     """A picture, and a video, each with separate sound: the frames are the one's, the sound the other's."""
     write_tar(
