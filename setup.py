@@ -48,9 +48,10 @@ setup(
         "web": ["faiss-cpu>=1.9", "gradio>=6,<7", "fastapi", "uvicorn", *PAGES],
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
         "s3": ["s3fs"],  # shards and checkpoints at s3:// URLs; gs:// needs gcsfs, abfs:// adlfs
-        "bench": ["clip4vla[train,dali]", *PEERS],
+        "hf": ["pyarrow>=18", "datasets>=3"],  # tables of media, and data sets of the hub, for data_prep/shard.py
+        "bench": ["clip4vla[train,dali,hf]", *PEERS],
         "dev": [
-            "clip4vla[train,dali,eval,web,onnx,s3,bench]",
+            "clip4vla[train,dali,eval,web,onnx,s3,hf,bench]",
             "pytest>=8",
             "pytest-xdist",
             "hypothesis",

@@ -58,12 +58,28 @@ class DataConfig:
         "folder", "stamps", "howto100m", "audioset", "msrvtt", "msrvtt_1ka", "vatex", "audiocaps", "clotho",
         "activitynet", "youcook2", "esc50", "esc10", "urbansound8k", "grid", "ucf101", "auto_acd", "didemo", "fsd50k",
         "kinetics400", "kinetics600", "librispeech", "ljspeech", "lsmdc", "msvd", "musiccaps", "speech_commands",
-        "spokencoco", "valor32k", "vggsound", "wavcaps",
+        "spokencoco", "valor32k", "vggsound", "wavcaps", "webdataset", "parquet",
     ] = option("folder", "which annotation format, see data_prep/annotations.py")  # fmt: skip
     annotations: str = option("", "annotation file or folder; empty: media_root", path=True)
     media_root: str = option(
-        "", "folder with the media; paths in manifests are relative to it and stay inside", path=True
+        "",
+        "folder with the media; paths in manifests are relative to it and stay inside. webdataset, parquet: a folder, a file, a "
+        "pattern such as FOLDER/{00000..00099}.tar, or the URL of one; parquet: hf:USER/NAME, too",
+        path=True,
     )
+    captions_from: list[str] = option(
+        [],
+        "webdataset, parquet: keys of the .json, or columns, that hold captions, texts or lists of them; A.B: B in A; txt: the "
+        ".txt. Empty: .txt, else the first of caption, captions, text, texts, raw, sentence, sentences",
+    )
+    label_from: str = option("", "webdataset, parquet: key or column of the label; empty: .cls, else label")
+    media_from: list[str] = option(
+        [], "parquet: columns of media, bytes or paths; empty: those of type Audio, Image, Video or bytes, else path"
+    )
+    split: str = option(
+        "", "webdataset, parquet: split of all; empty: by the word train, val or test in a file's path, else train"
+    )
+    audio_type: Literal["vb", "nb", "both"] = option("both", "webdataset, parquet: audio type of all")
     clips_already_cut: bool = option(False, "files named after a whole video hold the annotated interval alone")
     languages: list[str] = option([], "captions of these languages are kept, e.g. en; empty: all")
     clips_per_video: int = option(0, "howto100m: clips taken of a video, spread over it; 0: all", low=0)

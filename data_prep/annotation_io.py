@@ -301,6 +301,11 @@ def check_span(start: float | None, end: float | None) -> None:
         raise ValueError(f"start {start} and end {end} do not span any time")
 
 
+def span_suffix(start: float | None, end: float | None) -> str:
+    """Return what tells an interval in seconds from others of its file, in an id; "" for the whole file."""
+    return "" if start is end is None else f"@{start or 0:.10g}-{'' if end is None else f'{end:.10g}'}"
+
+
 def captions(texts: Any) -> list[str]:
     """Return the cleaned texts, without empty and repeated ones."""
     return list(dict.fromkeys(filter(None, cleaned(texts))))

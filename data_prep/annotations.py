@@ -17,7 +17,9 @@ from data_prep.manifest import ManifestRow, MediaFolder, Skipped
 from data_prep.sets import sounds, speech, videos
 from data_prep.sets.folder import folder
 from data_prep.sets.howto100m import howto100m
+from data_prep.sets.parquet import parquet
 from data_prep.sets.stamps import stamps
+from data_prep.sets.webdataset import webdataset
 
 # the annotations' folder or file, and the media; howto100m takes its number of clips too
 SETS: dict[str, Callable[[Path, MediaFolder], Iterable[ManifestRow | Skipped]]] = {
@@ -53,6 +55,7 @@ SETS: dict[str, Callable[[Path, MediaFolder], Iterable[ManifestRow | Skipped]]] 
     "vatex": videos.vatex,
     "youcook2": videos.youcook2,
 }
+PACKED = {"webdataset": webdataset, "parquet": parquet}  # media that lie in tars and tables
 
 
 def read(cfg: DataConfig) -> tuple[list[ManifestRow], list[Skipped]]:
@@ -62,11 +65,12 @@ def read(cfg: DataConfig) -> tuple[list[ManifestRow], list[Skipped]]:
     no caption, is left.
     """
     root, place = Path(cfg.media_root), Path(cfg.annotations or cfg.media_root)
-    if not root.is_dir():
+    packed = cfg.dataset in ("webdataset", "parquet")
+    if not packed and not root.is_dir():
         raise UserError(
             f"media_root={cfg.media_root}: no such folder; the config's header says where the media come from"
         )
-    if not place.exists():
+    if not packed and not place.exists():
         raise UserError(f"annotations={place}: no such file or folder; the config's header says what lies there")
     rows: list[ManifestRow] = []
     skipped: list[Skipped] = []
@@ -86,6 +90,8 @@ def read(cfg: DataConfig) -> tuple[list[ManifestRow], list[Skipped]]:
 
 
 def _annotated(cfg: DataConfig, place: Path, root: Path) -> Iterable[ManifestRow | Skipped]:
+    if cfg.dataset in PACKED:
+        return PACKED[cfg.dataset](cfg)
     media = MediaFolder(root, cfg.clips_already_cut)
     if cfg.dataset == "howto100m":
         return howto100m(place, media, cfg.clips_per_video)

@@ -18,12 +18,15 @@ from clip4vla.errors import UserError
 from clip4vla.io import atomic
 from clip4vla.io.atomic import write_json, write_text
 from clip4vla.io.walk import is_hidden
-from clip4vla.media.av_reader import MediaClip, read_clip
+from clip4vla.media.av_reader import VIDEOS, MediaClip, read_clip
 from clip4vla.media.images import jpeg, png, read_picture
+from clip4vla.media.source import Source
 from clip4vla.media.spectrogram import crop, encode, is_silent, log_mel
 from clip4vla.media.worker_pool import NO_ITEM, WorkerStatus, run_units
 from data_prep.annotations import read
-from data_prep.manifest import ManifestRow, inside
+from data_prep.manifest import ManifestRow
+from data_prep.packed.listing import base_of
+from data_prep.packed.media import open_media
 from data_prep.plan import ShardPlan, make_plan, read_plan
 from data_prep.progress import Progress, estimate
 
@@ -157,7 +160,7 @@ def _stat(cfg: DataConfig, row: ManifestRow) -> list[int]:
     stats = []
     for path in filter(None, (row.picture, row.media)):
         try:
-            stat = Path(cfg.media_root, path).stat()
+            stat = Path(base_of(cfg.dataset, cfg.media_root), *row.places.get(path, [path])[:1]).stat()
         except OSError:
             continue
         stats += [stat.st_size, stat.st_mtime_ns]
@@ -179,6 +182,8 @@ def _samples(
             if i in failed_items:
                 raise ValueError(failed_items[i])
             meta, members = sample(cfg, row)
+        except UserError:  # not this item's fault
+            raise
         except ValueError as error:
             bad = {"id": row.id, "path": row.media or row.picture or row.item, "reason": str(error)[:200]}
             note["quarantined"].append(bad)
@@ -199,20 +204,24 @@ def sample(cfg: DataConfig, row: ManifestRow) -> tuple[dict[str, Any], dict[str,
 
     A clip without sound, or with digital silence, keeps its frames: has_audio is false.
     """
-    root, spec = Path(cfg.media_root), cfg.spectrogram
+    spec = cfg.spectrogram
     longest = spec.max_segments * spec.segment_rows * spec.hop_length / spec.sample_rate
-    frames = None if row.picture else cfg.frames
-    clip = read_clip(root / inside(row.media), row.start, row.end, frames, longest) if row.media else MediaClip(0.0)
+    clip = MediaClip(0.0)
+    if row.media:
+        with open_media(cfg, row, row.media) as medium:
+            clip = read_clip(medium, row.start, row.end, None if row.picture else cfg.frames, longest)
     counts, members = fbank(cfg, clip)
+    n_frames = len(clip.frames)
     if row.picture:
-        members["frames.jpg"] = film_strip(root / inside(row.picture), cfg.frames.size, cfg.frames.quality)
+        with open_media(cfg, row, row.picture) as picture:
+            n_frames, members["frames.jpg"] = _pictures(cfg, row, picture)
     elif clip.frames:
         members["frames.jpg"] = jpeg(np.concatenate(clip.frames), cfg.frames.quality)
     if not members:
         raise ValueError("digital silence, and no picture")
     meta = row.as_json() | {"duration": round(clip.seconds, 6)} | counts
+    meta.pop("places", None)
     picture, media = meta.pop("picture"), meta.pop("media")
-    n_frames = 1 if picture else len(clip.frames)
     paths = {"audio": media if meta["has_audio"] else None, "frames": (picture or media) if n_frames else None}
     return meta | {"n_frames": n_frames, "has_frames": bool(n_frames), "media": paths}, members
 
@@ -229,10 +238,20 @@ def fbank(cfg: DataConfig, clip: MediaClip) -> tuple[dict[str, Any], dict[str, b
     return counts, {f"fbank.{spec.codec}": data}
 
 
+def _pictures(cfg: DataConfig, row: ManifestRow, picture: Source) -> tuple[int, bytes]:
+    """Return how many frames, and their film strip, a row's picture has, or a video whose sound is another file."""
+    if picture.suffix not in VIDEOS:
+        return 1, film_strip(picture, cfg.frames.size, cfg.frames.quality)
+    frames = read_clip(picture, row.start, row.end, cfg.frames, 0.0).frames
+    if not frames:
+        raise ValueError("no pictures in it")
+    return len(frames), jpeg(np.concatenate(frames), cfg.frames.quality)
+
+
 @functools.lru_cache(4096)
-def film_strip(path: Path, size: int, quality: int) -> bytes:
+def film_strip(picture: Source, size: int, quality: int) -> bytes:
     """Return a JPEG of one frame: the picture (cached, since many recordings share one)."""
-    return jpeg(read_picture(path, size), quality)
+    return jpeg(read_picture(picture, size), quality)
 
 
 def finish(cfg: DataConfig, units: list[ShardPlan]) -> None:
@@ -285,7 +304,8 @@ def _write_index(cfg: DataConfig, place: Path, units: list[ShardPlan], notes: li
     counts |= {name: sum(note[name] for note in notes) for name in ("with_audio", "with_frames", "silent")}
     counts |= {"seconds": round(sum(note["seconds"] for note in notes), 3)}
     counts |= {"quarantined": sum(len(note["quarantined"]) for note in notes)}
-    media = os.path.relpath(Path(cfg.media_root).resolve(), place.resolve())
+    base = base_of(cfg.dataset, cfg.media_root)
+    media = base if "://" in base else os.path.relpath(Path(base).resolve(), place.resolve())
     there = [unit for unit, note in zip(units, notes, strict=True) if note["shard"]["samples"]]
     shards = (_note(cfg, unit)["shard"] for unit in there)
     names = {"source": units[0].source, "split": units[0].split}

@@ -38,11 +38,21 @@ class ManifestRow:
     labels: list[str] = field(default_factory=list)  # several classes at once, in place of label
     start: float | None = None
     end: float | None = None
+    # where the bytes of `picture` and `media` lie that are no files: [TAR, offset, size] or [TABLE, row group, row, column]
+    places: dict[str, list[Any]] = field(default_factory=dict)
+
+    def archives(self) -> set[str]:
+        """Return the tars and tables that its bytes lie in."""
+        return {place[0] for place in self.places.values()}
+
+    def block(self) -> str:
+        """Return what is read from its beginning to get at this row alone: a row group of a table, else the row itself."""
+        tables = [place for place in self.places.values() if isinstance(place[-1], str)]
+        return f"{tables[0][0]}#{tables[0][1]}" if tables else self.id
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields; without labels where there are none, so that such rows have the bytes of earlier versions."""
-        fields = asdict(self)
-        return fields if self.labels else {name: value for name, value in fields.items() if name != "labels"}
+        """Return the fields; labels and places only where there are some: other rows keep the bytes of earlier versions."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("labels", "places")}
 
 
 @dataclass(slots=True)

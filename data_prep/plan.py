@@ -64,7 +64,7 @@ class ShardPlan:
         """Parse the rows; UserError if the manifest is corrupt."""
         try:
             return [_row(line) for line in self.text().splitlines()]
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, AttributeError):
             raise _none(self.out) from None
 
 
@@ -114,6 +114,8 @@ def _row(line: bytes) -> ManifestRow:
             raise ValueError(line)
     if not all(type(end) in (int, float, type(None)) for end in (row.start, row.end)):
         raise ValueError(line)
+    if not all(type(part) in (int, str) for place in row.places.values() for part in place):
+        raise ValueError(line)
     return row
 
 
@@ -126,15 +128,15 @@ def make_plan(out: Path, rows: Iterable[ManifestRow], skipped: list[Skipped], si
 
     So does a row whose media are gone by now, as its shard may be finished; a row that left the annotations is dropped.
     """
-    new: dict[Key, str] = {(row.source, row.split, row.id): _line(row) for row in rows}
+    new: dict[Key, tuple[str, str]] = {(row.source, row.split, row.id): (row.block(), _line(row)) for row in rows}
     gone = {item.where for item in skipped if item.why == "missing"}
     before = read_plan(out)
     filled: list[tuple[ShardPlan, list[str]]] = []
     for unit in before[1] if before and before[0] == size else []:
         lines = []
         for row, line in zip(unit.read(), unit.text().splitlines(), strict=True):
-            kept = line.decode() if gone & {row.id, row.item} else None
-            text = new.pop((row.source, row.split, row.id), kept)
+            kept = ("", line.decode() if gone & {row.id, row.item, *row.archives()} else "")
+            _, text = new.pop((row.source, row.split, row.id), kept)
             lines += [text] if text else []
         filled.append((unit, lines))
     _write(out, size, [*_heads(filled), *_new_units(new, filled, size)])
@@ -152,19 +154,22 @@ def _heads(filled: list[tuple[ShardPlan, list[str]]]) -> list[tuple]:
     return [(unit.source, unit.split, unit.number, unit.first, lines) for unit, lines in filled if lines]
 
 
-def _new_units(new: dict[Key, str], filled: list[tuple[ShardPlan, list[str]]], size: int) -> list[tuple]:
-    """Return (source, split, number, first, lines) of units for new lines, by folder, in a fixed pseudo-random order."""
+def _new_units(new: dict[Key, tuple[str, str]], filled: list[tuple[ShardPlan, list[str]]], size: int) -> list[tuple]:
+    """Return (source, split, number, first, lines) of units for new lines, by folder, in a fixed pseudo-random order.
+
+    Rows of one block stay together, in their order.
+    """
     folders: dict[tuple[str, str], list[tuple[bytes, str]]] = defaultdict(list)
     number: Counter[tuple[str, str]] = Counter()
     first: Counter[tuple[str, str]] = Counter()
-    for (source, split, name), line in new.items():
-        folders[source, split].append((hashlib.blake2b(name.encode(), digest_size=8).digest(), line))
+    for (source, split, _), (block, line) in new.items():
+        folders[source, split].append((hashlib.blake2b(block.encode(), digest_size=8).digest(), line))
     for unit, _ in filled:
         number[unit.source, unit.split] = max(number[unit.source, unit.split], unit.number + 1)
         first[unit.source, unit.split] = max(first[unit.source, unit.split], unit.first + unit.rows)
     units = []
     for folder, members in sorted(folders.items()):
-        lines = [line for _, line in sorted(members)]
+        lines = [line for _, line in sorted(members, key=lambda member: member[0])]
         for i, start in enumerate(range(0, len(lines), size)):
             units.append((*folder, number[folder] + i, first[folder] + start, lines[start : start + size]))
     return units

@@ -16,6 +16,7 @@ from clip4vla.config import FramesConfig
 from clip4vla.media.av_streams import AudioReader, Skipped, VideoReader
 from clip4vla.media.containers import SLACK, STILL, Medium
 from clip4vla.media.layouts import open_medium
+from clip4vla.media.source import Source
 
 VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ts", ".wmv", ".ogv")
 SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma")
@@ -33,7 +34,7 @@ class MediaClip:
 
 
 def read_clip(
-    path: Path, start: float | None, end: float | None, frames: FramesConfig | None, longest: float = math.inf
+    path: Path | Source, start: float | None, end: float | None, frames: FramesConfig | None, longest: float = math.inf
 ) -> MediaClip:
     """Read frames (none if `frames` is None) and sound of [start, end) seconds; of sound, the central `longest` seconds.
 

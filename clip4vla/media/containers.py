@@ -6,7 +6,7 @@ Times are seconds from the file's own start. Whatever is wrong with a file is a 
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import av
@@ -14,6 +14,7 @@ from av.stream import Disposition
 
 from clip4vla.media.av_streams import Skipped, check_sampling_rate
 from clip4vla.media.clocks import AdtsClock, JoinedClock, shifted
+from clip4vla.media.source import Source
 
 PREROLL = 0.5  # s read before the interval: decoders of sound need some packets to settle
 SLACK = 0.5  # s that streams may end before the length that the header states, or after it
@@ -21,18 +22,6 @@ STILL = 1.0  # s; pictures that end before, while sound goes on, are a still tha
 LONGEST = 14 * 86400  # s of a medium; what claims more would be cut into windows for years
 GUESSED = ("mp3", "aac")  # their headers state no length: libavformat divides the file's size by a bit rate
 LATE_IN_OGG = ("flac", "speex")  # after a seek, libavformat gives their first page the time of its end
-
-
-class Source(NamedTuple):
-    """Names a file, or the bytes [begin, end) of one."""
-
-    path: str
-    begin: int = 0
-    end: int | None = None
-
-    def part(self, begin: int, end: int) -> "Source":
-        """Name the bytes [begin, end) of this source."""
-        return Source(self.path, self.begin + begin, self.begin + end)
 
 
 class Layout(NamedTuple):
@@ -129,13 +118,12 @@ class Medium:
 @contextmanager
 def opened(source: Source) -> Iterator[av.container.InputContainer]:
     """Open a file for the block; what PyAV raises while it is read is a ValueError."""
-    name, protocols = os.path.abspath(source.path), "file"  # a name with a colon would be taken for a protocol
-    if source.end is not None:
-        name, protocols = f"subfile,,start,{source.begin},end,{source.end},,:{name}", "file,subfile"
     try:
-        # a playlist posing as a video opens nothing but files; some AVIs have no timestamps of their own
-        with av.open(name, container_options={"protocol_whitelist": protocols, "fflags": "+genpts"}) as file:
-            yield file
+        # a name with a colon would be taken for a protocol; a part of a file is read through Python
+        with nullcontext(os.path.abspath(source.path)) if source.end is None else source.open() as opening:
+            # a playlist posing as a video opens nothing but files; some AVIs have no timestamps of their own
+            with av.open(opening, container_options={"protocol_whitelist": "file", "fflags": "+genpts"}) as file:
+                yield file
     except (av.FFmpegError, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"unreadable media: {getattr(error, 'strerror', None) or error}") from None
     except (AttributeError, IndexError, TypeError) as error:  # what PyAV makes of headers that contradict themselves

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from clip4vla.errors import UserError
+from clip4vla.media.source import Source, source_of
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".svg")
 ORIENTATION = 0x0112  # in EXIF
@@ -24,11 +25,14 @@ PLAIN = {
 UNREADABLE = "unreadable picture: "
 
 
-def read_picture(path: Path, size: int) -> np.ndarray:
+def read_picture(path: Path | Source, size: int) -> np.ndarray:
     """Read a picture to (size, size, 3) uint8 as `fitted` does; one of more than 178,956,970 pixels is refused by its header."""
+    source = source_of(path)
     try:
-        with Image.open(io.BytesIO(_render_svg(path, size)) if path.suffix.lower() == ".svg" else path) as image:
-            return fitted(image, size)
+        with source.open() as file:
+            is_drawing = source.suffix == ".svg"
+            with Image.open(io.BytesIO(_render_svg(file.read(), size)) if is_drawing else file) as image:
+                return fitted(image, size)
     except UserError:
         raise
     except UnidentifiedImageError:
@@ -83,8 +87,8 @@ def check_aspect_ratio(width: float, height: float) -> None:
         )
 
 
-def _render_svg(path: Path, size: int) -> bytes:
-    """Draw an SVG file to PNG bytes, twice as wide as needed; it may hold entities and pictures, but fetches none."""
+def _render_svg(data: bytes, size: int) -> bytes:
+    """Draw an SVG file's bytes to PNG bytes, twice as wide as needed; it may hold entities and pictures, but fetches none."""
     try:
         from cairosvg.surface import PNGSurface
         from cairosvg.url import fetch
@@ -97,10 +101,7 @@ def _render_svg(path: Path, size: int) -> bytes:
         return fetch(url, kind)
 
     try:
-        data = path.read_bytes()
         return PNGSurface.convert(bytestring=data, unsafe=True, url_fetcher=fetch_embedded, output_width=2 * size)
-    except OSError as error:
-        raise ValueError(f"{UNREADABLE}{error.strerror or error}") from None
     except Exception as error:  # cairosvg raises whatever its parsers and cairo raise
         raise ValueError(f"unreadable drawing: {type(error).__name__}: {error}") from None
 

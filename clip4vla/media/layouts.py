@@ -14,7 +14,8 @@ from pathlib import Path
 import av
 
 from clip4vla.media.clocks import AdtsClock, JoinedClock
-from clip4vla.media.containers import SLACK, Layout, Medium, Source, opened
+from clip4vla.media.containers import SLACK, Layout, Medium, opened
+from clip4vla.media.source import Source, source_of
 
 # of the first three bytes of a frame, those bits that are the same in the frame before
 FRAME = {"mp3": 0xFFFE0C, "aac": 0xFFFFFC}
@@ -35,9 +36,9 @@ _layouts: dict[tuple[Source, int, int], Layout] = {}
 
 
 @contextmanager
-def open_medium(path: Path) -> Iterator[Medium]:
+def open_medium(path: Path | Source) -> Iterator[Medium]:
     """Open a file for the block, without what follows its media; what PyAV raises while it is read is a ValueError."""
-    source = Source(str(path))
+    source = source_of(path)
     with opened(source) as file:
         medium = _with_layout(Medium(source, file))
         if len(medium.layout.parts) != 1:
@@ -50,7 +51,7 @@ def open_medium(path: Path) -> Iterator[Medium]:
 
 def _with_layout(medium: Medium) -> Medium:
     scan = SCANS.get(medium.file.format.name) if medium.video or medium.audio else None
-    if scan and (medium.source.end is None or scan is _scan_frames):  # of a part, the length alone may be unknown
+    if scan and (not medium.source.is_joined or scan is _scan_frames):  # of a part, the length alone may be unknown
         stat = os.stat(medium.source.path)
         key = (medium.source, stat.st_mtime_ns, stat.st_size)
         if key not in _layouts:
@@ -80,17 +81,25 @@ def _seconds(part: Source) -> float:
 
 def _scan_ogg(medium: Medium) -> Layout:
     """Look for pages that begin streams after others, and for what follows the last page."""
-    with open(medium.source.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        size, begins, page, after = len(data), [], data.find(FIRST_PAGE), -1
+    with _mapped(medium.source) as (data, first, size):
+        begins, page, after = [], data.find(FIRST_PAGE, first, size), -1
         while page >= 0:
             if page != after:  # those of the streams of one file lie side by side
-                begins.append(page)
+                begins.append(page - first)
             after = _page_end(data, page)
-            page = data.find(FIRST_PAGE, page + 1)
-        last = data.rfind(PAGE)
-        end = min(size, _page_end(data, last)) if data[last + 5] & LAST else size
+            page = data.find(FIRST_PAGE, page + 1, size)
+        last = data.rfind(PAGE, first, size)
+        end = min(size, _page_end(data, last)) - first if data[last + 5] & LAST else size - first
+        size -= first
     ranges = list(zip([0, *begins[1:]], [*begins[1:], end], strict=True))
     return Layout() if ranges == [(0, size)] else _of_parts(medium, ranges)
+
+
+@contextmanager
+def _mapped(source: Source) -> Iterator[tuple[mmap.mmap, int, int]]:
+    """Map the file of a source for the block, and return the first byte of the source in it and the one after its last."""
+    with open(source.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        yield data, source.begin, len(data) if source.end is None else min(len(data), source.end)
 
 
 def _page_end(data: mmap.mmap, page: int) -> int:
@@ -170,15 +179,15 @@ class _Frames:
 
 def _is_foreign(source: Source, at: int) -> bool:
     """Tell whether no frame begins at this byte, not even one that is cut off."""
-    with open(source.path, "rb") as file:
-        file.seek(source.begin + at)
+    with source.open() as file:
+        file.seek(at)
         return file.read(1) != b"\xff"
 
 
 def _stated_frames(source: Source, first: int) -> int:
     """Return the number of frames that an MP3 states before its first one; 0 if it states none."""
-    with open(source.path, "rb") as file:
-        file.seek(source.begin + max(0, first - LARGEST_FRAME))
+    with source.open() as file:
+        file.seek(max(0, first - LARGEST_FRAME))
         stated = XING.search(file.read(min(first, LARGEST_FRAME)))
     return int.from_bytes(stated[1], "big") if stated else 0
 
@@ -204,19 +213,21 @@ def _scan_clocks(medium: Medium) -> Layout:
 
 def _scan_flac(medium: Medium) -> Layout:
     """Look for a FLAC file after another."""
-    with open(medium.source.path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        begins, at = [0], data.find(FLAC, 1)
+    with _mapped(medium.source) as (data, first, end):
+        begins, at = [0], data.find(FLAC, first + 1, end)
         while at >= 0:
-            begins.append(at)
-            at = data.find(FLAC, at + 1)
-        ranges = list(zip(begins, [*begins[1:], len(data)], strict=True))
+            begins.append(at - first)
+            at = data.find(FLAC, at + 1, end)
+    ranges = list(zip(begins, [*begins[1:], end - first], strict=True))
     return _of_parts(medium, ranges) if len(ranges) > 1 else Layout()
 
 
 def _scan_sizes(medium: Medium) -> Layout:
     """Look for a WAV or WMA file where one ends by its own header; libavformat would count what follows a WMA as sound."""
-    ranges, end, size = [], 0, os.path.getsize(medium.source.path)
-    with open(medium.source.path, "rb") as file:
+    ranges, end = [], 0
+    with medium.source.open() as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
         while stated := _stated_size(file.read(HEAD)):
             ranges.append((end, min(end + stated, size)))
             end += stated

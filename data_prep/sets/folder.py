@@ -87,7 +87,7 @@ def _row(media: MediaFolder, line: Any, others: set[str]) -> ManifestRow:
     annotation_io.check_span(start, end)
     made = _find(media, files, start, end)
     name = composed("+".join(posixpath.normpath(path) for path in files.values()))  # however its lines spell it
-    span = "" if start is end is None else f"@{start or 0:.10g}-{'' if end is None else f'{end:.10g}'}"
+    span = annotation_io.span_suffix(start, end)
     label = None if get("label") is None else str(get("label"))
     more: dict[str, Any] = {"lang": lang, "audio_type": kind, "label": label, "labels": _labels(get("labels", []))}
     split, group = slug(str(get("split", "train"))), str(get("group", name))

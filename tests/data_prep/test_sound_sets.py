@@ -5,11 +5,11 @@ from typing import get_args, get_type_hints
 from annotation_files import reasons
 
 from clip4vla.config import DataConfig
-from data_prep.annotations import SETS
+from data_prep.annotations import PACKED, SETS
 
 
 def test_every_data_set_of_the_settings_has_its_generator():
-    assert sorted(SETS) == sorted(get_args(get_type_hints(DataConfig)["dataset"]))
+    assert sorted(SETS | PACKED) == sorted(get_args(get_type_hints(DataConfig)["dataset"]))
 
 
 def test_vggsound(prepare):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from clip4vla.config import FramesConfig
 from clip4vla.media.av_reader import duration, iter_audio_windows, read_clip
+from clip4vla.media.source import Source
 
 # file: codec, and the rate of the second file; its first is 44.1 kHz mono, its second stereo
 SOUNDS = {
@@ -137,3 +138,16 @@ def test_a_file_that_changes_is_looked_at_again(files, tmp_path):
     assert duration(path) == pytest.approx(1.5, abs=0.1)
     joined(path, path.read_bytes(), (files[1] / "mp3.mp3").read_bytes())
     assert duration(path) == pytest.approx(3, abs=0.15)
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_a_part_of_a_file_is_read_as_a_file_of_its_own(files, tmp_path, name):
+    """Such as the member of a tar: joined files with junk after them, with other bytes before and after."""
+    first, second = ((folder / name).read_bytes() for folder in files)
+    whole = joined(tmp_path / f"whole-{name}", first, second, JUNK["page"] if name.endswith((".ogg", ".mp3")) else b"")
+    size = whole.stat().st_size
+    tar = joined(tmp_path / "x.tar", first[:1000], bytes(24), whole.read_bytes(), first, JUNK["noise"])
+    part = Source(str(tar), 1024, 1024 + size, f"x.tar/{name}")
+    for start, end in ((None, None), (1.85, 2.5)):
+        clip, same = (read_clip(path, start, end, None) for path in (whole, part))
+        assert (clip.seconds, clip.rate) == (same.seconds, same.rate) and torch.equal(clip.wave, same.wave)

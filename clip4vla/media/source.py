@@ -1,0 +1,72 @@
+"""Name the bytes of a medium: a file, or a part of one, such as a member of a tar; open them as a file of their own."""
+
+import io
+import os
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+
+class Source(NamedTuple):
+    """Names a file, or the bytes [begin, end) of one."""
+
+    path: str
+    begin: int = 0
+    end: int | None = None
+    name: str = ""  # of what lies there, with its suffix; empty: the path
+    is_joined: bool = False  # one of several files that were joined end to end
+
+    def part(self, begin: int, end: int) -> "Source":
+        """Name the bytes [begin, end) of this source, which is several files joined."""
+        return self._replace(begin=self.begin + begin, end=self.begin + end, is_joined=True)
+
+    def open(self) -> BinaryIO:
+        """Open it to be read; raises OSError. The file's `name` has the suffix that libavformat may need to know a format."""
+        if self.end is None:
+            return open(self.path, "rb")
+        return io.BufferedReader(_Bytes(self))
+
+    @property
+    def suffix(self) -> str:
+        """Return the suffix of its name in lower case, as .mp4."""
+        return os.path.splitext(self.name or self.path)[1].lower()
+
+
+def source_of(path: Path | Source) -> Source:
+    """Return the source that is a whole file, or the source itself."""
+    return path if isinstance(path, Source) else Source(str(path))
+
+
+class _Bytes(io.RawIOBase):
+    """Reads the bytes [begin, end) of a file as if they were all of it."""
+
+    def __init__(self, source: Source) -> None:
+        assert source.end is not None
+        self.name = source.name or source.path
+        self.begin, self.size, self.at = source.begin, source.end - source.begin, 0
+        self.file = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # of any writable buffer, says typeshed
+        """Read the next bytes into the buffer, and return how many."""
+        wanted = max(0, min(len(buffer), self.size - self.at))
+        count = os.preadv(self.file, [memoryview(buffer)[:wanted]], self.begin + self.at)
+        self.at += count
+        return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to an offset from the start, from here or from the end, and return it from the start."""
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def close(self) -> None:
+        """Close the file."""
+        if not self.closed:
+            os.close(self.file)
+        super().close()

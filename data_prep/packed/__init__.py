@@ -1,0 +1,1 @@
+"""Media that lie inside other files: tars, and tables of parquet or Arrow."""

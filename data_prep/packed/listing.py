@@ -1,0 +1,189 @@
+"""List the tars and tables that media_root names: one, those of a folder, those of a pattern; local or at any fsspec URL."""
+
+import fnmatch
+import functools
+import importlib
+import io
+import json
+import os
+import posixpath
+import re
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from clip4vla.errors import UserError, one_line
+from clip4vla.io import remote
+from clip4vla.io.walk import is_hidden, walk
+
+HUB = "hf:"  # and USER/NAME or USER/NAME:CONFIG
+SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet", ".arrow")}  # by dataset
+WILD = re.compile(r"[{*?\[]")
+AHEAD = 1 << 22  # bytes that a remote file is read ahead
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+def base_of(dataset: str, media_root: str) -> str:
+    """Return the folder or URL to which the paths of a data set are relative: the part of media_root without a pattern."""
+    if dataset == "parquet" and media_root.startswith(HUB):
+        return str(_datasets("config").HF_DATASETS_CACHE)
+    if dataset not in SUFFIXES or ("://" not in media_root and os.path.isdir(media_root)):
+        return media_root
+    if wild := WILD.search(media_root):
+        return media_root[: wild.start()].rpartition("/")[0] or "."
+    return posixpath.dirname(media_root) or "." if media_root.endswith(SUFFIXES[dataset]) else media_root.rstrip("/")
+
+
+def list_archives(dataset: str, media_root: str) -> tuple[str, list[str]]:
+    """Return the base and the paths, relative to it, of all tars or tables; UserError if there is none."""
+    base, suffixes = base_of(dataset, media_root), SUFFIXES[dataset]
+    if dataset == "parquet" and media_root.startswith(HUB):
+        names = _hub_files(media_root.removeprefix(HUB), base)
+    elif base == media_root.rstrip("/") or base == media_root:
+        names = [name for name in _files_below(base) if name.endswith(suffixes)]
+        names = _without_caches(base, names) if dataset == "parquet" else names
+    else:
+        names = _expanded(base, media_root.removeprefix(base).lstrip("/"))
+    if not names:
+        raise UserError(
+            f"media_root={media_root}: no {' or '.join(suffixes)} file there; it names one, a folder, a pattern such as "
+            "FOLDER/{00000..00009}.tar, or the URL of one"
+        )
+    return base, names
+
+
+def _expanded(base: str, pattern: str) -> list[str]:
+    """List the paths that braces and wildcards stand for: numbers in braces as they are, * ? and [] by what is there."""
+    import braceexpand  # comes with webdataset
+
+    try:
+        names = list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(f"media_root={base}/{pattern}: {error}; {{00000..00009}} is a pattern") from None
+    if any(re.search(r"[*?\[]", name) for name in names):
+        there = _files_below(base)
+        names = [path for name in names for path in there if fnmatch.fnmatchcase(path, name)]
+    return names
+
+
+def _files_below(base: str) -> list[str]:
+    """List the paths of all files below a folder or URL, relative to it and sorted, without what is hidden."""
+    if "://" not in base:
+        paths = [os.path.join(folder, name) for folder, _, files in walk(base) for name in files]
+        return sorted(os.path.relpath(path, base) for path in paths)
+    fs, root = _opened(base, os.getpid())
+    try:
+        paths = remote.call(fs, "find", root, cfg=remote.DEFAULT)
+    except OSError as error:
+        raise UserError(f"media_root={base}: cannot be listed: {error}; check the URL and the credentials") from None
+    names = [posixpath.relpath(path, root) for path in paths]
+    return sorted(name for name in names if not any(map(is_hidden, name.split("/"))))
+
+
+def _without_caches(base: str, names: list[str]) -> list[str]:
+    """Leave out the caches that `datasets` keeps beside a data set saved on disk: its state.json lists the files of data."""
+    kept: dict[str, set[str]] = {}
+    for folder in {posixpath.dirname(name) for name in names}:
+        try:
+            state = json.loads(Path(base, folder, "state.json").read_text(encoding="utf-8"))
+            kept[folder] = {item["filename"] for item in state["_data_files"]}
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    pairs = [(name, *posixpath.split(name)) for name in names]
+    return [name for name, folder, file in pairs if folder not in kept or file in kept[folder]]
+
+
+def _hub_files(name: str, base: str) -> list[str]:
+    """List the Arrow files that the package `datasets` makes of a data set of the hub, below its cache; it downloads them."""
+    repository, _, config = name.partition(":")
+    datasets = _datasets()
+    if (
+        sys.modules.get("transformers", "") is None
+    ):  # clip4vla/cli.py's doing; `datasets` imports it where it has a place
+        del sys.modules["transformers"]
+    try:
+        splits = datasets.load_dataset(repository, config or None)
+    except Exception as error:  # whatever its readers, its network and the hub raise
+        raise UserError(f"media_root={HUB}{name}: {type(error).__name__}: {one_line(error, 300)}") from None
+    files = [item["filename"] for split in splits.values() for item in split.cache_files]
+    return [os.path.relpath(file, base) for file in files]
+
+
+def _datasets(module: str = "") -> Any:
+    """Import the package `datasets`, which comes with clip4vla[hf]."""
+    return importlib.import_module(f"datasets.{module}" if module else "datasets")
+
+
+def split_of(name: str) -> str:
+    """Return the split that a path's words name, the last one of them; train if none does."""
+    words = re.split("[^a-z]+", name.lower())
+    return next((SPLITS[word] for word in reversed(words) if word in SPLITS), "train")
+
+
+def open_archive(base: str, name: str) -> BinaryIO:
+    """Open a tar or table to be read anywhere; raises OSError, and UserError as read_remote does."""
+    if "://" not in base:
+        return open(os.path.join(base, name), "rb")
+    return io.BufferedReader(_RemoteFile(base, name), AHEAD)
+
+
+def read_remote(base: str, name: str, begin: int, size: int) -> bytes:
+    """Read the bytes [begin, begin + size) of a file at a URL; UserError if it does not answer: the run can go on later."""
+    fs, root = _opened(base, os.getpid())
+    (data,) = remote.read_ranges(fs, [f"{root}/{name}"], [begin], [begin + size])
+    if isinstance(data, BaseException):
+        raise _unanswered(base, name, remote.line(data))
+    return data
+
+
+def _unanswered(base: str, name: str, why: str) -> UserError:
+    return UserError(f"{base}/{name}: {why}; finished shards stay: start again when it answers")
+
+
+@functools.cache
+def _opened(url: str, process: int) -> tuple[Any, str]:
+    """Open a URL for a process. A fork has its own, and keeps its parent's, which would be closed in the wrong event loop."""
+    try:
+        return remote.open_folder(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"media_root={url}: {error}") from None
+
+
+class _RemoteFile(io.RawIOBase):
+    """Reads a file at a URL by ranges, with io/remote.py's time-outs and retries."""
+
+    def __init__(self, base: str, name: str) -> None:
+        self.base, self.name, self.at = base, name, 0
+        fs, root = _opened(base, os.getpid())
+        try:
+            self.size = remote.size(fs, f"{root}/{name}")
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise _unanswered(base, name, one_line(error)) from None
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # of any writable buffer, says typeshed
+        """Read the next bytes into the buffer, and return how many."""
+        wanted = max(0, min(len(buffer), self.size - self.at))
+        if not wanted:
+            return 0
+        buffer[:wanted] = read_remote(self.base, self.name, self.at, wanted)
+        self.at += wanted
+        return wanted
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to an offset from the start, from here or from the end, and return it from the start."""
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
