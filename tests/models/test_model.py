@@ -52,9 +52,9 @@ def test_type_token_masked_out_of_attention_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_vectors_and_gradients_are_those_of_open_clips_vision_tower(vision, recompute):
     """Though the last block gives the output at [CLS] alone where only that is pooled."""
-    tower = towers.build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | vision}).visual
+    tower = towers.build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | vision}).visual.double()
     tower.transformer.grad_checkpointing = recompute
-    pictures, side = torch.randn(3, 3, 224, 224), torch.randn(3, tower.output_dim)
+    pictures, side = torch.randn(3, 3, 224, 224).double(), torch.randn(3, tower.output_dim).double()
     assert towers.pools_first(tower) == (not vision)
     results = []
     for encode in (tower, lambda pictures: towers.encode_images(tower, pictures)):
@@ -62,7 +62,7 @@ def test_vectors_and_gradients_are_those_of_open_clips_vision_tower(vision, reco
         vectors = encode(pictures)
         (vectors * side).sum().backward()
         results.append((vectors, {name: p.grad.clone() for name, p in tower.named_parameters()}))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("patch, channels", [((32, 32), 3), ((14, 14), 3), ((16, 224), 1), ((100, 60), 1)])
