@@ -11,6 +11,7 @@ A step takes the most in its forward pass, in the loss, in the backward pass, or
 them. tests/training/test_sizes.py holds the largest to 5% of steps simulated at full size.
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -36,7 +37,9 @@ FORWARD = 15  # made on the way through a block without gradient
 BACKWARD = -4  # made on the way through a block's backward pass, beside as many as its MLP keeps
 POOLED = 12  # around a head's blocks: dropout, sums with embeddings, and fp32 vectors that are pooled
 TILES = 3  # of a similarity matrix, fp32, that are there at once
-PAIR = 24  # bytes of a pair of the global batch where a head scores them: logits, masks, gradients
+PAIR = (
+    13  # bytes of a pair of the global batch where a head scores them: scores, logits with and without a mask, the mask
+)
 # MiB outside of torch's allocator on a GPU; a dry run shows beside them what is really taken
 CONTEXT = 600  # CUDA's context with the kernels of torch, cuBLAS and cuDNN
 NCCL = 400  # a communicator's buffers: up to 32 channels, of 4 MiB and more to each neighbour
@@ -123,7 +126,9 @@ def moments(cfg: RunConfig, setup: RunSetup, micros: list[Batch]) -> list[Memory
     gathered *= 0 if alone else len(micros)  # a loss holds it until the step is over
     done, trained = 0, sum(p.trained for p in passes)
     for i, p in reversed(list(enumerate(passes))):
-        gradients = max(zero.earlier, zero.growing * done / max(1, trained)) if zero.growing else zero.reduced
+        gradients = max(zero.earlier, zero.growing * done / max(1, trained))
+        if done and not zero.growing:
+            gradients = zero.reduced
         rows.append(("backward pass", zero.lasting + gradients, kept[i + 1] + p.backward, zero.buckets, gathered))
         done += p.trained
     last = float(zero.largest)  # a gradient beside those in the buckets
@@ -145,14 +150,14 @@ def _zero(cfg: RunConfig, setup: RunSetup) -> _State:
     several = cfg.train.gradient_accumulation_steps > 1
     trained = flops.elements(setup.model, trained=True)
     own = trained * (4 if setup.ds.get("data_types", {}).get("grad_accum_dtype") == "fp32" else width)
-    groups = engine.parameter_groups(setup.model, {})
-    group = max(sum(math.prod(flops.shape(p)) for p in group["params"]) for group in groups) / world
+    groups = [[math.prod(flops.shape(p)) for p in g["params"]] for g in engine.parameter_groups(setup.model, {})]
+    group, largest = max(map(sum, groups)) / world, max(map(max, groups)) * width
     bucket = int(zero.get("reduce_bucket_size", 5e8)) * width
-    largest = max(math.prod(flops.shape(p)) for p in setup.model.parameters() if p.requires_grad) * width
     contiguous = zero.get("contiguous_gradients", True)
     sent = min(bucket, own) * (3 if setup.ds.get("communication_data_type") == "fp32" else 1)
     sent *= world > 1 or not contiguous
     copied = group * (width + 4) if width == 2 else group * 4  # a group's gradients side by side, and in fp32
+    copied = max(copied, min(largest / width, group) * 8)  # or one parameter's in fp64, for the norm
     lasting, part = _lasting(setup), own / world
     if setup.stage == 0:
         return _State(lasting, own * several, own, own, own + trained * 4 * (width == 2), 0, 0, sent, largest)
@@ -162,6 +167,7 @@ def _zero(cfg: RunConfig, setup: RunSetup) -> _State:
         return _State(
             lasting + fetched * width, part, part, 0, part + copied * (part > 0), bucket, bucket, sent, largest
         )
+    part = sum(map(_touched, groups)) * own / trained
     buckets = bucket * contiguous * (2 if zero.get("overlap_comm") else 1)
     if _offloads(setup, "optimizer"):  # gradients go to the CPU, through memory for the largest parameter's
         return _State(lasting + largest, 0, 0, 0, 0, 0, buckets, sent, largest)
@@ -173,6 +179,13 @@ def _zero(cfg: RunConfig, setup: RunSetup) -> _State:
     return _State(lasting, own * several, reduced, own, part + copied, buckets * several, buckets, sent, largest)
 
 
+def _touched(sizes: list[int]) -> int:
+    """Count the elements of those of a group's parameters that lie in this rank's part of it, wholly or not."""
+    part = -(-sum(sizes) // collectives.world_size())
+    start, ends = collectives.rank() * part, itertools.accumulate(sizes)
+    return sum(size for size, end in zip(sizes, ends, strict=True) if start < end and end - size < start + part)
+
+
 def _elements_run(cfg: RunConfig, setup: RunSetup) -> int:
     """Count the parameters of what a step runs."""
     run = flops.towers_run(cfg, bool(setup.vectors)) + ["head"] * uses_head(cfg.loss)
@@ -180,7 +193,7 @@ def _elements_run(cfg: RunConfig, setup: RunSetup) -> int:
 
 
 def _loss(cfg: RunConfig, setup: RunSetup, clips: int) -> tuple[float, float]:
-    """Count bytes of (features gathered from all ranks, tiles of their products) for so many clips of this rank."""
+    """Count bytes of (features gathered from all ranks, tiles of their products) for `clips` clips of this rank."""
     total, dim = clips * collectives.world_size(), setup.model.clip_config["embed_dim"]
     names = objective.required_features(cfg.loss)
     if isinstance(setup.model.head, LocalToLocal) and cfg.loss.tm:
@@ -245,7 +258,7 @@ def _audio(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
 def _blocks(
     cfg: RunConfig, setup: RunSetup, tower: Any, tokens: int, first_only: bool = False, masked: bool = False
 ) -> Pass:
-    """Count of a tower's, or a head's, blocks over so many tokens.
+    """Count of a tower's, or a head's, blocks over `tokens` tokens.
 
     first_only: the last block gives each sequence's first output alone. masked: attention's output is there twice.
     """

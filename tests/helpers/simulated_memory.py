@@ -144,6 +144,18 @@ def as_on_cuda():
         contrastive.TILE["cpu"], fusion.TOKENS["cpu"], torch.nn.functional.scaled_dot_product_attention = before
 
 
+@contextlib.contextmanager
+def fake_ranks(world):
+    """Be rank 0 of `world` ranks, in the block, of which the others send nothing."""
+    if world > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
 class Engine:
     """Stands in for DeepSpeed 0.19's engine as far as a device's memory goes: runtime/zero/stage_1_and_2.py, stage3.py."""
 
@@ -157,7 +169,7 @@ class Engine:
         self.groups = [group["params"] for group in parameter_groups(self.module, {})]
         self.trained = [p for group in self.groups for p in group]
         self.dtype = self.trained[0].dtype
-        self.buckets, self.filled, self.partition = [], 0, None
+        self.buckets, self.filled, self.partition, self.accumulated = [], 0, None, None
         for parameter in self.trained:
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
         share = self._share(self.trained) if self.stage else sum(p.numel() for p in self.trained)
@@ -187,6 +199,9 @@ class Engine:
         self._reduce()
         if self.stage in (1, 2) and (self.stage == 2 or self.at_boundary()):
             self.buckets = []
+        if self.stage == 2:  # the next micro-batch has a partition of its own, which is added
+            self.accumulated = self.partition if self.accumulated is None else self.accumulated
+            self.partition = None
 
     def at_boundary(self):
         """Tell whether the optimizer steps after this micro-batch."""
@@ -210,15 +225,24 @@ class Engine:
         self.filled += parameter.numel()
         if parameter.numel() > self.bucket_size:
             self._reduce()  # a gradient that no bucket holds is reduced where it is
-        parameter.grad = None
+        if self.contiguous:
+            parameter.grad = None
 
     def _reduce(self):
         """Reduce the bucket's gradients in a copy (one rank needs none), and keep the rank's part of them."""
         if self.filled and (self.world > 1 or not self.contiguous):
-            self.sim.empty(self.filled, dtype=self.dtype)
-        if self.filled and self.partition is None and not self.offload:
-            self.partition = self.sim.empty(self._share(self.trained), dtype=self.dtype)
+            self.sim.empty(min(self.filled, self.bucket_size), dtype=self.dtype)
+        if self.filled and self.partition is None and self.contiguous and not self.offload:
+            self.partition = self.sim.empty(sum(map(self._touched, self.groups)), dtype=self.dtype)
         self.filled = 0
+
+    def _touched(self, group):
+        """Count the elements of the parameters that rank 0's part of a group touches."""
+        share, start, touched = self._share(group), 0, 0
+        for parameter in group:
+            touched += parameter.numel() * (start < share)
+            start += parameter.numel()
+        return touched
 
     def step(self):
         self.micro += 1
@@ -227,6 +251,9 @@ class Engine:
         self.sim.phase = "step"
         if self.stage == 0 and self.world > 1:  # gradients are all-reduced in copies
             self.sim.empty(min(sum(p.numel() for p in self.trained), 500_000_000), dtype=self.dtype)
+        if self.stage and not self.offload:  # the norm is computed in fp64, one parameter at a time
+            largest = max(min(p.numel(), self._share(group)) for group in self.groups for p in group)
+            self.sim.empty(largest, dtype=torch.float64)
         for group in self.groups:
             if self.stage and not self.offload:
                 flat = self.sim.empty(self._share(group), dtype=self.dtype)
@@ -235,6 +262,7 @@ class Engine:
         if self.stage == 0:
             gradients = [self.sim.empty(p.numel()) for p in self.trained]
             del gradients
+        self.partition = self.accumulated = None
         for parameter in self.trained:
             parameter.grad = None
 
@@ -293,7 +321,7 @@ class Step:
     """Holds a simulated step: what was set up, its micro-batches, and what was counted."""
 
     def __init__(self, clips, world, *words, vectors=True, even=False, ds="ds", zero=None, layers=0, dtype="bf16"):
-        """Simulate rank 0 of `world`, each with so many clips.
+        """Simulate rank 0 of `world`, each with `clips` clips.
 
         words: settings. even: clips of equal lengths. ds: of configs/deepspeed; zero: settings of ZeRO beside those there.
         """
@@ -315,11 +343,5 @@ class Step:
     @contextlib.contextmanager
     def as_rank(self):
         """Be rank 0 of the step's ranks, on CUDA, in the block."""
-        if self.world > 1:
-            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.world)
-        try:
-            with as_on_cuda():
-                yield
-        finally:
-            if self.world > 1:
-                dist.destroy_process_group()
+        with fake_ranks(self.world), as_on_cuda():
+            yield

@@ -5,12 +5,12 @@ import hashlib
 import tracemalloc
 
 import pytest
-from simulated_memory import Step
+import torch
+from simulated_memory import Simulation, Step, fake_ranks
 
 from clip4vla.data.sampler import TrainSampler
 from clip4vla.data.shards import Shard
-from clip4vla.losses import objective
-from clip4vla.losses.contrastive import TILE
+from clip4vla.losses import contrastive, objective
 from clip4vla.training import flops, memory
 
 RECOMPUTED = "train.activation_checkpointing=true"
@@ -41,6 +41,7 @@ PRETRAINING = [
     case(256, 1, RECOMPUTED, zero=ALONE, layers=3),
     case(256, 1024),
     case(256, 1024, RECOMPUTED, layers=3),
+    case(32, 4096, layers=1),
     case(4096, 64, *ONE_TERM, RECOMPUTED, layers=2),
     case(4096, 64, *ONE_TERM, layers=2),
     case(4, 1, zero=ALONE, layers=3),
@@ -110,8 +111,19 @@ def test_many_ranks_send_what_is_counted_and_hold_no_matrix_of_all_pairs(clips, 
     assert features == dict.fromkeys(objective.required_features(step.cfg.loss), (clips, dim))
     assert step.losses["loss"].shape == ()
     assert step.sim.sent == objective.bytes_sent(step.cfg.loss, clips, total, dim)
-    assert step.sim.largest["loss"] == max(len(features) * total * dim, TILE["cuda"])  # gathered features, or a tile
+    assert step.sim.largest["loss"] == max(
+        len(features) * total * dim, contrastive.TILE["cuda"]
+    )  # gathered features, or a tile
     assert max(step.sim.largest.values()) < total**2 / 10
+
+
+def test_scores_of_all_pairs_take_what_is_counted_for_a_pair():
+    clips, world = 8, 512
+    sim, valid = Simulation(), torch.ones(clips, dtype=torch.bool)
+    with fake_ranks(world), sim:
+        scores, scale = sim.empty(clips, clips * world).requires_grad_(), sim.empty(1)
+        contrastive.nce_from_scores(scores, scale, valid).sum().backward()
+    assert memory.PAIR * (clips * world) ** 2 == pytest.approx(sim.peak, rel=0.1)
 
 
 def test_a_rank_keeps_half_a_kilobyte_of_a_shard_in_memory_whatever_the_number_of_ranks():
