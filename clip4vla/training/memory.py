@@ -29,8 +29,7 @@ from clip4vla.models.towers import pools_first, token_mask
 from clip4vla.training import engine, flops, train_step
 from clip4vla.training.run_setup import RunSetup
 
-# Activations, in widths of a token. A block keeps the inputs and outputs of norms and attention, and those of the MLP's
-# activation; of a vector that is its own, an output is there twice
+# Activations, in widths of a token. A block keeps inputs and outputs of norms, attention and the MLP's activation
 BLOCK = 16
 LAST_BLOCK = 5  # kept by one that gives the first token's output alone: input, norm, the norm's copy, key and value
 FORWARD = 15  # made on the way through a block without gradient
