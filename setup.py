@@ -8,7 +8,13 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "wandb>=0.20", "tqdm"]
 PAGES = ["matplotlib", "soundfile>=0.12", "cairosvg>=2.7", "fsspec"]  # shards and files, seen and heard in a page
-PEERS = ["librosa>=0.11", "opencv-python-headless>=4.10", "scikit-video", "threadpoolctl"]  # of launch/bench.py
+PEERS = [
+    "librosa>=0.11",
+    "opencv-python-headless>=4.10",
+    "scikit-video",
+    "threadpoolctl",
+    "packaging",
+]  # of launch/bench.py
 SERVER = ["moto[s3]>=5", "flask", "flask-cors"]  # an S3 server on loopback; moto[server] would bring 25 more
 
 setup(

@@ -25,7 +25,7 @@ EXTRAS = {  # setup.py's, by the names that are imported
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "s3": ("s3fs",),
     "hf": ("pyarrow", "datasets"),
-    "bench": ("librosa", "cv2", "threadpoolctl"),
+    "bench": ("librosa", "cv2", "threadpoolctl", "packaging"),
 }
 UNUSED = ("timm", "transformers")  # open_clip imports them where they are installed; towers.py takes no tower of theirs
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)

@@ -113,6 +113,7 @@ class _InfoNCE(torch.autograd.Function):
             # every logit is scale times a product of two features: summed over ranks, each pair is counted from both sides
             products = sum(_row_dots(x, grad).sum() for x, grad in zip(local, feature_grads, strict=True))
             scale_grad = products / (2 * scale)
+        del ctx.terms  # gathered features, which would stay as long as the loss does; backward works once
         return scale_grad, None, None, *feature_grads
 
 

@@ -113,6 +113,8 @@ class Model(nn.Module):
             if name not in wanted:
                 raise UserError(f"model.freeze_layers: {name!r} is none of the towers of model.trainable_towers")
             towers.freeze_first(self.audio.trunk if name == "audio" else getattr(self, name), blocks, name)
+            if name == "audio":  # type tokens enter with the patches: else the gradient would pass the frozen blocks
+                self.audio.type_embedding.requires_grad_(False)
         self.logit_scale.requires_grad_(self.cfg.learn_temperature)
 
     def encode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

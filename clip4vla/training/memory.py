@@ -11,6 +11,7 @@ A step takes the most in its forward pass, in the loss, in the backward pass, or
 them. tests/training/test_sizes.py holds the largest to 5% of steps simulated at full size.
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -28,15 +29,16 @@ from clip4vla.models.towers import pools_first, token_mask
 from clip4vla.training import engine, flops, train_step
 from clip4vla.training.run_setup import RunSetup
 
-# Activations, in widths of a token. Kept by a block: inputs and outputs of norms and attention, and of the MLP, where
-# QuickGELU, x * sigmoid(1.702 x), keeps the sigmoid too
-AROUND_MLP, MLP, QUICK_MLP = 8, 8, 12
+# Activations, in widths of a token. A block keeps inputs and outputs of norms, attention and the MLP's activation
+BLOCK = 16
 LAST_BLOCK = 5  # kept by one that gives the first token's output alone: input, norm, the norm's copy, key and value
 FORWARD = 15  # made on the way through a block without gradient
-BACKWARD = -4  # made on the way through a block's backward pass, beside as many as its MLP keeps
+BACKWARD, QUICK_BACKWARD = 5, 9  # made on the way through a block's MLP, backward; QuickGELU multiplies its input again
+LAST_BACKWARD = 4  # made by that of the last block, beside what it keeps: gradients of key and value, twice
 POOLED = 12  # around a head's blocks: dropout, sums with embeddings, and fp32 vectors that are pooled
-TILES = 3  # of a similarity matrix, fp32, that are there at once
-PAIR = 24  # bytes of a pair of the global batch where a head scores them: logits, masks, gradients
+# bytes of a pair of clips whose scores are there: logits with and without a mask, their exp or the scores, the mask. Of a tile
+# that is where torch.compile has no compiler; what it makes of losses/tiles.py takes 4
+PAIR = 13
 # MiB outside of torch's allocator on a GPU; a dry run shows beside them what is really taken
 CONTEXT = 600  # CUDA's context with the kernels of torch, cuBLAS and cuDNN
 NCCL = 400  # a communicator's buffers: up to 32 channels, of 4 MiB and more to each neighbour
@@ -96,7 +98,14 @@ def _lasting(setup: RunSetup) -> float:
     world, stage, width = collectives.world_size(), setup.stage, setup.width
     weights = flops.elements(setup.model) * width / (world if stage == 3 else 1)
     moments = flops.elements(setup.model, trained=True) * (12 if width == 2 or stage else 8) / (world if stage else 1)
-    return weights * (not _offloads(setup, "param")) + moments * (not _offloads(setup, "optimizer"))
+    sums = flops.elements(setup.model, trained=True) * 4 if _sums_whole(setup) else 0
+    return weights * (not _offloads(setup, "param")) + moments * (not _offloads(setup, "optimizer")) + sums
+
+
+def _sums_whole(setup: RunSetup) -> bool:
+    """Tell whether each rank sums whole gradients in fp32, as DeepSpeed's BF16_Optimizer does under ZeRO-1."""
+    sums = setup.ds.get("data_types", {}).get("grad_accum_dtype")
+    return setup.precision == "bf16" and setup.stage == 1 and sums == "fp32" and not _offloads(setup, "optimizer")
 
 
 def _offloads(setup: RunSetup, what: str) -> bool:
@@ -120,16 +129,17 @@ def moments(cfg: RunConfig, setup: RunSetup, micros: list[Batch]) -> list[Memory
         ("forward pass", resident, forward, zero.waiting, 0.0),
         ("loss", resident, 0.0 if alone else kept[-1], zero.waiting, max(2 * gathered, gathered + tiles)),
     ]
-    gathered *= 0 if alone else len(micros)  # a loss holds it until the step is over
     done, trained = 0, sum(p.trained for p in passes)
     for i, p in reversed(list(enumerate(passes))):
-        gradients = max(zero.earlier, zero.growing * done / max(1, trained)) if zero.growing else zero.reduced
-        rows.append(("backward pass", zero.lasting + gradients, kept[i + 1] + p.backward, zero.buckets, gathered))
+        gradients = max(zero.earlier, zero.growing * done / max(1, trained))
+        if done and not zero.growing:
+            gradients = zero.reduced
+        rows.append(("backward pass", zero.lasting + gradients, kept[i + 1] + p.backward, zero.buckets, 0.0))
         done += p.trained
     last = float(zero.largest)  # a gradient beside those in the buckets
-    rows.append(("backward pass", zero.lasting + max(zero.growing, zero.reduced), last, zero.buckets, gathered))
-    rows.append(("backward pass", zero.lasting + zero.reduced, last, zero.buckets + zero.sent, gathered))
-    rows.append(("optimizer's step", zero.lasting + zero.stepping, 0.0, zero.waiting, gathered))
+    rows.append(("backward pass", zero.lasting + max(zero.growing, zero.reduced), last, zero.buckets, 0.0))
+    rows.append(("backward pass", zero.lasting + zero.reduced, last, zero.buckets + zero.sent, 0.0))
+    rows.append(("optimizer's step", zero.lasting + zero.stepping, 0.0, zero.waiting, 0.0))
     runtime = _runtime(cfg, setup, inputs)
     return [Memory(name, held, inputs + acts, buckets, more, runtime) for name, held, acts, buckets, more in rows]
 
@@ -145,15 +155,17 @@ def _zero(cfg: RunConfig, setup: RunSetup) -> _State:
     several = cfg.train.gradient_accumulation_steps > 1
     trained = flops.elements(setup.model, trained=True)
     own = trained * (4 if setup.ds.get("data_types", {}).get("grad_accum_dtype") == "fp32" else width)
-    groups = engine.parameter_groups(setup.model, {})
-    group = max(sum(math.prod(flops.shape(p)) for p in group["params"]) for group in groups) / world
+    groups = [[math.prod(flops.shape(p)) for p in g["params"]] for g in engine.parameter_groups(setup.model, {})]
+    group, largest = max(map(sum, groups)) / world, max(map(max, groups)) * width
     bucket = int(zero.get("reduce_bucket_size", 5e8)) * width
-    largest = max(math.prod(flops.shape(p)) for p in setup.model.parameters() if p.requires_grad) * width
     contiguous = zero.get("contiguous_gradients", True)
     sent = min(bucket, own) * (3 if setup.ds.get("communication_data_type") == "fp32" else 1)
     sent *= world > 1 or not contiguous
     copied = group * (width + 4) if width == 2 else group * 4  # a group's gradients side by side, and in fp32
     lasting, part = _lasting(setup), own / world
+    if _sums_whole(setup):  # beside bf16 gradients that stay; reduced in copies of up to 500 million
+        own, sent = trained * width, 4 * min(trained, 500_000_000)
+        return _State(lasting, own, own, own, own, 0, 0, sent, largest)
     if setup.stage == 0:
         return _State(lasting, own * several, own, own, own + trained * 4 * (width == 2), 0, 0, sent, largest)
     if setup.stage == 3:
@@ -162,6 +174,7 @@ def _zero(cfg: RunConfig, setup: RunSetup) -> _State:
         return _State(
             lasting + fetched * width, part, part, 0, part + copied * (part > 0), bucket, bucket, sent, largest
         )
+    part = sum(map(_touched, groups)) * own / trained
     buckets = bucket * contiguous * (2 if zero.get("overlap_comm") else 1)
     if _offloads(setup, "optimizer"):  # gradients go to the CPU, through memory for the largest parameter's
         return _State(lasting + largest, 0, 0, 0, 0, 0, buckets, sent, largest)
@@ -173,6 +186,13 @@ def _zero(cfg: RunConfig, setup: RunSetup) -> _State:
     return _State(lasting, own * several, reduced, own, part + copied, buckets * several, buckets, sent, largest)
 
 
+def _touched(sizes: list[int]) -> int:
+    """Count the elements of those of a group's parameters that lie in this rank's part of it, wholly or not."""
+    part = -(-sum(sizes) // collectives.world_size())
+    start, ends = collectives.rank() * part, itertools.accumulate(sizes)
+    return sum(size for size, end in zip(sizes, ends, strict=True) if start < end and end - size < start + part)
+
+
 def _elements_run(cfg: RunConfig, setup: RunSetup) -> int:
     """Count the parameters of what a step runs."""
     run = flops.towers_run(cfg, bool(setup.vectors)) + ["head"] * uses_head(cfg.loss)
@@ -180,7 +200,7 @@ def _elements_run(cfg: RunConfig, setup: RunSetup) -> int:
 
 
 def _loss(cfg: RunConfig, setup: RunSetup, clips: int) -> tuple[float, float]:
-    """Count bytes of (features gathered from all ranks, tiles of their products) for so many clips of this rank."""
+    """Count bytes of (features gathered from all ranks, tiles of their products) for `clips` clips of this rank."""
     total, dim = clips * collectives.world_size(), setup.model.clip_config["embed_dim"]
     names = objective.required_features(cfg.loss)
     if isinstance(setup.model.head, LocalToLocal) and cfg.loss.tm:
@@ -188,7 +208,7 @@ def _loss(cfg: RunConfig, setup: RunSetup, clips: int) -> tuple[float, float]:
     if not names:
         return 0.0, 0.0
     gathered = 4 * total * dim * len(names) * (collectives.world_size() > 1)
-    return float(gathered), float(TILES * 4 * min(clips * total, contrastive.TILE[setup.device.type]))
+    return float(gathered), float(PAIR * min(clips * total, contrastive.TILE[setup.device.type]))
 
 
 def _runtime(cfg: RunConfig, setup: RunSetup, inputs: float) -> float:
@@ -222,8 +242,8 @@ def _vision(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     tokens = len(micro.frames) * (math.prod(tower.grid_size) + 1)
     blocks = _blocks(cfg, setup, tower, tokens, first_only)
     pixels = numbers * setup.width
-    kept = blocks.kept + pixels * tower.conv1.weight.requires_grad
-    return blocks._replace(kept=kept, forward=max(8 * numbers, blocks.forward + pixels))
+    patches = pixels * tower.conv1.weight.requires_grad  # kept for its gradient
+    return blocks._replace(kept=blocks.kept + patches, forward=max(8 * numbers, blocks.forward + pixels + patches))
 
 
 def _audio(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
@@ -238,14 +258,15 @@ def _audio(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     blocks = _blocks(cfg, setup, tower, tokens, first_only, masked=cfg.model.audio_span == "clip")
     numbers = math.prod(micro.segments.shape)
     pixels = numbers * len(extra) * setup.width
-    kept = blocks.kept + pixels * tower.conv1.weight.requires_grad
-    return blocks._replace(kept=kept, forward=blocks.forward + pixels + 4 * numbers * (1 + 2 * len(extra)))
+    kept = pixels * tower.conv1.weight.requires_grad
+    forward = blocks.forward + kept + pixels + 4 * numbers * (1 + 2 * len(extra))
+    return blocks._replace(kept=blocks.kept + kept, forward=forward)
 
 
 def _blocks(
     cfg: RunConfig, setup: RunSetup, tower: Any, tokens: int, first_only: bool = False, masked: bool = False
 ) -> Pass:
-    """Count of a tower's, or a head's, blocks over so many tokens.
+    """Count of a tower's, or a head's, blocks over `tokens` tokens.
 
     first_only: the last block gives each sequence's first output alone. masked: attention's output is there twice.
     """
@@ -254,20 +275,18 @@ def _blocks(
     trained = flops.elements(tower, trained=True)
     first: Any = blocks[0]
     one = float(first.attn.embed_dim * setup.width * tokens)  # one width
-    if not trained:
-        return Pass(0.0, FORWARD * one, 0.0, 0)
+    if not learning:
+        return Pass(0.0, FORWARD * one, 0.0, trained)
     quick = any(isinstance(module, QuickGELU) for module in first.modules())
-    mlp = QUICK_MLP if quick else MLP
-    each = (AROUND_MLP + masked + mlp) * one + (
-        4 * first.attn.num_heads + 16
-    ) * tokens  # statistics of softmax and norms are fp32
+    way = (QUICK_BACKWARD if quick else BACKWARD) * one
+    each = (BLOCK + masked) * one + (4 * first.attn.num_heads + 16) * tokens  # statistics of softmax and norms are fp32
     last, after = (LAST_BLOCK * one, 0.0) if first_only else (each, 2 * one)
-    way = (mlp + BACKWARD) * one
     if cfg.train.activation_checkpointing and tower is not setup.model.head:
         kept = (1 + len(learning)) * one + after
-        return Pass(kept, kept + each, each - one + way - after, trained)
+        return Pass(kept, kept + (FORWARD - 1) * one, each - 2 * one + way - after, trained)
     kept = one + (len(learning) - 1) * each + last + after
-    return Pass(kept, kept + 2 * one, way - (last if first_only else after), trained)  # keys and values are there twice
+    back = LAST_BACKWARD * one if first_only else way - after
+    return Pass(kept, kept + 2 * one, back, trained)  # keys and values are there twice
 
 
 def _head(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:

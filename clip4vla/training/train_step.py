@@ -56,11 +56,13 @@ def _step_per_micro_batch(
     parts, losses = [], []
     for micro in micros:
         features = _embed(run, micro, cfg)
-        losses.append(compute_losses(features, micro.labels(), cfg.loss, cfg.model.modalities, taught))
-        run.backward(losses[-1]["loss"])
+        values = compute_losses(features, micro.labels(), cfg.loss, cfg.model.modalities, taught)
+        run.backward(values["loss"])
         run.step()
+        losses.append({name: value.detach() for name, value in values.items()})
         parts.append({name: value.detach() for name, value in features.items()})
-    return {name: torch.stack([x[name].detach() for x in losses]).mean(0) for name in losses[0]}, _joined(parts)
+        del features, values  # and their graph, before the next is made
+    return {name: torch.stack([x[name] for x in losses]).mean(0) for name in losses[0]}, _joined(parts)
 
 
 def _embed(run: Any, micro: Batch, cfg: RunConfig) -> dict[str, Tensor]:

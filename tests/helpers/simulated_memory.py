@@ -1,16 +1,19 @@
 """One training step of one rank at full size, without its memory: tensors of floats are fake, whole numbers are real.
 
 The real train_step.step runs. Fake tensors have a shape and a storage of no bytes; since indices, masks and lengths are real,
-code whose shapes depend on them runs as on a GPU. The device is called cpu, as autograd's CUDA threads need a driver; tile
-sizes, masks and attention kernels are those of CUDA. Counted are the bytes of the storages that are alive, in blocks of 512
-as CUDA's allocator has them, FLOPs by torch's formulas, and the bytes that the rank passes into collectives.
+code whose shapes depend on them runs as on a GPU. The device is called cpu, as autograd's CUDA threads need a driver; settings
+of DeepSpeed, tile sizes, masks and attention kernels are those of CUDA. The losses run uncompiled, which takes more than what
+torch.compile makes of them. Counted are the bytes of the storages that are alive, in blocks of 512 as CUDA's allocator has them,
+FLOPs by torch's formulas, and the bytes that the rank passes into collectives.
 """
 
 import contextlib
 import weakref
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from forks import ROOT
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -26,7 +29,7 @@ from clip4vla.models import fusion
 from clip4vla.models.model import Model
 from clip4vla.models.towers import resolve_clip_config
 from clip4vla.training import train_step
-from clip4vla.training.engine import parameter_groups, read_ds_config
+from clip4vla.training.engine import merge_ds_config, parameter_groups, read_ds_config
 from clip4vla.training.run_setup import RunSetup
 
 CLIP = "ViT-B-32-quickgelu/openai"
@@ -134,14 +137,28 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 
 @contextlib.contextmanager
 def as_on_cuda():
-    """Give the CPU, in the block, the tile sizes and attention kernels of CUDA."""
-    before = contrastive.TILE["cpu"], fusion.TOKENS["cpu"], torch.nn.functional.scaled_dot_product_attention
-    contrastive.TILE["cpu"], fusion.TOKENS["cpu"] = contrastive.TILE["cuda"], fusion.TOKENS["cuda"]
-    torch.nn.functional.scaled_dot_product_attention = attention
+    """Give the CPU, in the block, the tile sizes and attention kernels of CUDA, and what tells engine.py that it is one."""
+    with contextlib.ExitStack() as patches:
+        for part, name, value in (
+            (contrastive, "TILE", {"cpu": contrastive.TILE["cuda"]}),
+            (fusion, "TOKENS", {"cpu": fusion.TOKENS["cuda"]}),
+            (torch.nn.functional, "scaled_dot_product_attention", attention),
+            (type(get_accelerator()), "is_synchronized_device", lambda self: False),
+        ):
+            patches.enter_context(patch.object(part, name, value))
+        yield
+
+
+@contextlib.contextmanager
+def fake_ranks(world):
+    """Be rank 0 of `world` ranks, in the block, of which the others send nothing."""
+    if world > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         yield
     finally:
-        contrastive.TILE["cpu"], fusion.TOKENS["cpu"], torch.nn.functional.scaled_dot_product_attention = before
+        if world > 1:
+            dist.destroy_process_group()
 
 
 class Engine:
@@ -157,8 +174,12 @@ class Engine:
         self.groups = [group["params"] for group in parameter_groups(self.module, {})]
         self.trained = [p for group in self.groups for p in group]
         self.dtype = self.trained[0].dtype
-        self.buckets, self.filled, self.partition = [], 0, None
-        for parameter in self.trained:
+        self.sent_as = torch.float32 if setup.ds.get("communication_data_type") == "fp32" else self.dtype
+        self.buckets, self.filled, self.partition, self.accumulated = [], 0, None, None
+        # DeepSpeed's BF16_Optimizer: each rank has whole gradients, and their sums in fp32; no hooks, no buckets
+        whole = self.stage == 1 and setup.ds.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+        self.sums = [sim.empty(sum(p.numel() for p in group)) for group in self.groups * whole]
+        for parameter in self.trained * (not whole):
             parameter.register_post_accumulate_grad_hook(self._on_gradient)
         share = self._share(self.trained) if self.stage else sum(p.numel() for p in self.trained)
         self.state = [] if self.offload else [sim.empty(share) for _ in range(3)]
@@ -181,12 +202,19 @@ class Engine:
     def backward(self, loss):
         self.sim.phase = "backward"
         loss.backward()
+        if self.sums:
+            if self.at_boundary():
+                self.sim.empty(min(sum(x.numel() for x in self.sums), 500_000_000))  # reduced in a copy
+            return
         if self.stage == 1 and not self.overlap and self.at_boundary():
             for parameter in self.trained:
                 self._into_bucket(parameter)
         self._reduce()
         if self.stage in (1, 2) and (self.stage == 2 or self.at_boundary()):
             self.buckets = []
+        if self.stage == 2:  # the next micro-batch has a partition of its own, which is added
+            self.accumulated = self.partition if self.accumulated is None else self.accumulated
+            self.partition = None
 
     def at_boundary(self):
         """Tell whether the optimizer steps after this micro-batch."""
@@ -210,21 +238,34 @@ class Engine:
         self.filled += parameter.numel()
         if parameter.numel() > self.bucket_size:
             self._reduce()  # a gradient that no bucket holds is reduced where it is
-        parameter.grad = None
+        if self.contiguous:
+            parameter.grad = None
 
     def _reduce(self):
         """Reduce the bucket's gradients in a copy (one rank needs none), and keep the rank's part of them."""
         if self.filled and (self.world > 1 or not self.contiguous):
-            self.sim.empty(self.filled, dtype=self.dtype)
-        if self.filled and self.partition is None and not self.offload:
-            self.partition = self.sim.empty(self._share(self.trained), dtype=self.dtype)
+            sent = min(self.filled, self.bucket_size)
+            copies = [self.sim.empty(sent, dtype=dtype) for dtype in {self.dtype, self.sent_as}]
+            del copies
+        if self.filled and self.partition is None and self.contiguous and not self.offload:
+            self.partition = self.sim.empty(sum(map(self._touched, self.groups)), dtype=self.dtype)
         self.filled = 0
+
+    def _touched(self, group):
+        """Count the elements of the parameters that rank 0's part of a group touches."""
+        share, start, touched = self._share(group), 0, 0
+        for parameter in group:
+            touched += parameter.numel() * (start < share)
+            start += parameter.numel()
+        return touched
 
     def step(self):
         self.micro += 1
         if self.micro < self.micros:
             return
         self.sim.phase = "step"
+        if self.sums:  # which stay, and so do the gradients: both are set to 0
+            return
         if self.stage == 0 and self.world > 1:  # gradients are all-reduced in copies
             self.sim.empty(min(sum(p.numel() for p in self.trained), 500_000_000), dtype=self.dtype)
         for group in self.groups:
@@ -235,6 +276,7 @@ class Engine:
         if self.stage == 0:
             gradients = [self.sim.empty(p.numel()) for p in self.trained]
             del gradients
+        self.partition = self.accumulated = None
         for parameter in self.trained:
             parameter.grad = None
 
@@ -283,7 +325,8 @@ def built_model(sim, cfg, dtype, layers):
                 module._parameters[name] = torch.nn.Parameter(empty, requires_grad=value.requires_grad)
         for name, value in module._buffers.items():
             if value is not None:
-                module._buffers[name] = sim.empty(value.shape, dtype=dtype)
+                kind = dtype if value.is_floating_point() else value.dtype
+                module._buffers[name] = sim.empty(value.shape, dtype=kind)
     for tower in (model.text, model.vision, model.audio.trunk):
         tower.transformer.grad_checkpointing = cfg.train.activation_checkpointing
     return model
@@ -293,18 +336,23 @@ class Step:
     """Holds a simulated step: what was set up, its micro-batches, and what was counted."""
 
     def __init__(self, clips, world, *words, vectors=True, even=False, ds="ds", zero=None, layers=0, dtype="bf16"):
-        """Simulate rank 0 of `world`, each with so many clips.
+        """Simulate rank 0 of `world`, each with `clips` clips.
 
         words: settings. even: clips of equal lengths. ds: of configs/deepspeed; zero: settings of ZeRO beside those there.
         """
-        self.cfg = load(RunConfig, None, [f"model.clip={CLIP}", f"train.batch_size={clips * world}", *words])
+        self.cfg = load(
+            RunConfig,
+            None,
+            [f"model.clip={CLIP}", f"train.batch_size={clips * world}", f"train.precision={dtype}", *words],
+        )
         self.cfg.model.labels = ["a", "b"] if self.cfg.model.head == "classifier" else []
         self.world, self.sim, parts = world, Simulation(), self.cfg.train.gradient_accumulation_steps
         settings, _ = read_ds_config(str(ROOT / f"configs/deepspeed/{ds}.json"))
         settings["zero_optimization"] |= zero or {}
-        settings |= {kind: {"enabled": kind == dtype} for kind in ("bf16", "fp16")}
         model = built_model(self.sim, self.cfg, torch.float32 if dtype == "fp32" else torch.bfloat16, layers)
-        self.setup = RunSetup(torch.device("cpu"), [], settings, None, model, "", [object()] if vectors else None)
+        with self.as_rank():
+            ds = merge_ds_config(settings, ds, self.cfg)
+        self.setup = RunSetup(torch.device("cpu"), [], ds, None, model, "", [object()] if vectors else None)
         with self.as_rank(), self.sim:
             self.sim.track(list(model.parameters()))
             dim = model.clip_config["embed_dim"]
@@ -315,11 +363,5 @@ class Step:
     @contextlib.contextmanager
     def as_rank(self):
         """Be rank 0 of the step's ranks, on CUDA, in the block."""
-        if self.world > 1:
-            dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=self.world)
-        try:
-            with as_on_cuda():
-                yield
-        finally:
-            if self.world > 1:
-                dist.destroy_process_group()
+        with fake_ranks(self.world), as_on_cuda():
+            yield

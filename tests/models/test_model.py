@@ -22,6 +22,8 @@ from clip4vla.models.audio_encoder import AudioEncoder, type_token_weights
 from clip4vla.models.model import Model, pool
 from clip4vla.training.run_setup import build_model
 
+TOWERS = ("text", "vision", "audio")
+
 
 def test_audio_tower_from_vision_gives_the_vision_towers_output_without_type_token():
     vision = towers.build_clip(TINY).visual.eval()
@@ -52,9 +54,9 @@ def test_type_token_masked_out_of_attention_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_vectors_and_gradients_are_those_of_open_clips_vision_tower(vision, recompute):
     """Though the last block gives the output at [CLS] alone where only that is pooled."""
-    tower = towers.build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | vision}).visual
+    tower = towers.build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | vision}).visual.double()
     tower.transformer.grad_checkpointing = recompute
-    pictures, side = torch.randn(3, 3, 224, 224), torch.randn(3, tower.output_dim)
+    pictures, side = torch.randn(3, 3, 224, 224).double(), torch.randn(3, tower.output_dim).double()
     assert towers.pools_first(tower) == (not vision)
     results = []
     for encode in (tower, lambda pictures: towers.encode_images(tower, pictures)):
@@ -62,7 +64,26 @@ def test_vectors_and_gradients_are_those_of_open_clips_vision_tower(vision, reco
         vectors = encode(pictures)
         (vectors * side).sum().backward()
         results.append((vectors, {name: p.grad.clone() for name, p in tower.named_parameters()}))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+def test_frozen_first_blocks_keep_nothing_for_the_backward_pass():
+    """All that is added below them is frozen too, [CLS], positions and type tokens."""
+    model = Model(
+        TINY,
+        ModelConfig(trainable_towers="text+vision+audio", freeze_layers=dict.fromkeys(TOWERS, 1)),
+        SpectrogramConfig(),
+    )
+    model.freeze()
+    reached = []
+    for tower in (model.text, model.vision, model.audio.trunk):
+        for block in tower.transformer.resblocks:
+            block.ln_1.register_forward_hook(lambda norm, inputs, out: reached.append(inputs[0].requires_grad))
+    model.encode_tokens(torch.ones(1, 5, dtype=torch.int64))
+    model.encode_frames(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+    model.encode_segments(torch.zeros(1, 1, 224, 224), type_token_weights("nb"))
+    assert reached == [False, False] * 3
+    assert all(any(p.requires_grad for p in getattr(model, name).parameters()) for name in TOWERS)
 
 
 @pytest.mark.parametrize("patch, channels", [((32, 32), 3), ((14, 14), 3), ((16, 224), 1), ((100, 60), 1)])

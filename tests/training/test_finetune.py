@@ -86,6 +86,7 @@ def test_learning_rates_by_tower_and_frozen_blocks(tuning, tmp_path):
         name for name in early if name.startswith(("text.token_", "text.positional", "text.transformer.resblocks.0."))
     }
     assert "audio.trunk.transformer.resblocks.0.ln_1.weight" in changed and "audio.trunk.conv1.weight" not in changed
+    assert "audio.type_embedding" not in changed
     assert {"head.score.weight", "head.encoder.type_embedding", "head.encoder.blocks.1.ln_1.weight"} <= changed
 
 

@@ -63,8 +63,12 @@ def test_a_dry_run_on_two_ranks_goes_on_from_a_checkpoint_and_writes_nothing(wor
     said = [float(number) for number in re.findall(r"(\d+\.\d\d)", page["disk"])]
     assert page["disk"].startswith("5 checkpoints") and said[:2] == pytest.approx([size, 5 * size], abs=0.006)
     assert page["batch"].startswith("the largest of 4: 6 clips")
-    peak, memory = (float(number) for number in re.findall(r"(\d+\.\d+)", page["measured"])[:2])
-    assert 0.1 < peak < memory
+    peak, there = (float(number) for number in re.findall(r"(\d+\.\d+)", page["measured"])[:2])
+    assert 0.1 < peak < there
+    parts = re.fullmatch(r"([\d.]+) GiB a rank, in the [a-z' ]+: (.*)", page["estimate"])
+    names, sizes = zip(*(part.split() for part in parts[2].split(", ")), strict=True)
+    assert names == ("state", "activations", "buckets", "gathered", "runtime")
+    assert float(parts[1]) == pytest.approx(sum(map(float, sizes)), abs=0.03)
     clips, step, read = (float(number) for number in re.findall(r"([\d.]+(?:e[+-]\d+)?) [cs]", page["speed"])[:3])
     assert clips == pytest.approx(12 / max(step, read), rel=0.01) and "for 18 steps" in page["time"]
     done = ranks(1, "launch/pretrain.py", *words, *more, "seed=5")

@@ -5,25 +5,23 @@ import hashlib
 import tracemalloc
 
 import pytest
-from simulated_memory import Step
+import torch
+from simulated_memory import Simulation, Step, as_on_cuda, fake_ranks
 
 from clip4vla.data.sampler import TrainSampler
 from clip4vla.data.shards import Shard
-from clip4vla.losses import objective
-from clip4vla.losses.contrastive import TILE
+from clip4vla.losses import contrastive, objective
 from clip4vla.training import flops, memory
 
 RECOMPUTED = "train.activation_checkpointing=true"
-IN_TWO, IN_EIGHT = "train.gradient_accumulation_steps=2", "train.gradient_accumulation_steps=8"
+IN_TWO, IN_EIGHT, IN_SIXTEEN = (f"train.gradient_accumulation_steps={n}" for n in (2, 8, 16))
 ALL_TOWERS = "model.trainable_towers=text+vision+audio"
 ONE_TERM = "loss.at=0", "loss.aa=0"
-OVERLAPPED = (("reduce_bucket_size", 25_000_000), ("overlap_comm", True))
-ALONE = (("reduce_bucket_size", 25_000_000), ("overlap_comm", False), ("contiguous_gradients", False))
-ONE_BUCKET = (("reduce_bucket_size", 500_000_000), ("overlap_comm", False))
+ONE_BUCKET = (("reduce_bucket_size", 500_000_000), ("contiguous_gradients", True))
 
 
 @functools.cache
-def simulated(clips, world, *words, zero=OVERLAPPED, **options):
+def simulated(clips, world, *words, zero=(), **options):
     return Step(clips, world, *words, zero=dict(zero), **options)
 
 
@@ -37,16 +35,20 @@ def case(clips, world, *words, **options):
 
 
 PRETRAINING = [
-    case(256, 1, zero=ALONE),
-    case(256, 1, RECOMPUTED, zero=ALONE, layers=3),
+    case(256, 1),
+    case(256, 1, RECOMPUTED, layers=3),
     case(256, 1024),
     case(256, 1024, RECOMPUTED, layers=3),
+    case(32, 4096, layers=1),
     case(4096, 64, *ONE_TERM, RECOMPUTED, layers=2),
     case(4096, 64, *ONE_TERM, layers=2),
-    case(4, 1, zero=ALONE, layers=3),
+    case(4, 1, layers=3),
     case(4, 1, RECOMPUTED, zero=ONE_BUCKET, layers=3),
     case(256, 8, IN_EIGHT, layers=2),
+    case(256, 8, IN_SIXTEEN, "train.negatives=micro", layers=1),
     case(64, 8, IN_TWO, "train.negatives=micro", layers=2),
+    case(64, 1024, IN_TWO, "train.negatives=micro", layers=1),
+    case(64, 8, "model.freeze_layers={audio: 2}", layers=4),
     case(256, 1, "model.clip=ViT-L-14", layers=3),
     case(64, 8, "model.clip=ViT-H-14", RECOMPUTED, layers=3),
     case(64, 8, "model.audio_span=clip", layers=3),
@@ -79,7 +81,7 @@ def test_memory_is_estimated_within_5_percent(clips, world, words, options):
 
 
 EVEN = [
-    case(256, 1, zero=ALONE),
+    case(256, 1),
     case(256, 1024),
     case(256, 1, "model.clip=ViT-L-14", layers=3),
     case(64, 8, "model.audio_pool=mean", layers=3),
@@ -110,8 +112,28 @@ def test_many_ranks_send_what_is_counted_and_hold_no_matrix_of_all_pairs(clips, 
     assert features == dict.fromkeys(objective.required_features(step.cfg.loss), (clips, dim))
     assert step.losses["loss"].shape == ()
     assert step.sim.sent == objective.bytes_sent(step.cfg.loss, clips, total, dim)
-    assert step.sim.largest["loss"] == max(len(features) * total * dim, TILE["cuda"])  # gathered features, or a tile
+    assert step.sim.largest["loss"] == max(
+        len(features) * total * dim, contrastive.TILE["cuda"]
+    )  # gathered features, or a tile
     assert max(step.sim.largest.values()) < total**2 / 10
+
+
+def test_tiles_of_similarities_take_what_is_counted_for_a_pair():
+    clips, world = 256, 1024
+    sim, valid = Simulation(), torch.ones(clips, dtype=torch.bool)
+    with fake_ranks(world), as_on_cuda(), sim:
+        a, b = (sim.empty(clips, 4).requires_grad_() for _ in range(2))
+        contrastive.info_nce(a, b, sim.empty(1), valid, torch.arange(clips)).sum().backward()
+    assert memory.PAIR * contrastive.TILE["cuda"] == pytest.approx(sim.peak, rel=0.1)
+
+
+def test_scores_of_all_pairs_take_what_is_counted_for_a_pair():
+    clips, world = 8, 512
+    sim, valid = Simulation(), torch.ones(clips, dtype=torch.bool)
+    with fake_ranks(world), sim:
+        scores, scale = sim.empty(clips, clips * world).requires_grad_(), sim.empty(1)
+        contrastive.nce_from_scores(scores, scale, valid).sum().backward()
+    assert memory.PAIR * (clips * world) ** 2 == pytest.approx(sim.peak, rel=0.1)
 
 
 def test_a_rank_keeps_half_a_kilobyte_of_a_shard_in_memory_whatever_the_number_of_ranks():
