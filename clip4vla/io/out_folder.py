@@ -1,0 +1,157 @@
+"""Write a folder at any fsspec URL as if it were local: in its place a local one, whose finished files are uploaded whole.
+
+What is at the URL is all that counts. In the local folder every file of the URL has a stand-in, a hole of its size, until
+pull() brings its bytes; so a program looks there for what is finished, and needs no second way for URLs.
+"""
+
+import contextlib
+import functools
+import os
+import posixpath
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clip4vla.errors import UserError, one_line
+from clip4vla.io import remote
+
+SLOWEST = 1e6  # bytes/s that an upload must reach not to be called hung
+PIECE = 2 << 20  # bytes of a request; remote.CONCURRENT of them are in memory at once
+AGAIN = "what is finished stays: start again when it answers"
+
+
+@dataclass(frozen=True)
+class OutFolder:
+    """Name a folder that is written, and the local one in its place; where `url` is a local path they are the same."""
+
+    url: str
+    local: Path
+    depth: int = 0  # folders between it and its files, or their .parts/
+
+    @property
+    def is_remote(self) -> bool:
+        """Tell whether files are uploaded."""
+        return "://" in self.url
+
+    def shown(self, path: Path) -> str:
+        """Return the path or URL that a local path stands for."""
+        return f"{self.url}/{path.relative_to(self.local).as_posix()}" if self.is_remote else str(path)
+
+    def refresh(self) -> None:
+        """Make a hole for each .tar, .json and .jsonl that is at the URL now; UserError if it cannot be listed."""
+        if not self.is_remote:
+            return
+        fs, root = self._opened()
+        fs.invalidate_cache()  # others write there
+        try:
+            files = remote.call(fs, "find", root, detail=True, cfg=remote.DEFAULT)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(f"{self.url}: cannot be listed: {error}; check the URL and the credentials") from None
+        ours = re.compile(rf"([^/]+/){{{self.depth}}}(\.parts/)?[^/]+\.(tar|jsonl?)(\.partial)?|[^/]+\.jsonl?")
+        for path, info in files.items():
+            name = path.removeprefix(f"{root}/")
+            if ours.fullmatch(name) and not {".", ".."} & {*name.split("/")}:  # an object store has such names, too
+                _make_hole(self.local / name, info["size"])
+
+    def pull(self, paths: Iterable[Path]) -> None:
+        """Put their bytes into those of the local files that are holes; UserError if they cannot be had."""
+        if not self.is_remote:
+            return
+        fs, root = self._opened()
+        sizes = {path: path.stat().st_size for path in paths if path.exists()}
+        pieces = [(path, at, min(size, at + PIECE)) for path, size in sizes.items() for at in range(0, size, PIECE)]
+        for first in range(0, len(pieces), remote.CONCURRENT):
+            some = pieces[first : first + remote.CONCURRENT]
+            names = [f"{root}/{self._name(path)}" for path, _, _ in some]
+            blobs = remote.read_ranges(fs, names, [start for _, start, _ in some], [end for _, _, end in some])
+            for (path, start, _), blob in zip(some, blobs, strict=True):
+                if isinstance(blob, BaseException):
+                    raise UserError(f"{self.shown(path)}: cannot be read: {remote.line(blob)}; {AGAIN}")
+                with path.open("r+b") as file:
+                    file.seek(start)
+                    file.write(blob)
+
+    def publish(self, path: Path, keep: bool = True) -> None:
+        """Upload a finished local file, which appears whole or not at all; without `keep` a hole of its size stays here.
+
+        Raises UserError if that cannot be done.
+        """
+        if not self.is_remote:
+            return
+        size = path.stat().st_size
+        with self._failing("written", path) as (fs, target):
+            aside = target if fs.async_impl else f"{target}.partial"  # object stores (all async) show whole files alone
+            if not fs.async_impl:
+                fs.makedirs(posixpath.dirname(target), exist_ok=True)
+            seconds = remote.DEFAULT.request_timeout + size / SLOWEST
+            remote.call(fs, "put_file", str(path), aside, cfg=remote.DEFAULT, seconds=seconds)
+            if aside != target:
+                _move(fs, aside, target)
+        if not keep:
+            _make_hole(path, size)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, here and at the URL, if it is here; UserError if that cannot be done."""
+        if self.is_remote and path.exists():
+            with self._failing("removed", path) as (fs, target), contextlib.suppress(FileNotFoundError):
+                remote.call(fs, "rm_file", target, cfg=remote.DEFAULT)
+        path.unlink(missing_ok=True)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.local).as_posix()
+
+    def _opened(self) -> tuple[Any, str]:
+        return _open(self.url, os.getpid())
+
+    @contextlib.contextmanager
+    def _failing(self, how: str, path: Path) -> Iterator[tuple[Any, str]]:
+        """Yield (file system, path in it) of a local path; what the block raises becomes one line on it."""
+        fs, root = self._opened()
+        try:
+            yield fs, f"{root}/{self._name(path)}"
+        except OSError as error:
+            raise UserError(f"{self.shown(path)}: cannot be {how}: {one_line(error, 300)}; {AGAIN}") from None
+
+
+@contextlib.contextmanager
+def open_out(url: str, depth: int = 0) -> Iterator[OutFolder]:
+    """Yield a folder to write; for a URL with a temporary folder in its place, whose name no error of the block shows."""
+    if "://" not in url:
+        yield OutFolder(url, Path(url), depth)
+        return
+    with tempfile.TemporaryDirectory(prefix="clip4vla-out-") as folder:
+        out = OutFolder(url.rstrip("/"), Path(folder), depth)
+        out.refresh()
+        try:
+            yield out
+        except UserError as error:
+            raise UserError(str(error).replace(folder, out.url)) from None
+
+
+@functools.cache
+def _open(url: str, process: int) -> tuple[Any, str]:
+    """Open a URL for a process: a fork may not use its parent's event loop."""
+    try:
+        fs, root = remote.open_folder(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: cannot be opened: {one_line(error)}; name a URL that fsspec knows") from None
+    return fs, root.rstrip("/")
+
+
+def _move(fs: Any, aside: str, target: str) -> None:
+    """Give a whole file its name, which many file systems refuse where another has it."""
+    if remote.call(fs, "exists", target, cfg=remote.DEFAULT):
+        remote.call(fs, "rm_file", target, cfg=remote.DEFAULT)
+    remote.call(fs, "mv", aside, target, cfg=remote.DEFAULT)
+
+
+def _make_hole(path: Path, size: int) -> None:
+    """Make a file of `size` zeros that takes no room on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.truncate(size)
