@@ -11,10 +11,11 @@ import posixpath
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clip4vla.config import DataSources
 from clip4vla.errors import UserError, one_line
 from clip4vla.io import remote
 
@@ -30,6 +31,7 @@ class OutFolder:
     url: str
     local: Path
     depth: int = 0  # folders between it and its files, or their .parts/
+    cfg: DataSources = field(default_factory=DataSources)  # time-out and retries
 
     @property
     def is_remote(self) -> bool:
@@ -41,13 +43,16 @@ class OutFolder:
         return f"{self.url}/{path.relative_to(self.local).as_posix()}" if self.is_remote else str(path)
 
     def refresh(self) -> None:
-        """Make a hole for each .tar, .json and .jsonl that is at the URL now; UserError if it cannot be listed."""
+        """Make a hole for each .tar, .json and .jsonl that is at the URL now, unless a local file has its size.
+
+        Raises UserError if the URL cannot be listed.
+        """
         if not self.is_remote:
             return
         fs, root = self._opened()
         fs.invalidate_cache()  # others write there
         try:
-            files = remote.call(fs, "find", root, detail=True, cfg=remote.DEFAULT)
+            files = remote.call(fs, "find", root, detail=True, cfg=self.cfg)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -56,10 +61,11 @@ class OutFolder:
         for path, info in files.items():
             name = path.removeprefix(f"{root}/")
             if ours.fullmatch(name) and not {".", ".."} & {*name.split("/")}:  # an object store has such names, too
-                _make_hole(self.local / name, info["size"])
+                if not (file := self.local / name).exists() or file.stat().st_size != info["size"]:
+                    _make_hole(file, info["size"])
 
     def pull(self, paths: Iterable[Path]) -> None:
-        """Put their bytes into those of the local files that are holes; UserError if they cannot be had."""
+        """Give those of these local files that are there the bytes that the URL has; UserError if they cannot be had."""
         if not self.is_remote:
             return
         fs, root = self._opened()
@@ -68,10 +74,10 @@ class OutFolder:
         for first in range(0, len(pieces), remote.CONCURRENT):
             some = pieces[first : first + remote.CONCURRENT]
             names = [f"{root}/{self._name(path)}" for path, _, _ in some]
-            blobs = remote.read_ranges(fs, names, [start for _, start, _ in some], [end for _, _, end in some])
+            blobs = remote.read_ranges(fs, names, [start for _, start, _ in some], [end for *_, end in some], self.cfg)
             for (path, start, _), blob in zip(some, blobs, strict=True):
                 if isinstance(blob, BaseException):
-                    raise UserError(f"{self.shown(path)}: cannot be read: {remote.line(blob)}; {AGAIN}")
+                    raise self._failed("read", path, blob)
                 with path.open("r+b") as file:
                     file.seek(start)
                     file.write(blob)
@@ -88,10 +94,10 @@ class OutFolder:
             aside = target if fs.async_impl else f"{target}.partial"  # object stores (all async) show whole files alone
             if not fs.async_impl:
                 fs.makedirs(posixpath.dirname(target), exist_ok=True)
-            seconds = remote.DEFAULT.request_timeout + size / SLOWEST
-            remote.call(fs, "put_file", str(path), aside, cfg=remote.DEFAULT, seconds=seconds)
+            seconds = self.cfg.request_timeout + size / SLOWEST
+            remote.call(fs, "put_file", str(path), aside, cfg=self.cfg, seconds=seconds)
             if aside != target:
-                _move(fs, aside, target)
+                _move(fs, aside, target, self.cfg)
         if not keep:
             _make_hole(path, size)
 
@@ -99,7 +105,7 @@ class OutFolder:
         """Remove a file, here and at the URL, if it is here; UserError if that cannot be done."""
         if self.is_remote and path.exists():
             with self._failing("removed", path) as (fs, target), contextlib.suppress(FileNotFoundError):
-                remote.call(fs, "rm_file", target, cfg=remote.DEFAULT)
+                remote.call(fs, "rm_file", target, cfg=self.cfg)
         path.unlink(missing_ok=True)
 
     def _name(self, path: Path) -> str:
@@ -115,17 +121,20 @@ class OutFolder:
         try:
             yield fs, f"{root}/{self._name(path)}"
         except OSError as error:
-            raise UserError(f"{self.shown(path)}: cannot be {how}: {one_line(error, 300)}; {AGAIN}") from None
+            raise self._failed(how, path, error) from None
+
+    def _failed(self, how: str, path: Path, error: BaseException) -> UserError:
+        return UserError(f"{self.shown(path)}: cannot be {how}: {one_line(error, 300)}; {AGAIN}")
 
 
 @contextlib.contextmanager
-def open_out(url: str, depth: int = 0) -> Iterator[OutFolder]:
+def open_out(url: str, depth: int = 0, cfg: DataSources = remote.DEFAULT) -> Iterator[OutFolder]:
     """Yield a folder to write; for a URL with a temporary folder in its place, whose name no error of the block shows."""
     if "://" not in url:
-        yield OutFolder(url, Path(url), depth)
+        yield OutFolder(url, Path(url), depth, cfg)
         return
     with tempfile.TemporaryDirectory(prefix="clip4vla-out-") as folder:
-        out = OutFolder(url.rstrip("/"), Path(folder), depth)
+        out = OutFolder(url.rstrip("/"), Path(folder), depth, cfg)
         out.refresh()
         try:
             yield out
@@ -143,11 +152,11 @@ def _open(url: str, process: int) -> tuple[Any, str]:
     return fs, root.rstrip("/")
 
 
-def _move(fs: Any, aside: str, target: str) -> None:
+def _move(fs: Any, aside: str, target: str, cfg: DataSources) -> None:
     """Give a whole file its name, which many file systems refuse where another has it."""
-    if remote.call(fs, "exists", target, cfg=remote.DEFAULT):
-        remote.call(fs, "rm_file", target, cfg=remote.DEFAULT)
-    remote.call(fs, "mv", aside, target, cfg=remote.DEFAULT)
+    if remote.call(fs, "exists", target, cfg=cfg):
+        remote.call(fs, "rm_file", target, cfg=cfg)
+    remote.call(fs, "mv", aside, target, cfg=cfg)
 
 
 def _make_hole(path: Path, size: int) -> None:
