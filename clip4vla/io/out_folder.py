@@ -49,20 +49,11 @@ class OutFolder:
         """
         if not self.is_remote:
             return
-        fs, root = self._opened()
-        fs.invalidate_cache()  # others write there
-        try:
-            files = remote.call(fs, "find", root, detail=True, cfg=self.cfg)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise UserError(f"{self.url}: cannot be listed: {error}; check the URL and the credentials") from None
         ours = re.compile(rf"([^/]+/){{{self.depth}}}(\.parts/)?[^/]+\.(tar|jsonl?)(\.partial)?|[^/]+\.jsonl?")
-        for path, info in files.items():
-            name = path.removeprefix(f"{root}/")
-            if ours.fullmatch(name) and not {".", ".."} & {*name.split("/")}:  # an object store has such names, too
-                if not (file := self.local / name).exists() or file.stat().st_size != info["size"]:
-                    _make_hole(file, info["size"])
+        for name, size in list_files(self.url, self.cfg).items():
+            file = self.local / name
+            if ours.fullmatch(name) and not (file.exists() and file.stat().st_size == size):
+                _make_hole(file, size)
 
     def pull(self, paths: Iterable[Path]) -> None:
         """Give those of these local files that are there the bytes that the URL has; UserError if they cannot be had."""
@@ -112,7 +103,7 @@ class OutFolder:
         return path.relative_to(self.local).as_posix()
 
     def _opened(self) -> tuple[Any, str]:
-        return _open(self.url, os.getpid())
+        return open_url(self.url, os.getpid())
 
     @contextlib.contextmanager
     def _failing(self, how: str, path: Path) -> Iterator[tuple[Any, str]]:
@@ -142,8 +133,22 @@ def open_out(url: str, depth: int = 0, cfg: DataSources = remote.DEFAULT) -> Ite
             raise UserError(str(error).replace(folder, out.url)) from None
 
 
+def list_files(url: str, cfg: DataSources) -> dict[str, int]:
+    """List the sizes of the files below a URL by their names, which are relative to it; UserError if that cannot be done."""
+    fs, root = open_url(url, os.getpid())
+    fs.invalidate_cache()  # others write there
+    try:
+        files = remote.call(fs, "find", root, detail=True, cfg=cfg)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"{url}: cannot be listed: {error}; check the URL and the credentials") from None
+    sizes = {path.removeprefix(f"{root}/"): info["size"] for path, info in files.items()}
+    return {name: size for name, size in sizes.items() if not {"", ".", ".."} & {*name.split("/")}}  # of object stores
+
+
 @functools.cache
-def _open(url: str, process: int) -> tuple[Any, str]:
+def open_url(url: str, process: int) -> tuple[Any, str]:
     """Open a URL for a process: a fork may not use its parent's event loop."""
     try:
         fs, root = remote.open_folder(url)
