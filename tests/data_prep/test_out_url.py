@@ -130,6 +130,10 @@ def test_what_is_new_or_gone_is_so_at_the_url(server, run, tmp_path):
     )
     tones(media, *NAMES[:9])
     assert run(url, **words)[0] == 0
+    with server.faults(puts=3):  # one shard of other settings, which the index would not describe
+        assert run(url, "spectrogram.quality=50", "workers=1", **words)[0] == 2
+    assert "media/train/index.json" not in at(url)
+    assert run(url, **words)[0] == 0
     before, begin = at(url), len(server.seen)
     tones(media, *NAMES[:11])
     assert run(url, **words)[0] == 0
