@@ -221,7 +221,8 @@ def vectors(model: Model, loader: Loader, batch: Batch) -> list[tuple[torch.Tens
 def finish(place: Place, fingerprint: dict[str, Any]) -> None:
     """Write index.json of a folder's vectors, and print a line on them."""
     folder, out, units = place.folder, place.out, place.tasks(fingerprint)
-    _pull_notes(out, units)  # other ranks' too
+    out.refresh()  # other ranks have written there
+    out.pull(unit.note for unit in units)
     notes = _notes(units)
     counts = {"samples": len(folder), "corrupt": sum(len(note["corrupt"]) for note in notes)}
     counts |= {name: sum(note[name] for note in notes) for name in ("captions", "frames")}
@@ -247,12 +248,5 @@ def _notes(units: list[EmbeddingTask]) -> list[dict[str, Any]]:
             if time.monotonic() > deadline:
                 raise UserError(f"{unit.tar}: finished vectors are gone again (another run?): start embed.py again")
             time.sleep(1)
-            _pull_notes(unit.out, [unit])
         notes.append(note | {"shard": note["shard"] | {"entries": []}})
     return notes
-
-
-def _pull_notes(out: OutFolder, units: list[EmbeddingTask]) -> None:
-    """Look what is at the URL now, and fetch the notes of these units."""
-    out.refresh()
-    out.pull(unit.note for unit in units)
