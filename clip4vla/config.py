@@ -83,7 +83,7 @@ class DataConfig:
     clips_already_cut: bool = option(False, "files named after a whole video hold the annotated interval alone")
     languages: list[str] = option([], "captions of these languages are kept, e.g. en; empty: all")
     clips_per_video: int = option(0, "howto100m: clips taken of a video, spread over it; 0: all", low=0)
-    out: str = option("", "folder that receives SOURCE/SPLIT/{*.tar, index.json, quarantine.jsonl}", path=True)
+    out: str = option("", "folder or URL that receives SOURCE/SPLIT/{*.tar, index.json, quarantine.jsonl}", path=True)
     preset: Literal["paper", "official"] = option("paper", "defaults as in the paper, or as in the authors' code")
     samples_per_shard: int = option(256, "samples in one tar", low=1)
     workers: int = option(0, "processes; 0: one for each core", low=0)

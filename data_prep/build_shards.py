@@ -6,17 +6,18 @@ import json
 import os
 import re
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 
 from clip4vla.config import DataConfig
-from clip4vla.data.shards import INDEX, fingerprint, write_index, write_shard
+from clip4vla.data.shards import ENTRIES, INDEX, fingerprint, write_index, write_shard
 from clip4vla.errors import UserError
 from clip4vla.io import atomic
 from clip4vla.io.atomic import write_json, write_text
+from clip4vla.io.out_folder import OutFolder, open_out
 from clip4vla.io.walk import is_hidden
 from clip4vla.media.av_reader import VIDEOS, MediaClip, read_clip
 from clip4vla.media.images import jpeg, png, read_picture
@@ -27,34 +28,42 @@ from data_prep.annotations import read
 from data_prep.manifest import ManifestRow
 from data_prep.packed.listing import base_of
 from data_prep.packed.media import open_media
-from data_prep.plan import ShardPlan, make_plan, read_plan
+from data_prep.plan import MANIFEST, ShardPlan, make_plan, read_plan
 from data_prep.progress import Progress, estimate
 
 VERSION = 3  # raise it when the same media and settings give other bytes: shards are then made again
 
 
 def shard(cfg: DataConfig, part: tuple[int, int] | None = None, plan: bool = False, merge: bool = False) -> None:
-    """Make the shards that cfg asks for.
+    """Make the shards that cfg asks for; cfg.out is a local folder or any fsspec URL.
 
     Raises UserError for what the user can correct, OSError if `out` cannot be written.
     """
-    out = Path(cfg.out)
-    with atomic.removed_if_empty(out, ".lock", ".plan.lock"), lock(out, shared=part is not None):
-        known = read_plan(out) if part or merge else None
+    with open_out(cfg.out, depth=2) as out:
+        out.pull([out.local / MANIFEST])
+        _shard(replace(cfg, out=str(out.local)), out, part, plan, merge)
+
+
+def _shard(cfg: DataConfig, out: OutFolder, part: tuple[int, int] | None, plan: bool, merge: bool) -> None:
+    """Make the shards in the local folder of `out`, which is cfg.out, and publish each file that is finished."""
+    with atomic.removed_if_empty(out.local, ".lock", ".plan.lock"), lock(out.local, shared=part is not None):
+        known = read_plan(out.local) if part or merge else None
         if merge and not known:
-            raise UserError(f"--merge: no manifest in {out}: make the parts first (--part I/N)")
+            raise UserError(f"--merge: no manifest in {cfg.out}: make the parts first (--part I/N)")
         if part and not known:
-            with lock(out, name=".plan.lock", wait=True):
-                known = read_plan(out)
-                units = known[1] if known else _plan(cfg)
+            with lock(out.local, name=".plan.lock", wait=True):
+                known = read_plan(out.local)
+                units = known[1] if known else _plan(cfg, out)
         else:
-            units = known[1] if known else _plan(cfg)
+            units = known[1] if known else _plan(cfg, out)
         if plan:
             return
+        mine = units[part[0] :: part[1]] if part else units
+        out.pull(unit.note for unit in mine)
         if not merge:
-            build(cfg, units[part[0] :: part[1]] if part else units)
+            build(cfg, out, mine)
         if not part:
-            finish(cfg, units)
+            finish(cfg, out, units)
 
 
 def lock(out: Path, name: str = ".lock", shared: bool = False, wait: bool = False) -> TextIO:
@@ -67,11 +76,12 @@ def lock(out: Path, name: str = ".lock", shared: bool = False, wait: bool = Fals
     return file
 
 
-def _plan(cfg: DataConfig) -> list[ShardPlan]:
+def _plan(cfg: DataConfig, out: OutFolder) -> list[ShardPlan]:
     """Read the annotations, look for the media, write manifest.jsonl and skipped.jsonl, print their counts."""
     rows, skipped = read(cfg)
     lines = [json.dumps(asdict(item)) + "\n" for item in skipped]
-    write_text(Path(cfg.out, "skipped.jsonl"), "".join(lines))
+    write_text(out.local / "skipped.jsonl", "".join(lines))
+    out.publish(out.local / "skipped.jsonl")
     _print_counts(rows, skipped)
     malformed = [item for item in skipped if item.why == "malformed"]
     if len(malformed) > cfg.max_failed_fraction * (len(rows) + len(skipped)):
@@ -81,7 +91,9 @@ def _plan(cfg: DataConfig) -> list[ShardPlan]:
             f"{malformed[0].where}: {malformed[0].reason}; all are in {cfg.out}/skipped.jsonl: "
             "correct them, or raise max_failed_fraction, and start again"
         )
-    return make_plan(Path(cfg.out), rows, skipped, cfg.samples_per_shard)
+    units = make_plan(out.local, rows, skipped, cfg.samples_per_shard)
+    out.publish(out.local / MANIFEST)
+    return units
 
 
 def _print_counts(rows: list[ManifestRow], skipped: list) -> None:
@@ -100,18 +112,20 @@ def dry_run(cfg: DataConfig) -> None:
     print(estimate(rows, functools.partial(sample, cfg), cfg.samples_per_shard, cfg.decode_timeout), flush=True)
 
 
-def build(cfg: DataConfig, units: list[ShardPlan]) -> None:
+def build(cfg: DataConfig, out: OutFolder, units: list[ShardPlan]) -> None:
     """Make every unit that is not finished, in worker processes."""
     for folder in {unit.folder for unit in units}:
         (folder / ".parts").mkdir(parents=True, exist_ok=True)
     workers = cfg.workers or len(os.sched_getaffinity(0))
     with Progress(sum(unit.rows for unit in units)) as progress:
-        do = functools.partial(build_unit, cfg)
+        do = functools.partial(build_unit, cfg, out)
         for unit, note in run_units(units, do, workers, cfg.decode_timeout, progress.tick):
             progress.add(unit.rows, note)
 
 
-def build_unit(cfg: DataConfig, unit: ShardPlan, failed_items: dict[int, str], status: WorkerStatus) -> dict[str, Any]:
+def build_unit(
+    cfg: DataConfig, out: OutFolder, unit: ShardPlan, failed_items: dict[int, str], status: WorkerStatus
+) -> dict[str, Any]:
     """Make one shard unless it is there, and return its note; failed_items: rows not to be touched, and why."""
     text = unit.text()
     rows = unit.read()
@@ -124,12 +138,14 @@ def build_unit(cfg: DataConfig, unit: ShardPlan, failed_items: dict[int, str], s
     ):
         return note | {"kept": True}  # media that are gone by now do not count as changed
     if unit.tar.exists():
-        (unit.folder / INDEX).unlink(missing_ok=True)  # it may describe the tar that is about to go
-    unit.note.unlink(missing_ok=True)
+        out.remove(unit.folder / INDEX)  # it may describe the tar that is about to go
+    out.remove(unit.note)
     counts = {"with_audio": 0, "with_frames": 0, "silent": 0, "seconds": 0.0}
     note = {"key": key, "media": [_stat(cfg, row) for row in rows], "quarantined": []} | counts
     note["shard"] = write_shard(unit.tar, _samples(cfg, unit, rows, note, failed_items, status))
+    out.publish(unit.tar, keep=False)
     write_json(unit.note, note)
+    out.publish(unit.note)
     return note
 
 
@@ -254,7 +270,7 @@ def film_strip(picture: Source, size: int, quality: int) -> bytes:
     return jpeg(read_picture(picture, size), quality)
 
 
-def finish(cfg: DataConfig, units: list[ShardPlan]) -> None:
+def finish(cfg: DataConfig, out: OutFolder, units: list[ShardPlan]) -> None:
     """Write quarantine.jsonl and index.json of every folder.
 
     Raises UserError if shards are missing or too much failed.
@@ -267,6 +283,7 @@ def finish(cfg: DataConfig, units: list[ShardPlan]) -> None:
     for place, members in folders.items():
         lines = [json.dumps(item, ensure_ascii=False) for i in members for item in notes[i]["quarantined"]]
         write_text(place / "quarantine.jsonl", "".join(line + "\n" for line in lines))
+        out.publish(place / "quarantine.jsonl")
     total = sum(unit.rows for unit in units)
     if len(bad) > cfg.max_failed_fraction * total:
         first = f"{bad[0]['path']}: {bad[0]['reason']}"
@@ -276,14 +293,13 @@ def finish(cfg: DataConfig, units: list[ShardPlan]) -> None:
             "correct them, or raise max_failed_fraction, and start again"
         )
     for place, members in folders.items():
-        counts = _write_index(cfg, place, [units[i] for i in members], [notes[i] for i in members])
-        _remove_stale(place, {units[i].tar.stem for i in members})
-        print(place, counts, flush=True)
-    for index in sorted(Path(cfg.out).glob(f"*/*/{INDEX}")):
+        counts = _write_index(cfg, out, place, [units[i] for i in members], [notes[i] for i in members])
+        _remove_stale(out, place, {units[i].tar.stem for i in members})
+        print(out.shown(place), counts, flush=True)
+    for index in sorted(out.local.glob(f"*/*/{INDEX}")):
         if index.parent not in folders and not any(map(is_hidden, index.parts[-3:-1])):
-            print(
-                f"{index.parent}: the annotations have nothing of it any more: delete it if its clips moved", flush=True
-            )
+            gone = out.shown(index.parent)
+            print(f"{gone}: the annotations have nothing of it any more: delete it if its clips moved", flush=True)
 
 
 def _note(cfg: DataConfig, unit: ShardPlan) -> dict[str, Any]:
@@ -298,23 +314,32 @@ def _small(note: dict[str, Any]) -> dict[str, Any]:
     return note | {"media": [], "shard": note["shard"] | {"entries": []}}
 
 
-def _write_index(cfg: DataConfig, place: Path, units: list[ShardPlan], notes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write index.json and entries.jsonl of one folder; return its counts. notes: small ones of these units."""
+def _write_index(
+    cfg: DataConfig, out: OutFolder, place: Path, units: list[ShardPlan], notes: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Write entries.jsonl and index.json of one folder; return its counts. notes: small ones of these units."""
     counts = {"samples": sum(note["shard"]["samples"] for note in notes)}
     counts |= {name: sum(note[name] for note in notes) for name in ("with_audio", "with_frames", "silent")}
     counts |= {"seconds": round(sum(note["seconds"] for note in notes), 3)}
     counts |= {"quarantined": sum(len(note["quarantined"]) for note in notes)}
     base = base_of(cfg.dataset, cfg.media_root)
-    media = base if "://" in base else os.path.relpath(Path(base).resolve(), place.resolve())
+    media = base if "://" in base else _media_root(Path(base).resolve(), out, place)
     there = [unit for unit, note in zip(units, notes, strict=True) if note["shard"]["samples"]]
     shards = (_note(cfg, unit)["shard"] for unit in there)
     names = {"source": units[0].source, "split": units[0].split}
     write_index(place, fingerprint=fingerprint(cfg), media_root=media, **names, counts=counts, shards=shards)
+    for name in (ENTRIES, INDEX):  # the index last
+        out.publish(place / name)
     return counts
 
 
-def _remove_stale(place: Path, kept: set[str]) -> None:
+def _media_root(base: Path, out: OutFolder, place: Path) -> str:
+    """Return where local media are, seen from a folder of shards; no path leads to them from a URL, so there as they are."""
+    return str(base) if out.is_remote else os.path.relpath(base, place.resolve())
+
+
+def _remove_stale(out: OutFolder, place: Path, kept: set[str]) -> None:
     """Remove shards of an earlier plan that this one does not have."""
     for path in [*place.glob("[!.]*-[0-9][0-9][0-9][0-9][0-9][0-9].tar*"), *(place / ".parts").glob("*.json*")]:
         if path.name.partition(".")[0] not in kept:
-            path.unlink()
+            out.remove(path)

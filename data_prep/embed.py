@@ -3,10 +3,10 @@
     python data_prep/embed.py [CONFIG.yaml] [KEY=VALUE ...]      # the run's own config; without one: configs/pretrain/stamps.yaml
     deepspeed --num_accelerators 8 data_prep/embed.py ...        # each rank takes its shards; also torchrun, or srun
 
-Fills FOLDER/clip/ (clip4vla/data/precomputed_embeddings.py says with what) for every folder of data.train and data.val; the
-shards stay as they are. Pre-training then runs the audio tower alone and reads no frames. May be killed at any moment and
-started again: finished shards are kept (.parts/ says which), those of other towers or rewritten shards are made again. The
-bytes depend on the number of threads of a rank (OMP_NUM_THREADS) and on the device, not on the number of ranks.
+Fills FOLDER/clip/ (clip4vla/data/precomputed_embeddings.py says with what) for every folder of data.train and data.val, local or
+at any fsspec URL; the shards stay as they are. Pre-training then runs the audio tower alone and reads no frames. May be killed
+at any moment and started again: finished shards are kept (.parts/ says which), those of other towers or rewritten shards are
+made again. The bytes depend on the number of threads of a rank (OMP_NUM_THREADS) and on the device, not on the number of ranks.
 """
 
 import sys

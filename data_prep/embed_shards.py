@@ -1,5 +1,6 @@
 """Embed the shards of folders with frozen towers, each rank its part, and write the folders' indexes of vectors."""
 
+import contextlib
 import datetime
 import json
 import time
@@ -20,10 +21,11 @@ from clip4vla.data.batch import Batch
 from clip4vla.data.loader import Loader, open_folders
 from clip4vla.data.precomputed_embeddings import FOLDER, MEMBER
 from clip4vla.data.sampler import EvalSampler
-from clip4vla.data.shards import INDEX, Shard, ShardFolder, write_index, write_shard
+from clip4vla.data.shards import ENTRIES, INDEX, Shard, ShardFolder, write_index, write_shard
 from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.io.atomic import write_json
+from clip4vla.io.out_folder import OutFolder, open_out
 from clip4vla.models.model import Model
 from clip4vla.models.towers import tokenizer
 from clip4vla.models.towers_fingerprint import embeddings_fingerprint
@@ -36,9 +38,10 @@ PATIENCE = datetime.timedelta(days=7)  # that a rank which has finished waits fo
 
 @dataclass
 class EmbeddingTask:
-    """Name one shard whose vectors are wanted: number `number` of the folder, made by towers of this identity."""
+    """Name one shard whose vectors are wanted in `out`: number `number` of the folder, made by towers of this identity."""
 
     folder: ShardFolder
+    out: OutFolder
     number: int
     identity: str
 
@@ -54,12 +57,12 @@ class EmbeddingTask:
     @property
     def tar(self) -> Path:
         """Return the path of the tar that its vectors go to."""
-        return place(self.folder) / self.shard.name
+        return self.out.local / self.shard.name
 
     @property
     def note(self) -> Path:
         """Return the path of the note that says that they are finished, with their entry for index.json."""
-        return place(self.folder) / ".parts" / f"{self.shard.name}.json"
+        return self.out.local / ".parts" / f"{self.shard.name}.json"
 
     def finished(self) -> dict[str, Any] | None:
         """Return the note, if it and the tar are there, of these towers and of this very shard."""
@@ -76,20 +79,38 @@ def run(cfg: RunConfig) -> None:
     device = collectives.setup()
     torch.backends.cuda.matmul.allow_tf32 = True  # its 11 bits are those of float16, in which vectors are kept
     folders = open_folders(cfg.data.train | cfg.data.val, "data.train")
-    for folder in folders:
-        if not isinstance(folder.fs, LocalFileSystem):
-            raise UserError(f"{folder.url}: vectors are written beside local shards: embed a copy, upload its clip/")
     model = frozen_towers(cfg, folders[0]).to(device)
     fingerprint = embeddings_fingerprint(model)
-    embed(cfg, model, folders, fingerprint)
-    if collectives.rank() == 0:
+    with open_places(folders) as places:
+        embed(cfg, model, places, fingerprint)
+        if collectives.rank() == 0:
+            for place in places:
+                finish(place, fingerprint)
+
+
+@dataclass
+class Place:
+    """Pair a folder of shards with the one that its vectors go to."""
+
+    folder: ShardFolder
+    out: OutFolder
+
+    def tasks(self, fingerprint: dict[str, Any]) -> list[EmbeddingTask]:
+        """List a task for each shard, made by towers of this fingerprint."""
+        identity = fingerprint["clip"]["identity"]
+        return [EmbeddingTask(self.folder, self.out, i, identity) for i in range(len(self.folder.shards))]
+
+
+@contextlib.contextmanager
+def open_places(folders: list[ShardFolder]) -> Iterator[list[Place]]:
+    """Yield each folder with the one that its vectors go to: FOLDER/clip, local or at a URL."""
+    with contextlib.ExitStack() as stack:
+        places = []
         for folder in folders:
-            finish(folder, fingerprint)
-
-
-def place(folder: ShardFolder) -> Path:
-    """Return where the vectors of a folder go."""
-    return Path(folder.path, FOLDER)
+            where = folder.path if isinstance(folder.fs, LocalFileSystem) else folder.url
+            out = stack.enter_context(open_out(f"{where}/{FOLDER}", cfg=folder.cfg))
+            places.append(Place(folder, out))
+        yield places
 
 
 def frozen_towers(cfg: RunConfig, folder: ShardFolder) -> Model:
@@ -106,30 +127,50 @@ def frozen_towers(cfg: RunConfig, folder: ShardFolder) -> Model:
     return model.eval()
 
 
-def embed(cfg: RunConfig, model: Model, folders: list[ShardFolder], fingerprint: dict[str, Any]) -> None:
+def embed(cfg: RunConfig, model: Model, places: list[Place], fingerprint: dict[str, Any]) -> None:
     """Make the vectors of every shard that has none yet, this rank its part of them; returns when all ranks are done."""
-    identity = fingerprint["clip"]["identity"]
-    units = [EmbeddingTask(folder, i, identity) for folder in folders for i in range(len(folder.shards))]
-    missing = [i for i, unit in enumerate(units) if not unit.finished()] if collectives.rank() == 0 else []
-    for i in missing:
-        (place(units[i].folder) / INDEX).unlink(missing_ok=True)  # no index until the folder is whole
+    units = [unit for place in places for unit in place.tasks(fingerprint)]
+    missing = _missing(places, units) if collectives.rank() == 0 else []
     together = dist.new_group(backend="gloo", timeout=PATIENCE)
     missing = collectives.all_gather_objects(missing)[0]
     mine = [units[i] for i in missing[collectives.rank() :: collectives.world_size()]]
     hide = True if collectives.rank() else None
     with tqdm(total=sum(unit.shard.samples for unit in mine), unit="clip", disable=hide) as bar, torch.no_grad():
-        for folder in folders:
-            loader = make_loader(cfg, folder, next(model.parameters()).device)
-            for unit in (unit for unit in mine if unit.folder is folder):
-                make(unit, model, loader, bar)
+        for place in places:
+            with _damage_log(place.out) as log:
+                loader = make_loader(cfg, place.folder, next(model.parameters()).device, log)
+                for unit in (unit for unit in mine if unit.folder is place.folder):
+                    make(unit, model, loader, bar)
     dist.barrier(together)
 
 
-def make_loader(cfg: RunConfig, folder: ShardFolder, device: torch.device) -> Loader:
+def _missing(places: list[Place], units: list[EmbeddingTask]) -> list[int]:
+    """List the numbers of the units that are not finished, and remove the indexes of their folders until these are whole."""
+    for place in places:
+        place.out.pull(unit.note for unit in units if unit.folder is place.folder)
+    missing = [i for i, unit in enumerate(units) if not unit.finished()]
+    for i in missing:
+        units[i].out.remove(units[i].out.local / INDEX)
+    return missing
+
+
+@contextlib.contextmanager
+def _damage_log(out: OutFolder) -> Iterator[Path]:
+    """Yield this rank's list of corrupt clips, with what it has by now; it is published however the block ends."""
+    log = out.local / f"corrupt-{collectives.rank()}.jsonl"
+    out.pull([log])
+    try:
+        yield log
+    finally:
+        if log.exists():
+            out.publish(log)
+
+
+def make_loader(cfg: RunConfig, folder: ShardFolder, device: torch.device, damage_log: Path) -> Loader:
     """Make the loader of captions and frames; every rank for itself, in the order that make() gives it."""
     return Loader(
         [folder], None, cfg.data, tokenize=tokenizer(cfg.model.clip, cfg.model.max_tokens), mask=cfg.mask, seed=cfg.seed,
-        needs=("frames",), device=device, damage_log=place(folder) / f"corrupt-{collectives.rank()}.jsonl", whole=True,
+        needs=("frames",), device=device, damage_log=damage_log, whole=True,
     )  # fmt: skip
 
 
@@ -142,8 +183,10 @@ def make(unit: EmbeddingTask, model: Model, loader: Loader, bar: tqdm) -> None:
     start = time.perf_counter()
     entry = write_shard(unit.tar, _members(unit.keys(), model, loader, note, bar))
     assert [key for key, _ in entry["entries"]] == unit.keys(), unit.tar
+    unit.out.publish(unit.tar, keep=False)
     seconds = time.perf_counter() - start
     write_json(unit.note, note | {"shard": entry | {"of": unit.shard.sha256}, "seconds": seconds})
+    unit.out.publish(unit.note)
 
 
 def _members(
@@ -175,18 +218,22 @@ def vectors(model: Model, loader: Loader, batch: Batch) -> list[tuple[torch.Tens
     return list(zip(texts.split([len(t) for t in captions]), frames.split(counts), strict=True))
 
 
-def finish(folder: ShardFolder, fingerprint: dict[str, Any]) -> None:
+def finish(place: Place, fingerprint: dict[str, Any]) -> None:
     """Write index.json of a folder's vectors, and print a line on them."""
-    units = [EmbeddingTask(folder, i, fingerprint["clip"]["identity"]) for i in range(len(folder.shards))]
+    folder, out, units = place.folder, place.out, place.tasks(fingerprint)
+    out.refresh()  # other ranks have written there
+    out.pull(unit.note for unit in units)
     notes = _notes(units)
     counts = {"samples": len(folder), "corrupt": sum(len(note["corrupt"]) for note in notes)}
     counts |= {name: sum(note[name] for note in notes) for name in ("captions", "frames")}
     size, seconds = sum(note["shard"]["bytes"] for note in notes), sum(note["seconds"] for note in notes)
     shards = (note["shard"] for unit in units if (note := unit.finished()))  # one by one: their entries are large
     names = {"source": folder.source, "split": folder.split, "media_root": ".."}
-    write_index(place(folder), fingerprint=fingerprint, counts=counts, shards=shards, **names)
+    write_index(out.local, fingerprint=fingerprint, counts=counts, shards=shards, **names)
+    for name in (ENTRIES, INDEX):  # the index last
+        out.publish(out.local / name)
     print(
-        f"{place(folder)}: {counts['samples']} clips ({counts['corrupt']} corrupt), {counts['captions']} captions, "
+        f"{out.url}: {counts['samples']} clips ({counts['corrupt']} corrupt), {counts['captions']} captions, "
         f"{counts['frames']} frames, {size / 1e6:.1f} MB, {counts['samples'] / seconds:.0f} clips/s a rank",
         flush=True,
     )

@@ -5,7 +5,7 @@
 Without a config: configs/data/stamps.yaml. Makes OUT/SOURCE/SPLIT/{SOURCE-SPLIT-000000.tar, ..., index.json,
 quarantine.jsonl}, and in OUT manifest.jsonl (what goes where) and skipped.jsonl (missing media, malformed lines). May be
 killed at any moment and started again: finished shards are kept, and the result has the bytes of an uninterrupted run. Media
-that are added later go into new shards. On SLURM: launch/slurm/shard.sbatch.
+that are added later go into new shards. OUT is a folder or any fsspec URL. On SLURM: launch/slurm/shard.sbatch.
 
     --dry-run   say what is found, what is missing, how big the result will be and how long it takes; write nothing
     --plan      only write the manifest

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from clip4vla.config import SpectrogramConfig
 from clip4vla.data.shards import ENTRIES, INDEX, Shard, ShardFolder, write_index, write_shard
 from clip4vla.errors import UserError
 from clip4vla.io.atomic import write_json, write_text
-from clip4vla.io.walk import walk
+from clip4vla.io.out_folder import OutFolder, open_out
+from data_prep.checks.files import shard_folders, where
 from data_prep.checks.page import REPEATS, FolderReport
 from data_prep.checks.shard import (
     HASHES,
@@ -33,6 +33,7 @@ from data_prep.checks.shard import (
     validate_sample,
 )
 
+QUARANTINE = "quarantine.jsonl"
 COUNTS = "counts"  # how a finding begins that a new index.json repairs
 
 
@@ -55,13 +56,13 @@ def find(places: list[str]) -> list[ShardFolder]:
 
     Raises UserError if one is unreadable.
     """
-    paths: dict[Path, None] = {}
+    paths: dict[str, None] = {}
     for place in places:
-        folders = sorted(Path(folder) for folder, _, names in walk(place) if INDEX in names)
+        folders = shard_folders(place)
         if not folders:
             raise UserError(f"{place}: no {INDEX} in it or below; run data_prep/shard.py to make it")
         paths |= dict.fromkeys(folders)
-    return [ShardFolder.open(str(path)) for path in paths]
+    return [ShardFolder.open(path) for path in paths]
 
 
 def _rules(folder: ShardFolder) -> Rules:
@@ -100,7 +101,7 @@ def _tasks(folder: ShardFolder, decode: int | None) -> list[ShardCheckJob]:
     tasks = []
     for number, shard in enumerate(folder.shards):
         here = None if chosen is None else frozenset(i for i in range(shard.samples) if first + i in chosen)
-        tasks.append(ShardCheckJob(Path(folder.path), number, shard, rules, here))
+        tasks.append(ShardCheckJob(where(folder), number, shard, rules, here))
         first += shard.samples
     return tasks
 
@@ -173,9 +174,10 @@ def _key(report: FolderReport, row: np.void) -> str:
 
 def _pairing(vectors: ShardFolder) -> list[Finding]:
     """Return findings for shards of a folder of vectors that do not fit the shard folder above it."""
-    above = ShardFolder.open(str(Path(vectors.path).parent))
-    wanted = {shard.name: (list(indexed(Path(above.path), shard)[0]), shard.sha256) for shard in above.shards}
-    present = {shard.name: (list(indexed(Path(vectors.path), shard)[0]), shard.of) for shard in vectors.shards}
+    above, below = where(vectors).rpartition("/")[0], where(vectors)
+    shards = ShardFolder.open(above).shards
+    wanted = {shard.name: (list(indexed(above, shard)[0]), shard.sha256) for shard in shards}
+    present = {shard.name: (list(indexed(below, shard)[0]), shard.of) for shard in vectors.shards}
     names = [name for name in sorted(wanted | present) if wanted.get(name) != present.get(name)]
     again = "its keys or sha256 are not those of the shard above; run data_prep/embed.py again"
     return [Finding(vectors.url, name, "", again) for name in names]
@@ -186,67 +188,84 @@ def repair(report: FolderReport) -> None:
 
     Vectors are not repaired but removed where they are corrupt or no longer fit: embed.py makes these again.
     """
-    folder, path = report.folder, Path(report.folder.path)
     corrupt = {finding.shard for finding in report.findings} - {""}
-    if report.vectors:
-        _forget(path, corrupt)
-        return
+    with open_out(where(report.folder)) as out:
+        if report.vectors:
+            _forget(out, corrupt)
+        else:
+            _repair_shards(report, out, corrupt)
+    if corrupt and not report.vectors:
+        with open_out(f"{where(report.folder)}/clip") as vectors:
+            if (vectors.local / INDEX).exists():
+                _forget(vectors, set())
+
+
+def _repair_shards(report: FolderReport, out: OutFolder, corrupt: set[str]) -> None:
+    """Rewrite the corrupt shards of a folder, then its index with right counts."""
+    folder, file = report.folder, out.local / INDEX
     lost: list[dict[str, str]] = []
-    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    out.pull([file, out.local / QUARANTINE])
+    index = json.loads(file.read_text(encoding="utf-8"))
     same = {name: index[name] for name in ("fingerprint", "media_root", "source", "split", "counts")}
-    write_index(path, **same, shards=_repaired(report, corrupt, lost))
+    write_index(out.local, **same, shards=_repaired(report, out, corrupt, lost))
+    for name in (ENTRIES, INDEX):
+        out.publish(out.local / name)
     if lost:
-        _quarantine(path, lost)
-    if corrupt and (path / "clip" / INDEX).exists():
-        _forget(path / "clip", set())
-    index = json.loads((path / INDEX).read_text(encoding="utf-8"))
-    tasks = [ShardCheckJob(path, 0, Shard.of_json(row), _rules(folder), frozenset()) for row in index["shards"]]
+        _quarantine(out, lost)
+    index = json.loads(file.read_text(encoding="utf-8"))
+    rows = [Shard.of_json(row) for row in index["shards"]]
+    tasks = [ShardCheckJob(where(folder), 0, row, _rules(folder), frozenset()) for row in rows]
     totals = _totals(ClipStats.sum([tally for tally, _ in _run(tasks)]))
     index["counts"] = folder.counts | totals | {"quarantined": folder.counts.get("quarantined", 0) + len(lost)}
-    write_json(path / INDEX, index)
-    print(f"repaired: {path}: {len(corrupt)} shard(s) rewritten, {len(lost)} clip(s) dropped", flush=True)
+    write_json(file, index)
+    out.publish(file)
+    print(f"repaired: {where(folder)}: {len(corrupt)} shard(s) rewritten, {len(lost)} clip(s) dropped", flush=True)
 
 
-def _repaired(report: FolderReport, corrupt: set[str], lost: list[dict[str, str]]) -> Iterator[dict[str, Any]]:
+def _repaired(
+    report: FolderReport, out: OutFolder, corrupt: set[str], lost: list[dict[str, str]]
+) -> Iterator[dict[str, Any]]:
     """Yield what write_shard returns of each shard; corrupt ones are rewritten on the way."""
     for number, shard in enumerate(report.folder.shards):
         if shard.name not in corrupt:
             yield asdict(shard) | {"entries": report.folder.entries(number)}
-        elif rewritten := _rewrite(report, shard, lost):
+        elif rewritten := _rewrite(report, out, shard, lost):
             yield rewritten
 
 
-def _rewrite(report: FolderReport, shard: Shard, lost: list[dict[str, str]]) -> dict[str, Any] | None:
+def _rewrite(report: FolderReport, out: OutFolder, shard: Shard, lost: list[dict[str, str]]) -> dict[str, Any] | None:
     """Write a shard without its corrupt clips, which are added to `lost`.
 
     Return what write_shard does, None if nothing is left.
     """
-    folder, rules = Path(report.folder.path), _rules(report.folder)
-    path = folder / shard.name
+    folder, rules = where(report.folder), _rules(report.folder)
+    path = out.local / shard.name
     reasons = {finding.key: finding.reason for finding in report.findings if finding.shard == shard.name}
     samples, _ = contents(folder, shard)
     good = [key for key, members in samples.items() if not validate_sample(members, rules, True)[1]]
     for key in dict.fromkeys([*indexed(folder, shard)[0], *samples]):
         if key not in good:
             lost.append({"id": key, "path": shard.name, "reason": reasons[key]})
-            print(f"dropped: {path} {key}: {reasons[key]}")
+            print(f"dropped: {out.shown(path)} {key}: {reasons[key]}")
     if not good:
-        path.unlink(missing_ok=True)
+        out.remove(path)
         return None
-    return write_shard(path, ((key, {ext: bytes(d) for ext, d in samples[key].items()}) for key in good))
+    entry = write_shard(path, ((key, {ext: bytes(d) for ext, d in samples[key].items()}) for key in good))
+    out.publish(path, keep=False)
+    return entry
 
 
-def _quarantine(path: Path, lost: list[dict[str, str]]) -> None:
+def _quarantine(out: OutFolder, lost: list[dict[str, str]]) -> None:
     """Add lines to quarantine.jsonl."""
-    file = path / "quarantine.jsonl"
+    file = out.local / QUARANTINE
     before = file.read_text(encoding="utf-8") if file.exists() else ""
     write_text(file, before + "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lost))
+    out.publish(file)
 
 
-def _forget(vectors: Path, names: set[str]) -> None:
+def _forget(vectors: OutFolder, names: set[str]) -> None:
     """Remove the index of a folder of vectors, and these shards of it."""
     for name in (INDEX, ENTRIES, *names):
-        (vectors / name).unlink(missing_ok=True)
-    print(
-        f"repaired: {vectors}: removed {', '.join((INDEX, *sorted(names)))}; run data_prep/embed.py again", flush=True
-    )
+        vectors.remove(vectors.local / name)
+    removed = ", ".join((INDEX, *sorted(names)))
+    print(f"repaired: {vectors.url}: removed {removed}; run data_prep/embed.py again", flush=True)

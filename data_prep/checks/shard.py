@@ -1,14 +1,11 @@
 """Check one shard: which of its clips are intact, what is wrong with the others, and the facts of each clip."""
 
-import errno
 import hashlib
 import io
-import stat
 import tarfile
 import zlib
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +15,7 @@ from clip4vla.config import SpectrogramConfig
 from clip4vla.data.sample_metadata import labels_of, parse
 from clip4vla.data.shards import ENTRIES, HEADER, INDEX, Entries, Member, Shard, read_error
 from clip4vla.media.spectrogram import n_segments
+from data_prep.checks.files import read
 
 Members = dict[str, memoryview]  # by extension: "json", "fbank.jpg", "frames.jpg"
 Places = dict[str, dict[str, Member]]  # by key and extension
@@ -97,7 +95,7 @@ class Rules:
 class ShardCheckJob:
     """Name one shard to check; `decode` numbers the entries whose pictures are decoded, None means all."""
 
-    path: Path
+    path: str  # or URL, of the folder
     number: int
     shard: Shard
     rules: Rules
@@ -120,11 +118,11 @@ def check_shard(task: ShardCheckJob) -> tuple[ClipStats, list[Finding]]:
     reasons: dict[str, list[str]] = {}
     for key, reason in notes:
         reasons.setdefault(key, []).append(reason)
-    where = (str(task.path), task.shard.name)
+    where = (task.path, task.shard.name)
     return tally, [Finding(*where, key, "; ".join(dict.fromkeys(some))) for key, some in reasons.items()]
 
 
-def contents(folder: Path, shard: Shard) -> tuple[dict[str, Members], Notes]:
+def contents(folder: str, shard: Shard) -> tuple[dict[str, Members], Notes]:
     """Return the samples of a shard whose bytes can be relied on, and notes on what is wrong.
 
     A tar with the indexed sha256 is right, whatever else the index says. In another, a member counts if it has the
@@ -134,7 +132,7 @@ def contents(folder: Path, shard: Shard) -> tuple[dict[str, Members], Notes]:
     stated, _, notes = indexed(folder, shard)
     try:
         # twice as many, as what follows something that was put in is further on
-        data, size = _read(folder / shard.name, 2 * shard.bytes)
+        data, size = read(folder, shard.name, 0, 2 * shard.bytes)
     except OSError as error:
         return {}, [
             *notes,
@@ -159,16 +157,7 @@ def contents(folder: Path, shard: Shard) -> tuple[dict[str, Members], Notes]:
     return samples, notes
 
 
-def _read(path: Path, most: int) -> tuple[bytes, int]:
-    """Read at most `most` bytes of a file, and its size; raises OSError for what may never end, such as a pipe."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "no regular file")
-    with path.open("rb") as stream:
-        return stream.read(min(most, status.st_size)), status.st_size
-
-
-def indexed(folder: Path, shard: Shard) -> tuple[Places, dict[str, int], Notes]:
+def indexed(folder: str, shard: Shard) -> tuple[Places, dict[str, int], Notes]:
     """Return the members that entries.jsonl lists, the number of each key's entry, and notes on malformed entries."""
     stated: Places = {}
     numbers: dict[str, int] = {}
@@ -189,11 +178,9 @@ def indexed(folder: Path, shard: Shard) -> tuple[Places, dict[str, int], Notes]:
     return stated, numbers, notes
 
 
-def _entries(folder: Path, shard: Shard) -> tuple[Entries, Notes]:
+def _entries(folder: str, shard: Shard) -> tuple[Entries, Notes]:
     """Read the lines of a shard in entries.jsonl, none if their checksum is not the one in index.json."""
-    with open(folder / ENTRIES, "rb") as stream:
-        stream.seek(shard.entries.offset)
-        lines = stream.read(shard.entries.size)
+    lines, _ = read(folder, ENTRIES, shard.entries.offset, shard.entries.size)
     if wrong := read_error(shard.entries, lines):
         return Entries(b""), [("", f"{ENTRIES}: {wrong}")]
     entries = Entries(lines)

@@ -11,6 +11,7 @@ from pathlib import Path
 import indexes
 import numpy as np
 import pytest
+import s3
 import torch
 from browser import EVIL, browse
 from damage import (
@@ -43,14 +44,17 @@ from damage import (
     wrong_offset,
     wrong_sha256,
 )
+from s3fs import S3FileSystem
+from sample_prep import contents
 
 from clip4vla.config import SpectrogramConfig
 from clip4vla.data.shards import INDEX, ShardFolder, write_index, write_shard
+from clip4vla.errors import UserError
 from clip4vla.media.spectrogram import log_mel
 from data_prep.check import main
 from data_prep.checks.folders import inspect
 from data_prep.checks.page import griffin_lim, remarks, summary
-from data_prep.checks.shard import ClipStats
+from data_prep.checks.shard import ClipStats, ShardCheckJob, check_shard
 
 
 @pytest.fixture
@@ -317,3 +321,48 @@ def test_a_rebuilt_sound_has_the_spectrogram_it_is_from():
     again = log_mel(griffin_lim(heard, cfg)[None], 16000, cfg)[0][: len(heard)]
     assert np.corrcoef(heard[: len(again)].flatten(), again.flatten())[0, 1] > 0.95
     assert len(griffin_lim(heard[:1], cfg)) == cfg.hop_length
+
+
+def at_url(name):
+    """Bytes of everything at a URL of the bucket, by name."""
+    fs, root = S3FileSystem(skip_instance_cache=True), f"{s3.BUCKET}/{name}/"
+    return {path.removeprefix(root): fs.cat_file(path) for path in fs.find(root)}
+
+
+@pytest.mark.parametrize("damage", [flipped_bit, no_tar])
+def test_folders_at_a_url_are_checked_and_repaired_like_local_ones(server, folder, capfd, damage):
+    url = f"s3://{s3.BUCKET}/{damage.__name__}"
+    (folder / "quarantine.jsonl").write_text('{"id": "before"}\n')
+    vectors(folder)
+    damage(folder)
+    s3.put(folder, damage.__name__, server.port)
+    local = [text.replace(str(folder), url) for text in findings(folder)]
+    with server.faults(fail=0.1, cut=0.1):
+        assert findings(url) == local != []
+        capfd.readouterr()
+        findings(folder, repair=True)
+        wanted = capfd.readouterr().out.replace(str(folder), url)
+        assert findings(url, repair=True) == [] and capfd.readouterr().out == wanted
+    assert at_url(damage.__name__) == contents(folder)
+
+
+def test_a_url_that_does_not_answer_loses_no_clip(server, folder, command, monkeypatch, tmp_path):
+    s3.put(folder, "silent/train", server.port)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = command(f"s3://{s3.BUCKET}/silent/")
+    assert code == 0 and "page: check.html\n" in out and (tmp_path / "check.html").is_file()
+    before = at_url("silent")
+    with server.faults(fail=1.0):
+        jobs = [ShardCheckJob(f"s3://{s3.BUCKET}/silent/train", 0, ShardFolder.open(str(folder)).shards[0], None, None)]
+        with pytest.raises(
+            UserError, match="silent/train/entries.jsonl: cannot be checked: .*start again when it answers"
+        ):
+            check_shard(*jobs)
+        code, _, err = command(f"s3://{s3.BUCKET}/silent", "--repair")
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and at_url("silent") == before
+    for words, message in [
+        ([f"s3://{s3.BUCKET}/nowhere"], f"s3://{s3.BUCKET}/nowhere: no index.json in it or below"),
+        ([folder, "--report", f"s3://{s3.BUCKET}/page.html"], "--report takes a local file"),
+    ]:
+        code, _, err = command(*words)
+        assert code == 2 and message in err and err.count("\n") == 1

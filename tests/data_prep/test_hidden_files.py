@@ -1,11 +1,11 @@
 """data_prep/manifest.py and what else of data_prep walks folders: people's files, without what systems leave beside them."""
 
 import shutil
-from pathlib import Path
 
 from forks import ROOT
 from litter import FOLDERS, litter, unreadable
 
+from clip4vla.io.out_folder import OutFolder
 from data_prep import build_shards
 from data_prep.checks.folders import find
 from data_prep.manifest import MediaFolder
@@ -52,5 +52,5 @@ def test_shards_of_an_earlier_plan_go_and_others_hidden_files_stay(tmp_path):
     names = ["s-train-000000.tar", "s-train-000001.tar", "s-train-000001.tar.partial", "._s-train-000000.tar"]
     for name in names:
         (tmp_path / name).touch()
-    build_shards._remove_stale(Path(tmp_path), {"s-train-000000"})
+    build_shards._remove_stale(OutFolder(str(tmp_path), tmp_path), tmp_path, {"s-train-000000"})
     assert {path.name for path in tmp_path.iterdir()} == {names[0], names[3]}

@@ -65,7 +65,7 @@ def examined(place: Path, samples: list[dict], repairs: bool) -> str:
     found = folder.read([(0, n) for n in range(BATCH)])
     corrupt = [n for n, sample in enumerate(found) if isinstance(sample, CorruptSample)]
     assert all(found[n] == samples[n] for n in range(BATCH) if n not in corrupt)
-    tally, findings = check_shard(ShardCheckJob(place, 0, folder.shards[0], RULES, None))
+    tally, findings = check_shard(ShardCheckJob(str(place), 0, folder.shards[0], RULES, None))
     assert findings or not corrupt
     assert len(tally) >= BATCH - len(corrupt), findings
     if repairs:

@@ -221,14 +221,15 @@ def test_the_api_is_the_cpus(head):
     assert sorted(gpu.waits) == sorted(["api.py CLIP4VLA.encode", *writes]), dict(gpu.waits)
 
 
-def test_embedding_is_the_cpus(config):
+def test_embedding_is_the_cpus(config, tmp_path):
     cfg = config()
     model, folders = built(cfg)
     with PretendedGPU() as gpu:
         model = move(model.eval())
         micro = read(cfg, folders, CUDA)[0]
         with torch.no_grad():
-            embed_shards.vectors(model, embed_shards.make_loader(cfg, folders[0], CUDA), micro.to(CUDA))
+            loader = embed_shards.make_loader(cfg, folders[0], CUDA, tmp_path / "corrupt.jsonl")
+            embed_shards.vectors(model, loader, micro.to(CUDA))
     assert list(gpu.waits) == ["embed_shards.py vectors"]
 
 

@@ -27,6 +27,7 @@ from clip4vla.cli import path_word
 from clip4vla.config import RunConfig
 from clip4vla.config_io import load
 from clip4vla.data.loader import open_folders
+from clip4vla.data.precomputed_embeddings import FOLDER
 from clip4vla.data.shards import ShardFolder
 from clip4vla.distributed import collectives
 from clip4vla.models import towers
@@ -89,9 +90,10 @@ def compare(cfg: RunConfig, model: Model, shards: ShardFolder, args: argparse.Na
 
 def ours(cfg: RunConfig, model: Model, shards: ShardFolder) -> float:
     """Seconds that embed.py's loop takes for all clips."""
-    shutil.rmtree(embed_shards.place(shards))  # what make_shards or the last round wrote
+    shutil.rmtree(Path(shards.path, FOLDER))  # what make_shards or the last round wrote
     start = time.perf_counter()
-    embed_shards.embed(cfg, model, [shards], embeddings_fingerprint(model))
+    with embed_shards.open_places([shards]) as places:
+        embed_shards.embed(cfg, model, places, embeddings_fingerprint(model))
     return time.perf_counter() - start
 
 
@@ -119,7 +121,7 @@ def theirs(model: Model, shards: ShardFolder, clips: int) -> tuple[float, dict[s
 def _frame_vectors(shards: ShardFolder, width: int) -> dict[str, Tensor]:
     """Read the frame vectors (F, width) of every clip that ours wrote; each has one caption, whose vector comes first."""
     vectors = {}
-    for path in embed_shards.place(shards).glob("*.tar"):
+    for path in Path(shards.path, FOLDER).glob("*.tar"):
         with tarfile.open(path) as tar:
             for member in tar:
                 file = tar.extractfile(member)

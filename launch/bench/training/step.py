@@ -81,8 +81,9 @@ def configure(folder: Path, clip: str, clips: int, batch: int, compiled: str = "
     cfg, device = load(RunConfig, run), collectives.setup()
     (shards,) = open_folders(cfg.data.train, "data.train")
     model = embed_shards.frozen_towers(cfg, shards).to(device)
-    embed_shards.embed(cfg, model, [shards], embeddings_fingerprint(model))
-    embed_shards.finish(shards, embeddings_fingerprint(model))
+    with embed_shards.open_places([shards]) as places:
+        embed_shards.embed(cfg, model, places, embeddings_fingerprint(model))
+        embed_shards.finish(places[0], embeddings_fingerprint(model))
     return cfg
 
 
