@@ -2,23 +2,19 @@
 
 import csv
 import html
-import itertools
-import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from clip4vla.config_io import NOT_UTF8, parse_json, repeated
 from clip4vla.data.sample_metadata import CAPTIONS, LONGEST
-from clip4vla.errors import UserError, one_line
-from data_prep.manifest import ManifestRow, MediaFolder, Skipped
+from clip4vla.errors import UserError
+from data_prep.manifest import AmbiguousError, Located, ManifestRow, MediaFolder, Skipped
 
-BLOCK, PAIR = 1 << 20, 1 << 26  # characters: of a large JSON file read at once; of a key with its value
-QUOTED = 20  # characters of what is no JSON that a message repeats
 UNDECODED = re.compile("[\0\udc80-\udcff]").search
-MARK = re.compile(r"\s*([{}:,])\s*").match
 NAN_IS_NULL: dict[str, Any] = {"parse_constant": lambda _: None}
 MISTAKES = (
     ValueError,
@@ -66,10 +62,11 @@ def _path(place: Path, name: str) -> Path:
 
 def read_lines(path: Path) -> Iterator[tuple[str, str | ValueError]]:
     """Yield (FILE:LINE, text, or why it is none) of lines that are not blank."""
+    name = path.name
     with path.open(encoding="utf-8", errors="surrogateescape") as stream:
         for number, line in enumerate(stream, 1):
             if text := line.removeprefix("\ufeff").strip():
-                yield f"{path.name}:{number}", ValueError(NOT_UTF8) if not_utf8(text) else text
+                yield f"{name}:{number}", ValueError(NOT_UTF8) if not_utf8(text) else text
 
 
 def not_utf8(text: str) -> bool:
@@ -83,23 +80,24 @@ def read_csv(path: Path, *columns: str, header: bool = True) -> Iterator[tuple[s
     Each line stands for itself, so that a quote that is not closed takes no other line with it.
     Raises UserError if the header lacks one of the columns or names one twice.
     """
-    lines = read_lines(path)
+    lines, reader = read_lines(path), LineReader()
     names = _header(path, columns, next(lines, ("", ""))[1]) if header else list(columns)
     for where, line in lines:
         try:
-            cells = _cells(line)
+            cells = reader.cells(line)
             if len(cells) > len(names):
                 raise ValueError("more cells than the header has columns")
         except ValueError as error:
             yield where, error
             continue
         if any(cells):
-            yield where, dict(itertools.zip_longest(names, cells, fillvalue=""))
+            cells += [""] * (len(names) - len(cells))
+            yield where, dict(zip(names, cells, strict=True))
 
 
 def _header(path: Path, columns: tuple[str, ...], line: str | ValueError) -> list[str]:
     try:
-        names = _cells(line)
+        names = LineReader().cells(line)
     except ValueError as error:
         raise UserError(f"{path}: the first line is malformed: {error}") from None
     if missing := set(columns) - set(names):
@@ -109,16 +107,33 @@ def _header(path: Path, columns: tuple[str, ...], line: str | ValueError) -> lis
     return names
 
 
-def _cells(line: str | ValueError) -> list[str]:
-    """Split one line of a table; ValueError if it is malformed."""
-    if isinstance(line, ValueError):
-        raise line
-    try:
-        return next(csv.reader([line], skipinitialspace=True, strict=True))
-    except csv.Error as error:
-        raise ValueError(
-            f"not a line of a table ({error}): write a quote inside a cell twice, and a cell in one line"
-        ) from None
+class LineReader:
+    """Splits lines of a table, each for itself: a reader of the module csv takes several where a quote is not closed."""
+
+    def __init__(self) -> None:
+        self.line: str | None = None
+        self.reader = csv.reader(self, skipinitialspace=True, strict=True)
+
+    def __iter__(self) -> "LineReader":
+        return self
+
+    def __next__(self) -> str:
+        line, self.line = self.line, None
+        if line is None:
+            raise StopIteration
+        return line
+
+    def cells(self, line: str | ValueError) -> list[str]:
+        """Split a line; ValueError if it is malformed."""
+        if isinstance(line, ValueError):
+            raise line
+        self.line = line
+        try:
+            return next(self.reader)
+        except csv.Error as error:
+            raise ValueError(
+                f"not a line of a table ({error}): write a quote inside a cell twice, and a cell in one line"
+            ) from None
 
 
 def read_csvs(place: Path, splits: dict[str, str], *columns: str, header: bool = True) -> Iterator[Line]:
@@ -158,52 +173,6 @@ def read_json(path: Path, kind: type[list] | type[dict], **keys: type[list] | ty
     return data
 
 
-def stream_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of a JSON object that is too large for memory."""
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-            yield from _pairs(file)
-    except (ValueError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else one_line(error, 300)
-        what = NOT_UTF8 if not_utf8(what) else what
-        raise UserError(f"{path}: not valid JSON, perhaps cut short: {what}; get it again") from None
-
-
-def _pairs(file: TextIO) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of an open file.
-
-    ValueError for what is no JSON, or for a pair of more than PAIR characters.
-    """
-    decode, text, at, awaited = json.JSONDecoder(**NAN_IS_NULL).raw_decode, "", 0, "{"
-    while True:
-        try:
-            mark, begin = _mark(text, at)
-            if (awaited, mark) == (",", "}") or (awaited == "{" and "".join(text.split()) == "{}"):
-                return
-            if mark != awaited:
-                raise ValueError(text[at : at + QUOTED])
-            key, end = decode(text, begin)
-            value, end = decode(text, _mark(text, end)[1])
-            if not isinstance(key, str):
-                raise ValueError(text[begin : begin + QUOTED])
-            _mark(text, end)  # after a number that is cut another digit may follow
-        except ValueError:
-            more = file.read(max(BLOCK, len(text) - at)) if len(text) - at < PAIR else ""
-            if not more:
-                raise
-            text, at = text[at:] + more, 0
-            continue
-        awaited, at = ",", end
-        yield key, value
-
-
-def _mark(text: str, at: int) -> tuple[str, int]:
-    """Return the brace, colon or comma at `at`, and where the next word begins."""
-    if not (match := MARK(text, at)):
-        raise ValueError(text[at : at + QUOTED])
-    return match[1], match.end()
-
-
 # Rows
 
 
@@ -213,54 +182,106 @@ def rows(lines: Iterable[Line], parse: Callable[[str, Any], ManifestRow | None],
     A line that is a ValueError already is malformed. parse returns None for a line that is no sample.
     join: lines of one clip (equal id and split) add their captions to it; else a second one is malformed. A line with
     captions that a clip has no more room for is unusable, and its clip keeps the first ones. A row without media is
-    Skipped as missing.
+    Skipped as missing, one that may be in either of two files as unusable.
     """
-    held: dict[tuple[str, str], tuple[str, ManifestRow]] = {}
+    places: dict[str, dict[str, str]] = defaultdict(dict)  # FILE:LINE of the first line, by split and id
+    kept: list[ManifestRow] = []
+    joined: dict[tuple[str, str], ManifestRow] = {}
     for where, split, line in lines:
         try:
             if isinstance(line, ValueError):
                 raise line
             row = parse(split, line)
+        except UserError:
+            raise
         except MISTAKES as error:
-            yield Skipped("malformed", where, reason(error))
+            yield Skipped("unusable" if isinstance(error, AmbiguousError) else "malformed", where, reason(error))
             continue
         if row is None:
             continue
-        first, kept = held.setdefault((row.split, row.id), (where, row))
-        if kept is not row and join:
-            for text, lang in zip(row.captions, row.caption_langs, strict=True):
-                if text not in kept.captions:  # of CAPTIONS at most, so that all lines take linear time
-                    kept.captions.append(text)
-                    kept.caption_langs.append(lang)
-        elif kept is not row:
+        first = places[row.split].setdefault(row.id, where)
+        if first is not where and not join:
             yield Skipped("malformed", where, f"duplicate of {first}")
-        if len(kept.captions) > CAPTIONS:
+            continue
+        if join:
+            row = _joined(joined.setdefault((row.split, row.id), row), row)
+        if len(row.captions) > CAPTIONS:
             yield Skipped("unusable", where, f"more than {CAPTIONS} captions of one clip")
-            del kept.captions[CAPTIONS:], kept.caption_langs[CAPTIONS:]
-    yield from (row if row.media or row.picture else missing(row.id, row.item) for _, row in held.values())
+            del row.captions[CAPTIONS:], row.caption_langs[CAPTIONS:]
+        if first is where and not join and not (row.media or row.picture):
+            yield missing(row.id, row.item)
+        elif first is where:
+            kept.append(row)
+    del places
+    yield from _checked(kept)
+
+
+def _joined(kept: ManifestRow, row: ManifestRow) -> ManifestRow:
+    """Return the row that was kept of a clip, with the captions, and if it has none the media, of another row of it."""
+    if kept is row:
+        return kept
+    for text, lang in zip(row.captions, row.caption_langs, strict=True):
+        if keeps_repeated(row.split) or text not in kept.captions:  # CAPTIONS at most: lines take linear time
+            kept.captions.append(text)
+            kept.caption_langs.append(lang)
+    if not kept.media and not kept.picture:
+        kept.media, kept.start, kept.end = row.media, row.start, row.end
+        kept.picture, kept.picture_start = row.picture, row.picture_start
+    return kept
+
+
+def _checked(kept: list[ManifestRow]) -> RowsOrSkipped:
+    """Yield the rows that have media, and Skipped of those that take the file of another clip of their video."""
+    owners: dict[str, str] = {}
+    taken_whole = [row for row in kept if row.media and row.start is row.end is None]
+    contested = {row.media for row in taken_whole if owners.setdefault(str(row.media), row.group) != row.group}
+    for row in kept:
+        if row.media in contested and row.start is row.end is None:
+            yield Skipped("unusable", row.id, f"{row.media} would be another clip of its video too")
+        else:
+            yield row if row.media or row.picture else missing(row.id, row.item)
 
 
 def whole_row(
-    source: str, split: str, name: str, path: str | None, texts: Any, group: str = "", **more: Any
+    source: str, split: str, name: str, place: Located | None, texts: Any, group: str = "", **more: Any
 ) -> ManifestRow:
     """Return the row of a whole file, in English."""
     if not isinstance(name, str) or not name:
         raise ValueError("no name")
-    kept = captions(texts)
-    return ManifestRow(name, name, group or name, source, split, kept, ["en"] * len(kept), media=path, **more)
+    kept = captions(texts, split)
+    row = ManifestRow(name, name, group or name, source, split, kept, ["en"] * len(kept), **more)
+    return located(row, place)
 
 
 def clip_row(
-    media: MediaFolder, source: str, split: str, video: str, start: float, end: float, texts: Any, **more: Any
+    media: MediaFolder,
+    source: str,
+    split: str,
+    video: str,
+    start: float,
+    end: float,
+    texts: Any,
+    own_name: str = "",
+    by_start: bool = True,
+    **more: Any,
 ) -> ManifestRow:
-    """Return the row of an interval in seconds of a video, or of the file that was cut from it, in English."""
+    """Return the row of an interval in seconds of a video, or of the file that was cut from it, in English.
+
+    own_name, by_start: as MediaFolder.find_clip has them.
+    """
     check_span(start, end)
     if not video:
         raise ValueError("no id")
-    name, kept = f"{video}_{start:.10g}_{end:.10g}", captions(texts)
-    path, first, last = media.find_clip(video, start, end) or (None, start, end)
-    more |= {"media": path, "start": first, "end": last}
-    return ManifestRow(name, video, name, source, split, kept, ["en"] * len(kept), **more)
+    name, kept = f"{video}_{start:.10g}_{end:.10g}", captions(texts, split)
+    row = ManifestRow(name, video, name, source, split, kept, ["en"] * len(kept), **more)
+    return located(row, media.find_clip(video, start, end, own_name, by_start))
+
+
+def located(row: ManifestRow, place: Located | None) -> ManifestRow:
+    """Return the row with its media, if there are any."""
+    if place:
+        row.media, row.start, row.end, row.picture, row.picture_start = place
+    return row
 
 
 def check_span(start: float | None, end: float | None) -> None:
@@ -269,9 +290,15 @@ def check_span(start: float | None, end: float | None) -> None:
         raise ValueError(f"start {start} and end {end} do not span any time")
 
 
-def captions(texts: Any) -> list[str]:
-    """Return the cleaned texts, without empty and repeated ones."""
-    return list(dict.fromkeys(filter(None, cleaned(texts))))
+def keeps_repeated(split: str) -> bool:
+    """Tell whether equal captions of a clip count each: what is evaluated must have the published number of queries."""
+    return not split.startswith("train")
+
+
+def captions(texts: Any, split: str = "train") -> list[str]:
+    """Return the cleaned texts without empty ones, and in a split to train with without repeated ones."""
+    kept = filter(None, cleaned(texts))
+    return [*kept] if keeps_repeated(split) else [*dict.fromkeys(kept)]
 
 
 def cleaned(texts: Any) -> list[str]:
@@ -298,9 +325,11 @@ def keep_languages(rows: list[ManifestRow], languages: list[str]) -> None:
 
 def clean(text: Any) -> str:
     """Return the text without HTML entities and doubled white space; ValueError for what is no text."""
-    if not isinstance(text, str | int | float | None) or isinstance(text, bool):
-        raise ValueError(f"a caption is a text, not {type(text).__name__}")
-    return " ".join(html.unescape(bounded("" if text is None else str(text))).split())
+    if type(text) is not str:
+        if not isinstance(text, str | int | float | None) or isinstance(text, bool):
+            raise ValueError(f"a caption is a text, not {type(text).__name__}")
+        text = "" if text is None else str(text)
+    return " ".join(html.unescape(bounded(text)).split())
 
 
 def bounded(text: str) -> str:
@@ -324,13 +353,12 @@ def reason(error: Exception) -> str:
 
 def as_text(item: ManifestRow | Skipped) -> ManifestRow | Skipped:
     """Return the item; a row that holds half a character, such as a cut emoji, cannot be written and is malformed."""
-    words: list[str | None] = [item.id if isinstance(item, ManifestRow) else item.where]
-    if isinstance(item, ManifestRow):
-        words += [item.item, item.media, item.picture, item.label, item.lang, *item.captions]
+    name, why = (item.where, item.why) if isinstance(item, Skipped) else (item.id, "malformed")
     try:
-        "".join(filter(None, words)).encode()
+        name.encode()
+        if isinstance(item, ManifestRow):
+            f"{item.item}{item.media}{item.picture}{item.label}{item.lang}{''.join(item.captions)}".encode()
         return item
     except UnicodeEncodeError:
-        where = str(words[0]).encode("utf-8", "replace").decode()
-        why = "malformed" if isinstance(item, ManifestRow) else item.why
+        where = name.encode("utf-8", "replace").decode()
         return Skipped(why, where, "its text or path is not valid Unicode")

@@ -1,16 +1,21 @@
 """Define the manifest: one row is one sample to be. Annotations that cannot become rows are Skipped."""
 
+import functools
 import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from clip4vla.errors import UserError
 from clip4vla.io.walk import walk
 from clip4vla.media.av_reader import SOUNDS, VIDEOS
+from data_prep.media_names import Form, ReadName, holds_sound_alone, read_listed, read_name, stem_of
+
+KINDS = {suffix: number for number, suffix in enumerate(VIDEOS + SOUNDS)}
 
 
 @dataclass(slots=True)
@@ -18,7 +23,7 @@ class ManifestRow:
     """Describe one sample to be.
 
     Paths are relative to the media root, start and end in seconds within `media` (None: its ends).
-    Frames come from `picture` if there is one, else from `media`; sound comes from `media`.
+    Frames come from `picture` if there is one, a still or a video, else from `media`; sound comes from `media`.
     """
 
     id: str
@@ -35,6 +40,7 @@ class ManifestRow:
     label: str | None = None
     start: float | None = None
     end: float | None = None
+    picture_start: float | None = None  # s within a video that is `picture`; None: start
 
 
 @dataclass(slots=True)
@@ -50,44 +56,190 @@ class Skipped:
     reason: str
 
 
+class Located(NamedTuple):
+    """Say where a clip's media are: paths relative to the media root, seconds within them (None: their ends).
+
+    picture: a video that has the frames, where `media` is a file of sound; the clip begins at picture_start (None: at start).
+    """
+
+    media: str
+    start: float | None = None
+    end: float | None = None
+    picture: str | None = None
+    picture_start: float | None = None
+
+
+class AmbiguousError(ValueError):
+    """Reports that a clip may be in either of two files."""
+
+
+class Candidate(NamedTuple):
+    """A file that may be a clip's, in the order of preference."""
+
+    is_unmerged: bool
+    form: Form
+    kind: int  # number of its suffix among all
+    path: str
+    is_sure: bool
+
+
 class MediaFolder:
     """Find media files below a root by the names that people's downloads give them. The root is walked once."""
 
     def __init__(self, root: Path, cut: bool = False):
         """cut: files named after a whole video hold the annotated interval alone."""
         self.root, self.cut = root, cut
-        suffixes = VIDEOS + SOUNDS
-        self.paths = [path for path in _walk(root) if os.path.splitext(path)[1].lower() in suffixes]
-        self.by_stem: dict[str, str] = {}
-        for path in self.paths:
-            stem = composed(os.path.splitext(os.path.basename(path))[0])
-            held = self.by_stem.setdefault(stem, path)
-            if _rank(path) < _rank(held):  # the same on any file system
-                self.by_stem[stem] = path
 
-    def find(self, name: str) -> str | None:
-        """Return the file of that name, with whatever suffix of a video or sound and in whatever folder."""
-        return self.by_stem.get(composed(name))
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        """Paths of all videos and sounds, relative to the root."""
+        return [path for path in _walk(self.root) if os.path.splitext(path)[1].lower() in KINDS]
 
-    def find_clip(self, video: str, start: float, end: float) -> tuple[str, float | None, float | None] | None:
-        """Return (path, start, end in the file) of an interval in seconds: of the whole video, or of a clip cut from it.
+    def describe(self, taken: Container[str] = ()) -> str:
+        """Say how many files there are, and name one: of those that are not taken, if there are any."""
+        if not self.paths:
+            return "no video and no sound there"
+        example = next((path for path in self.paths if path not in taken), self.paths[0])
+        return f"{len(self.paths)} media files there, for example {example}"
 
-        Cut clips are known by their names: ID_START_END in seconds (plain, with decimals, or six digits) or in
-        milliseconds, ID_START, and AudioSet's YID.
+    def find(self, name: str) -> Located | None:
+        """Return the file of that name, with whatever suffix of a video or sound and in whatever folder.
+
+        Where there are a video and a sound of it, the frames are the video's and the sound is the sound's. Raises
+        AmbiguousError for two of a kind.
         """
-        whole = [f"{s:g}" for s in (start, end)]
-        digits = [f"{int(s):06d}" for s in (start, end)]
-        decimals = [f"{s:.3f}" for s in (start, end)]
-        thousandths = [f"{round(s * 1000)}" for s in (start, end)]
-        names = ["_".join([video, *times]) for times in (whole, digits, decimals, thousandths)]
-        names += [f"{video}_{time}" for time in (whole[0], digits[0], decimals[0], thousandths[0])]
-        for name in [*names, *(f"Y{name}" for name in names), f"Y{video}"]:
-            if path := self.find(name):
-                return path, None, None
-        path = self.find(video) or self.find(f"v_{video}")
-        if not path or self.cut:
-            return (path, None, None) if path else None
-        return path, start, end
+        paths = self.by_stem.get(_key(name), ())
+        return self._best([self._candidate(Form.OWN_NAME, path) for path in _several(paths)], None, None)
+
+    def find_video(self, video: str) -> Located | None:
+        """Return the whole video with that id, by any of the names in media_names.py; as `find` otherwise."""
+        named = [(path, name) for path, name in self._named(video) if not name.start and name.form >= Form.WHOLE]
+        return self._best([self._candidate(name.form, path, name) for path, name in named], None, None)
+
+    def find_clip(
+        self, video: str, start: float, end: float, own_name: str = "", by_start: bool = True
+    ) -> Located | None:
+        """Return where an interval in seconds is: in the whole video, or in a clip cut from it; as `find` otherwise.
+
+        own_name: what a file of this clip alone may be called instead; by_start: whether ID_3 may begin at 3 s.
+        """
+        candidates = [
+            self._candidate(form, path, name)
+            for path, name in self._named(video)
+            if (form := name.form_for(start, end)) is not None and (by_start or name.number is None)
+        ]
+        if own_name:
+            own = [path for path in _several(self.by_stem.get(_key(own_name), ())) if path not in self.listed]
+            candidates += [self._candidate(Form.OWN_NAME, path) for path in own]
+        return self._best(candidates, start, end)
+
+    def numbers(self, video: str) -> set[int]:
+        """Return the numbers N of files that are named VIDEO_N."""
+        return {name.number for _, name in self._named(video) if name.number is not None}
+
+    @functools.cached_property
+    def by_stem(self) -> dict[str, str | list[str]]:
+        """Paths by their names without suffix; a list where there are several."""
+        return _index((_key(stem_of(path)), path) for path in self._some_paths())
+
+    @functools.cached_property
+    def by_video(self) -> dict[str, str | list[str]]:
+        """Paths by the ids of the videos that they may be of."""
+        named = ((path, self._read(path)) for path in self._some_paths())
+        return _index((name.video, path) for path, names in named for name in names)
+
+    @functools.cached_property
+    def listed(self) -> dict[str, ReadName]:
+        """What stands beside files that are named by a number."""
+        numbered = (path for path in self.paths if os.path.basename(path)[0].isdigit())
+        read = ((path, read_listed(self.root / path)) for path in numbered)
+        return {path: name for path, name in read if name}
+
+    def _some_paths(self) -> list[str]:
+        if not self.paths:
+            raise UserError(
+                f"media_root={self.root}: no video and no sound there; the config's header says where the media come from"
+            )
+        return self.paths
+
+    def _read(self, path: str) -> list[ReadName]:
+        return [self.listed[path]] if path in self.listed else read_name(_key(stem_of(path)))
+
+    def _named(self, video: str) -> list[tuple[str, ReadName]]:
+        """Return the files that may be of a video, as their names say."""
+        video = composed(video)
+        paths = self.by_video.get(video)
+        return (
+            [(path, name) for path in _several(paths) for name in self._read(path) if name.video == video]
+            if paths
+            else []
+        )
+
+    def _candidate(self, form: Form, path: str, name: ReadName | None = None) -> Candidate:
+        kind = KINDS[os.path.splitext(path)[1].lower()]
+        return Candidate(bool(name and name.is_unmerged), form, kind, path, not name or name.is_sure)
+
+    def _best(self, candidates: list[Candidate], start: float | None, end: float | None) -> Located | None:
+        """Join the best video and the best sound for an interval."""
+        if not candidates:
+            return None
+        sounds = [one for one in candidates if holds_sound(one.path)]
+        sound = self._only([one for one in candidates if one in sounds])
+        video = self._only([one for one in candidates if one not in sounds])
+        media = sound or video
+        assert media
+        is_cut = self.cut or media.form < Form.WHOLE
+        place = Located(media.path) if is_cut else Located(media.path, start, end)
+        if not sound or not video:
+            return place
+        video_is_cut = self.cut or video.form < Form.WHOLE
+        picture_start = None if video_is_cut == is_cut else 0.0 if video_is_cut else start
+        return place._replace(picture=video.path, picture_start=picture_start)
+
+    def _only(self, candidates: list[Candidate]) -> Candidate | None:
+        """Return the candidate that is to be preferred; AmbiguousError if another one may be it as well."""
+        if not candidates:
+            return None
+        best = min(candidates)
+        equal = [one for one in candidates if one[:2] == best[:2] and one != best]
+        other = next((one for one in equal if not self._is_copy(one.path, best.path)), None)
+        if other or not best.is_sure:
+            other_path = f" or {other.path}" if other else ""
+            raise AmbiguousError(
+                f"it may be {best.path}{other_path}, and either may be another clip's: rename or remove one"
+            )
+        return best
+
+    def _is_copy(self, path: str, of: str) -> bool:
+        """Tell whether files have one name: with different suffixes, or as large as each other."""
+        stems, kinds = zip(*(os.path.splitext(os.path.basename(one)) for one in (path, of)), strict=True)
+        if stems[0] != stems[1] or kinds[0] != kinds[1]:
+            return stems[0] == stems[1]
+        return os.path.getsize(self.root / path) == os.path.getsize(self.root / of)
+
+
+def holds_sound(path: str) -> bool:
+    """Tell by its name whether a file holds sound alone."""
+    return os.path.splitext(path)[1].lower() in SOUNDS or holds_sound_alone(stem_of(path))
+
+
+def _index(pairs: Iterable[tuple[str, str]]) -> dict[str, str | list[str]]:
+    """Return the paths by key; of one path itself, since millions of lists would take much memory."""
+    index: dict[str, str | list[str]] = {}
+    for key, path in pairs:
+        held = index.setdefault(key, path)
+        if held is not path:
+            index[key] = [*_several(held), path]
+    return index
+
+
+def _several(paths: str | Sequence[str]) -> Sequence[str]:
+    return (paths,) if isinstance(paths, str) else paths
+
+
+def _key(name: str) -> str:
+    """Return the name as it is compared: Clotho has three that begin with a space, which few tables and disks keep."""
+    return composed(name).strip()
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -103,16 +255,12 @@ def _walk(root: Path) -> Iterator[str]:
             folders.clear()
             continue
         walked.add((here.st_dev, here.st_ino))
-        yield from (os.path.relpath(os.path.join(folder, name), root) for name in files)
+        below = os.path.relpath(folder, root)
+        yield from files if below == "." else (f"{below}/{name}" for name in files)
 
 
 def _name_unreadable(error: OSError) -> None:
     print(f"left out, cannot be read: {error.filename} ({error.strerror})", file=sys.stderr)
-
-
-def _rank(path: str) -> tuple[int, str]:
-    """Return the sort key of a path: videos before sounds, since they hold both; then by name."""
-    return (VIDEOS + SOUNDS).index(os.path.splitext(path)[1].lower()), path
 
 
 def inside(path: str) -> str:
@@ -124,16 +272,20 @@ def inside(path: str) -> str:
 
 def composed(name: str) -> str:
     """Return the name with its accents composed: a table and a disk may have é as one character or as two."""
-    return unicodedata.normalize("NFC", name)
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def on_disk(root: Path, path: str) -> str | None:
-    """Return the path of a file below root, composed or not as the disk has each part of it; None if it is not there."""
+    """Return the path of a file below root as the disk has each part of it; None if it is not there.
+
+    Parts may be composed or not, and begin with a space, which tables lose.
+    """
     if (root / path).is_file():
         return path
     here = ""
     for part in path.split("/"):
-        forms = [os.path.join(here, form) for form in (part, composed(part), unicodedata.normalize("NFD", part))]
+        spelt = [part, composed(part), unicodedata.normalize("NFD", part)]
+        forms = [os.path.join(here, form) for form in (*spelt, *(f" {form}" for form in spelt))]
         here = next((form for form in forms if (root / form).exists()), "")
         if not here:
             return None

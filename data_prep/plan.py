@@ -8,7 +8,7 @@ import json
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from clip4vla.config_io import parse_json
@@ -17,6 +17,7 @@ from clip4vla.io.atomic import write_text
 from data_prep.manifest import ManifestRow, Skipped
 
 MANIFEST = "manifest.jsonl"
+NAMES = [item.name for item in fields(ManifestRow)]
 Key = tuple[str, str, str]  # source, split, id
 
 
@@ -112,7 +113,7 @@ def _row(line: bytes) -> ManifestRow:
     for some in (texts, row.captions, row.caption_langs):
         if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
             raise ValueError(line)
-    if not all(type(end) in (int, float, type(None)) for end in (row.start, row.end)):
+    if not all(type(end) in (int, float, type(None)) for end in (row.start, row.end, row.picture_start)):
         raise ValueError(line)
     return row
 
@@ -144,7 +145,10 @@ def make_plan(out: Path, rows: Iterable[ManifestRow], skipped: list[Skipped], si
 
 
 def _line(row: ManifestRow) -> str:
-    return json.dumps(asdict(row), ensure_ascii=False, separators=(",", ":"))
+    values = {name: getattr(row, name) for name in NAMES}
+    if row.picture_start is None:  # of few rows, and shards of a changed line are made again
+        del values["picture_start"]
+    return json.dumps(values, ensure_ascii=False, separators=(",", ":"))
 
 
 def _heads(filled: list[tuple[ShardPlan, list[str]]]) -> list[tuple]:

@@ -1,5 +1,6 @@
 """Read the annotations of sets of sounds and speech; see data_prep/annotations.py."""
 
+import functools
 import hashlib
 import os
 import re
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from data_prep import annotation_io
 from data_prep.annotation_io import RowsOrSkipped
-from data_prep.manifest import ManifestRow, MediaFolder, Skipped, inside, on_disk, slug
+from data_prep.manifest import Located, ManifestRow, MediaFolder, Skipped, inside, on_disk, slug
 
 GRID: list[dict[str, str]] = [  # the words of a sentence by the letters of its file's name; {}: the letter itself
     {word[0]: word for word in words.split()}
@@ -27,18 +28,22 @@ def audioset(place: Path, media: MediaFolder) -> RowsOrSkipped:
         else:
             names[named["mid"]] = named["display_name"]
 
+    @functools.lru_cache(1 << 15)  # most of millions of lines have one of these; what they share takes no memory
+    def labels(mids: str) -> tuple[str, list[str], list[str]]:
+        known = [mid.strip() for mid in mids.split(",")]
+        if unknown := [mid for mid in known if mid not in names]:
+            raise ValueError(f"label {unknown[0]!r} is not in {classes.name}")
+        kinds = [names[mid] for mid in known]
+        return ";".join(kinds), annotation_io.captions([f"The sound of {', '.join(kinds)}"]), ["en"]
+
     def row(split: str, line: dict[str, str]) -> ManifestRow | None:
         if line["YTID"].startswith("#"):
             return None
-        mids = [mid.strip() for mid in line["positive_labels"].split(",")]
-        if unknown := [mid for mid in mids if mid not in names]:
-            raise ValueError(f"label {unknown[0]!r} is not in {classes.name}")
-        labels = [names[mid] for mid in mids]
-        start, end = float(line["start_seconds"]), float(line["end_seconds"])
-        more = {"audio_type": "nb", "label": ";".join(labels)}
-        return annotation_io.clip_row(
-            media, "audioset", split, line["YTID"], start, end, [f"The sound of {', '.join(labels)}"], **more
-        )
+        label, captions, langs = labels(line["positive_labels"])
+        clip = line["YTID"], float(line["start_seconds"]), float(line["end_seconds"])
+        made = annotation_io.clip_row(media, "audioset", split, *clip, None, audio_type="nb", label=label)
+        made.captions, made.caption_langs = captions, langs
+        return made
 
     columns = ("YTID", "start_seconds", "end_seconds", "positive_labels")
     lines = annotation_io.read_csvs(
@@ -53,7 +58,10 @@ def audiocaps(place: Path, media: MediaFolder) -> RowsOrSkipped:
     def row(split: str, line: dict[str, str]) -> ManifestRow:
         start = float(line["start_time"])
         clip = line["youtube_id"], start, start + 10
-        return annotation_io.clip_row(media, "audiocaps", split, *clip, [line["caption"]], audio_type="nb")
+        number = line.get("audiocap_id", "")
+        return annotation_io.clip_row(
+            media, "audiocaps", split, *clip, [line["caption"]], own_name=number, audio_type="nb"
+        )
 
     files = {"train.csv": "train", "val.csv": "val", "test.csv": "test"}
     return annotation_io.rows(
@@ -69,9 +77,10 @@ def clotho(place: Path, media: MediaFolder) -> RowsOrSkipped:
     def row(split: str, line: dict[str, str]) -> ManifestRow:
         name = line["file_name"]
         usual = inside(f"{parts[split]}/{name}")  # where the archives put it: another part may have the same name
-        path = on_disk(media.root, usual) or media.find(os.path.splitext(name)[0])
+        path = on_disk(media.root, usual)
+        place = Located(path) if path else media.find(os.path.splitext(name)[0])
         return annotation_io.whole_row(
-            "clotho", split, name, path, [line[column] for column in columns], audio_type="nb"
+            "clotho", split, name, place, [line[column] for column in columns], audio_type="nb"
         )
 
     files = {f"clotho_captions_{part}.csv": split for split, part in parts.items()}
@@ -88,8 +97,8 @@ def esc50(place: Path, media: MediaFolder, source: str = "esc50") -> RowsOrSkipp
         if not re.fullmatch("[1-5]", line["fold"]):
             raise ValueError(f"fold {line['fold']!r} is not 1 to 5")
         more = {"audio_type": "nb", "label": label, "group": line["src_file"]}  # the recording that clips are cut from
-        path = media.find(os.path.splitext(name)[0])
-        return annotation_io.whole_row(source, f"fold{line['fold']}", name, path, [label.replace("_", " ")], **more)
+        place = media.find(os.path.splitext(name)[0])
+        return annotation_io.whole_row(source, f"fold{line['fold']}", name, place, [label.replace("_", " ")], **more)
 
     columns = ["filename", "fold", "category", "src_file", *(["esc10"] if source == "esc10" else [])]
     return annotation_io.rows(annotation_io.read_csvs(place, {"meta/esc50.csv": ""}, *columns), row)
@@ -128,7 +137,9 @@ def grid(media: MediaFolder) -> RowsOrSkipped:
             raise ValueError(f"{name} spells no sentence of GRID's")
         place = int(hashlib.md5(name.encode()).hexdigest(), 16) % 100
         split, more = "test" if place < 20 else "val" if place < 30 else "train", {"audio_type": "vb", "group": name}
-        return annotation_io.whole_row("grid", split, f"{slug(speaker)}_{name}", path, [" ".join(words)], **more)
+        return annotation_io.whole_row(
+            "grid", split, f"{slug(speaker)}_{name}", Located(path), [" ".join(words)], **more
+        )
 
     lines = (
         (path, "", path)

@@ -25,8 +25,9 @@ from clip4vla.report.tracking import read_rows
 from clip4vla.search.index import Index
 from clip4vla.search.store import ITEMS
 from clip4vla.training import engine
-from data_prep.annotation_io import clean, stream_json
+from data_prep.annotation_io import clean
 from data_prep.annotations import read
+from data_prep.json_stream import stream_json
 from data_prep.manifest import MediaFolder
 from data_prep.plan import MANIFEST, read_plan
 
