@@ -4,6 +4,7 @@ import csv
 import html
 import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -184,7 +185,7 @@ def rows(lines: Iterable[Line], parse: Callable[[str, Any], ManifestRow | None],
     captions that a clip has no more room for is unusable, and its clip keeps the first ones. A row without media is
     Skipped as missing, one that may be in either of two files as unusable.
     """
-    places: dict[str, dict[str, str]] = defaultdict(dict)  # FILE:LINE of the first line, by split and id
+    places = Places()
     kept: list[ManifestRow] = []
     joined: dict[tuple[str, str], ManifestRow] = {}
     for where, split, line in lines:
@@ -199,8 +200,8 @@ def rows(lines: Iterable[Line], parse: Callable[[str, Any], ManifestRow | None],
             continue
         if row is None:
             continue
-        first = places[row.split].setdefault(row.id, where)
-        if first is not where and not join:
+        first = places.first(row, where)
+        if first and not join:
             yield Skipped("malformed", where, f"duplicate of {first}")
             continue
         if join:
@@ -208,12 +209,29 @@ def rows(lines: Iterable[Line], parse: Callable[[str, Any], ManifestRow | None],
         if len(row.captions) > CAPTIONS:
             yield Skipped("unusable", where, f"more than {CAPTIONS} captions of one clip")
             del row.captions[CAPTIONS:], row.caption_langs[CAPTIONS:]
-        if first is where and not join and not (row.media or row.picture):
+        if not join and not (row.media or row.picture):
             yield missing(row.id, row.item)
-        elif first is where:
+        elif not first:
             kept.append(row)
     del places
     yield from _checked(kept)
+
+
+class Places:
+    """Remembers where the first line of each clip stands: FILE:LINE as a number, since there may be millions."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, int] = {}
+        self.by_id: dict[str, dict[str, int | str]] = defaultdict(dict)  # by split
+
+    def first(self, row: ManifestRow, where: str) -> str:
+        """Return where a line before this one had the row's split and id; "" if none had."""
+        file, _, line = where.rpartition(":")
+        place = int(line) << 16 | self.files.setdefault(file, len(self.files)) if line.isdecimal() else where
+        held = self.by_id[row.split].setdefault(row.id, place)
+        if held is place:
+            return ""
+        return held if isinstance(held, str) else f"{[*self.files][held & 0xFFFF]}:{held >> 16}"
 
 
 def _joined(kept: ManifestRow, row: ManifestRow) -> ManifestRow:
@@ -233,13 +251,18 @@ def _joined(kept: ManifestRow, row: ManifestRow) -> ManifestRow:
 def _checked(kept: list[ManifestRow]) -> RowsOrSkipped:
     """Yield the rows that have media, and Skipped of those that take the file of another clip of their video."""
     owners: dict[str, str] = {}
-    taken_whole = [row for row in kept if row.media and row.start is row.end is None]
-    contested = {row.media for row in taken_whole if owners.setdefault(str(row.media), row.group) != row.group}
+    contested: set[str] = set()
     for row in kept:
-        if row.media in contested and row.start is row.end is None:
+        if row.start is None and row.media and owners.setdefault(row.media, row.group) != row.group:
+            contested.add(row.media)
+    owners.clear()
+    for row in kept:
+        if not row.media and not row.picture:
+            yield missing(row.id, row.item)
+        elif row.start is None and row.media in contested:
             yield Skipped("unusable", row.id, f"{row.media} would be another clip of its video too")
         else:
-            yield row if row.media or row.picture else missing(row.id, row.item)
+            yield row
 
 
 def whole_row(
@@ -273,7 +296,7 @@ def clip_row(
     if not video:
         raise ValueError("no id")
     name, kept = f"{video}_{start:.10g}_{end:.10g}", captions(texts, split)
-    row = ManifestRow(name, video, name, source, split, kept, ["en"] * len(kept), **more)
+    row = ManifestRow(name, sys.intern(video), name, source, split, kept, ["en"] * len(kept), **more)
     return located(row, media.find_clip(video, start, end, own_name, by_start))
 
 

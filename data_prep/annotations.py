@@ -22,7 +22,6 @@ from data_prep.manifest import ManifestRow, MediaFolder, Skipped
 from data_prep.sets.folder import folder
 from data_prep.sets.howto100m import howto100m
 from data_prep.sets.sounds import audiocaps, audioset, clotho, esc10, esc50, grid, urbansound8k
-from data_prep.sets.stamps import stamps
 from data_prep.sets.youcook2 import youcook2
 
 
@@ -75,6 +74,8 @@ def _collector_off() -> Iterator[None]:
 
 def _annotated(cfg: DataConfig, place: Path, media: MediaFolder) -> Iterable[ManifestRow | Skipped]:
     if cfg.dataset == "stamps":
+        from data_prep.sets.stamps import stamps  # it decodes, with torch, which takes half a gigabyte
+
         return stamps(media.root)
     if cfg.dataset == "folder":
         return folder(place, media.root)

@@ -18,10 +18,11 @@ from clip4vla.errors import UserError
 from clip4vla.io import atomic
 from clip4vla.io.atomic import write_json, write_text
 from clip4vla.io.walk import is_hidden
-from clip4vla.media.av_reader import VIDEOS, MediaClip, PastEndError, duration, read_clip
+from clip4vla.media.av_reader import MediaClip, PastEndError, duration, read_clip
 from clip4vla.media.containers import SLACK
 from clip4vla.media.images import jpeg, png, read_picture
 from clip4vla.media.spectrogram import crop, encode, is_silent, log_mel
+from clip4vla.media.suffixes import VIDEOS, suffix_of
 from clip4vla.media.worker_pool import NO_ITEM, WorkerStatus, run_units
 from data_prep.annotations import read
 from data_prep.manifest import ManifestRow, inside
@@ -235,7 +236,7 @@ def read_row(cfg: DataConfig, row: ManifestRow) -> MediaClip:
 
 def is_video(path: str) -> bool:
     """Tell by its suffix whether a file is a video, and no still."""
-    return os.path.splitext(path)[1].lower() in VIDEOS
+    return suffix_of(path) in VIDEOS
 
 
 def check_not_cut(start: float, end: float | None, seconds: float) -> None:

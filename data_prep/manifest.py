@@ -12,9 +12,10 @@ from typing import Literal, NamedTuple
 
 from clip4vla.errors import UserError
 from clip4vla.io.walk import walk
-from clip4vla.media.av_reader import SOUNDS, VIDEOS
-from data_prep.media_names import Form, ReadName, holds_sound_alone, read_listed, read_name, stem_of
+from clip4vla.media.suffixes import SOUNDS, VIDEOS, stem_of, suffix_of
+from data_prep.media_names import Form, ReadName, holds_sound_alone, read_listed, read_name
 
+OWN_NAME = ReadName("")
 KINDS = {suffix: number for number, suffix in enumerate(VIDEOS + SOUNDS)}
 
 
@@ -93,7 +94,7 @@ class MediaFolder:
     @functools.cached_property
     def paths(self) -> list[str]:
         """Paths of all videos and sounds, relative to the root."""
-        return [path for path in _walk(self.root) if os.path.splitext(path)[1].lower() in KINDS]
+        return [path for path in _walk(self.root) if suffix_of(path) in KINDS]
 
     def describe(self, taken: Container[str] = ()) -> str:
         """Say how many files there are, and name one: of those that are not taken, if there are any."""
@@ -108,13 +109,14 @@ class MediaFolder:
         Where there are a video and a sound of it, the frames are the video's and the sound is the sound's. Raises
         AmbiguousError for two of a kind.
         """
-        paths = self.by_stem.get(_key(name), ())
-        return self._best([self._candidate(Form.OWN_NAME, path) for path in _several(paths)], None, None)
+        return self._best([(path, Form.OWN_NAME, OWN_NAME) for path in self._called(name)], None, None)
 
     def find_video(self, video: str) -> Located | None:
         """Return the whole video with that id, by any of the names in media_names.py; as `find` otherwise."""
-        named = [(path, name) for path, name in self._named(video) if not name.start and name.form >= Form.WHOLE]
-        return self._best([self._candidate(name.form, path, name) for path, name in named], None, None)
+        named = self._named(video)
+        return self._best(
+            [(path, name.form, name) for path, name in named if not name.start and name.form >= Form.WHOLE], None, None
+        )
 
     def find_clip(
         self, video: str, start: float, end: float, own_name: str = "", by_start: bool = True
@@ -123,15 +125,15 @@ class MediaFolder:
 
         own_name: what a file of this clip alone may be called instead; by_start: whether ID_3 may begin at 3 s.
         """
-        candidates = [
-            self._candidate(form, path, name)
+        named = [
+            (path, form, name)
             for path, name in self._named(video)
             if (form := name.form_for(start, end)) is not None and (by_start or name.number is None)
         ]
         if own_name:
-            own = [path for path in _several(self.by_stem.get(_key(own_name), ())) if path not in self.listed]
-            candidates += [self._candidate(Form.OWN_NAME, path) for path in own]
-        return self._best(candidates, start, end)
+            own = (path for path in self._called(own_name) if path not in self.listed)
+            named += [(path, Form.OWN_NAME, OWN_NAME) for path in own]
+        return self._best(named, start, end)
 
     def numbers(self, video: str) -> set[int]:
         """Return the numbers N of files that are named VIDEO_N."""
@@ -146,7 +148,7 @@ class MediaFolder:
     def by_video(self) -> dict[str, str | list[str]]:
         """Paths by the ids of the videos that they may be of."""
         named = ((path, self._read(path)) for path in self._some_paths())
-        return _index((name.video, path) for path, names in named for name in names)
+        return _index((sys.intern(name.video), path) for path, names in named for name in names)
 
     @functools.cached_property
     def listed(self) -> dict[str, ReadName]:
@@ -168,47 +170,45 @@ class MediaFolder:
     def _named(self, video: str) -> list[tuple[str, ReadName]]:
         """Return the files that may be of a video, as their names say."""
         video = composed(video)
-        paths = self.by_video.get(video)
-        return (
-            [(path, name) for path in _several(paths) for name in self._read(path) if name.video == video]
-            if paths
-            else []
-        )
+        paths = _several(self.by_video.get(video, ()))
+        return [(path, name) for path in paths for name in self._read(path) if name.video == video]
 
-    def _candidate(self, form: Form, path: str, name: ReadName | None = None) -> Candidate:
-        kind = KINDS[os.path.splitext(path)[1].lower()]
-        return Candidate(bool(name and name.is_unmerged), form, kind, path, not name or name.is_sure)
+    def _called(self, name: str) -> Sequence[str]:
+        """Return the files of that name."""
+        return _several(self.by_stem.get(_key(name), ()))
 
-    def _best(self, candidates: list[Candidate], start: float | None, end: float | None) -> Located | None:
+    def _best(self, named: list[tuple[str, Form, ReadName]], start: float | None, end: float | None) -> Located | None:
         """Join the best video and the best sound for an interval."""
-        if not candidates:
+        if not named:
             return None
+        if len(named) == 1 and named[0][2].is_sure:
+            return self._place(named[0][0], named[0][1], start, end)
+        candidates = [
+            Candidate(name.is_unmerged, form, KINDS[suffix_of(path)], path, name.is_sure) for path, form, name in named
+        ]
         sounds = [one for one in candidates if holds_sound(one.path)]
-        sound = self._only([one for one in candidates if one in sounds])
-        video = self._only([one for one in candidates if one not in sounds])
-        media = sound or video
-        assert media
-        is_cut = self.cut or media.form < Form.WHOLE
-        place = Located(media.path) if is_cut else Located(media.path, start, end)
+        videos = [one for one in candidates if one not in sounds]
+        sound, video = self._only(sounds, start, end), self._only(videos, start, end)
         if not sound or not video:
-            return place
-        video_is_cut = self.cut or video.form < Form.WHOLE
-        picture_start = None if video_is_cut == is_cut else 0.0 if video_is_cut else start
-        return place._replace(picture=video.path, picture_start=picture_start)
+            return sound or video
+        picture_start = None if video.start == sound.start else video.start or 0.0
+        return sound._replace(picture=video.media, picture_start=picture_start)
 
-    def _only(self, candidates: list[Candidate]) -> Candidate | None:
-        """Return the candidate that is to be preferred; AmbiguousError if another one may be it as well."""
+    def _place(self, path: str, form: Form, start: float | None, end: float | None) -> Located:
+        """Return the interval (s) within a file, or all of it if it was cut."""
+        return Located(path) if self.cut or form < Form.WHOLE else Located(path, start, end)
+
+    def _only(self, candidates: list[Candidate], start: float | None, end: float | None) -> Located | None:
+        """Return the best of the candidates; AmbiguousError if another one may be it as well."""
         if not candidates:
             return None
         best = min(candidates)
         equal = [one for one in candidates if one[:2] == best[:2] and one != best]
         other = next((one for one in equal if not self._is_copy(one.path, best.path)), None)
         if other or not best.is_sure:
-            other_path = f" or {other.path}" if other else ""
-            raise AmbiguousError(
-                f"it may be {best.path}{other_path}, and either may be another clip's: rename or remove one"
-            )
-        return best
+            others = f" or {other.path}" if other else ""
+            raise AmbiguousError(f"it may be {best.path}{others}, and that may be another clip: rename or remove one")
+        return self._place(best.path, best.form, start, end)
 
     def _is_copy(self, path: str, of: str) -> bool:
         """Tell whether files have one name: with different suffixes, or as large as each other."""
@@ -220,7 +220,7 @@ class MediaFolder:
 
 def holds_sound(path: str) -> bool:
     """Tell by its name whether a file holds sound alone."""
-    return os.path.splitext(path)[1].lower() in SOUNDS or holds_sound_alone(stem_of(path))
+    return suffix_of(path) in SOUNDS or holds_sound_alone(stem_of(path))
 
 
 def _index(pairs: Iterable[tuple[str, str]]) -> dict[str, str | list[str]]:

@@ -4,7 +4,6 @@ A name is read without its suffix. A YouTube id has 11 characters of A-Za-z0-9_-
 holds. What may be two videos is both, and marked so.
 """
 
-import os
 import re
 from collections.abc import Iterator
 from enum import IntEnum
@@ -17,7 +16,6 @@ NUMBER = r"(\d+(?:\.\d+)?)"
 INTERVAL = rf"(?:_{NUMBER}(?:[_-]{NUMBER})?)?"
 VIDEO = r"([A-Za-z0-9_-]{11})"
 CLIP = re.compile(rf"(Y?){VIDEO}{INTERVAL}", re.ASCII)
-V_CLIP = re.compile(rf"v_{VIDEO}{INTERVAL}", re.ASCII)
 TITLED = re.compile(rf".*\[{VIDEO}\]", re.DOTALL)
 DASHED = re.compile(rf".+-{VIDEO}", re.DOTALL)
 OTHER_CLIPS = [  # of ids that are not YouTube's
@@ -88,31 +86,37 @@ def _is_seconds(text: str, time: float) -> bool:
 
 def read_name(stem: str) -> list[ReadName]:
     """Return the videos that a file of this name, without suffix, may be of."""
-    left = stem
+    if not stem.startswith("v_") and (name := _clip(stem)):
+        return [name]
     if unmerged := _unmerged(stem):
-        left = stem[: unmerged.start()]
-    names = _names(left)
-    return [name._replace(is_unmerged=True) for name in names] if unmerged else names
+        return [name._replace(is_unmerged=True) for name in read_name(stem[: unmerged.start()])]
+    if stem.startswith("v_") and (names := _names_after_v(stem)):
+        return names
+    if match := TITLED.fullmatch(stem):
+        return [ReadName(match[1], Form.TITLE)]
+    if match := DASHED.fullmatch(stem):
+        return [ReadName(match[1], Form.DASH)]
+    return [*_other_names(stem)]
+
+
+def _clip(stem: str) -> ReadName | None:
+    if not (match := CLIP.fullmatch(stem)):
+        return None
+    prefix, video, start, end = match.groups("")
+    return ReadName(video, Form.YID if prefix else Form.WHOLE, start, end)
+
+
+def _names_after_v(stem: str) -> list[ReadName]:
+    """Return the readings of a name that begins with v_, which may be part of the id."""
+    names = [name for name in (_clip(stem), _clip(stem[2:])) if name and name.form == Form.WHOLE]
+    if len(names) > 1 and names[0].end:
+        return names[:1]
+    # v_abcdefghi_3 is the video abcdefghi_3, or v_abcdefghi from 3 s on
+    return [name._replace(is_sure=len(names) == 1) for name in names]
 
 
 def _unmerged(stem: str) -> re.Match[str] | None:
     return UNMERGED.fullmatch(stem, stem.rfind(".f")) if ".f" in stem else None
-
-
-def _names(stem: str) -> list[ReadName]:
-    names = []
-    if match := CLIP.fullmatch(stem):
-        form = Form.YID if match[1] else Form.WHOLE
-        names.append(ReadName(match[2], form, match[3] or "", match[4] or ""))
-    if stem.startswith("v_") and (match := V_CLIP.fullmatch(stem)):
-        names.append(ReadName(match[1], Form.WHOLE, match[2] or "", match[3] or ""))
-    if len(names) > 1:  # v_abcdefghi_3: the video abcdefghi_3, or v_abcdefghi from 3 s on
-        return [name._replace(is_sure=False) for name in names]
-    if not names and (match := TITLED.fullmatch(stem)):
-        names.append(ReadName(match[1], Form.TITLE))
-    elif not names and (match := DASHED.fullmatch(stem)):
-        names.append(ReadName(match[1], Form.DASH))
-    return names or [*_other_names(stem)]
 
 
 def _other_names(stem: str) -> Iterator[ReadName]:
@@ -164,8 +168,3 @@ def seconds(time: float | str) -> float:
     for part in str(time).split(":"):
         total = 60 * total + float(part)
     return total
-
-
-def stem_of(path: str) -> str:
-    """Return the name of a path without suffix."""
-    return os.path.splitext(os.path.basename(path))[0]

@@ -17,17 +17,6 @@ from clip4vla.media.av_streams import AudioReader, Skipped, VideoReader
 from clip4vla.media.containers import SLACK, STILL, Medium
 from clip4vla.media.layouts import open_medium
 
-VIDEOS = (
-    *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ts", ".wmv", ".ogv"),
-    *(".mts", ".m2ts", ".m2t", ".3g2", ".vob", ".asf", ".f4v", ".mxf", ".qt", ".mpe", ".divx", ".ogm"),
-    ".",  # names that end in a dot, as a downloader writes that does not know the suffix
-)
-SOUNDS = (
-    *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma"),
-    *(".mka", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".mp2", ".m4b", ".oga", ".weba", ".ac3", ".amr"),
-    *(".w64", ".wv", ".ape", ".tta", ".spx"),
-)
-
 
 class PastEndError(ValueError):
     """Reports an interval that begins where the medium has ended."""

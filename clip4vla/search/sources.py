@@ -17,8 +17,9 @@ from clip4vla.data.preprocessing import ClipInput
 from clip4vla.data.shards import INDEX, CorruptSample, ShardFolder
 from clip4vla.errors import UserError
 from clip4vla.io.walk import walk
-from clip4vla.media.av_reader import SOUNDS, VIDEOS, duration, window_bounds
+from clip4vla.media.av_reader import duration, window_bounds
 from clip4vla.media.images import PICTURES
+from clip4vla.media.suffixes import SOUNDS, VIDEOS, suffix_of
 from clip4vla.media.worker_pool import IsolatedIterator
 from clip4vla.models.model import Model
 
@@ -84,9 +85,9 @@ def find(where: str, model: Model) -> tuple[str, list[Source]]:
             f"{where}: no such file or folder; python -m clip4vla.search remove takes what is gone out of an index"
         )
     if root.is_file():
-        if suffix(root) not in (*VIDEOS, *SOUNDS, *PICTURES):
+        if suffix_of(str(root)) not in (*VIDEOS, *SOUNDS, *PICTURES):
             raise UserError(
-                f"{where}: neither a video, a sound nor a picture by its name ({suffix(root) or 'no suffix'})"
+                f"{where}: neither a video, a sound nor a picture by its name ({suffix_of(str(root)) or 'no suffix'})"
             )
         return str(root), [Source(str(root), file_state(root), root.name)]
     sources: list[Source] = []
@@ -104,13 +105,8 @@ def _unreadable(error: OSError) -> None:
     raise UserError(f"cannot read {error.filename}: {error.strerror}")
 
 
-def suffix(path: Path) -> str:
-    """Return what tells the kind of a file, in lower case; of a name that ends in a dot, the dot."""
-    return os.path.splitext(path)[1].lower()
-
-
 def _wanted(path: Path, root: Path) -> bool:
-    known = suffix(path) in (*VIDEOS, *SOUNDS, *PICTURES)
+    known = suffix_of(str(path)) in (*VIDEOS, *SOUNDS, *PICTURES)
     if not known or not path.is_file() or not path.resolve().is_relative_to(root):
         return False
     if any("\udc80" <= letter <= "\udcff" for letter in str(path)):  # how Python reads such bytes; SQLite holds none
@@ -173,7 +169,7 @@ def media(model: Model, place: str, name: str, first: int) -> Iterator[SourceCli
     path = Path(place)
     spec, long = model.spectrogram, preprocessing.max_clip_seconds(model.spectrogram)
     shown = {"name": name, "captions": [], "key": ""}
-    kind = suffix(path)
+    kind = suffix_of(str(path))
     if kind in PICTURES:
         yield SourceClip(0, shown | {"start": None, "end": None}, preprocessing.read(path, spec, model.frames, "v"))
     elif kind in SOUNDS:

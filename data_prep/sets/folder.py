@@ -1,7 +1,6 @@
 """Read a table of captions beside or for a folder of media: the way in for data without a format of its own."""
 
 import difflib
-import os
 import posixpath
 import re
 from collections.abc import Callable
@@ -9,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from clip4vla.errors import UserError
-from clip4vla.media.av_reader import SOUNDS, VIDEOS
 from clip4vla.media.images import PICTURES
+from clip4vla.media.suffixes import SOUNDS, VIDEOS, suffix_of
 from data_prep import annotation_io
 from data_prep.annotation_io import RowsOrSkipped
 from data_prep.manifest import ManifestRow, Skipped, composed, inside, on_disk, slug
@@ -66,7 +65,7 @@ def _row(root: Path, line: Any, others: set[str]) -> ManifestRow:
     texts = isinstance(path, str) and isinstance(lang, str)
     if not texts or any(isinstance(get(name), dict | list) for name in ("label", "split")):
         raise ValueError("path, lang, label or split is no text")
-    suffix = os.path.splitext(inside(path))[1].lower()
+    suffix = suffix_of(inside(path))
     if suffix not in PICTURES + VIDEOS + SOUNDS:
         raise ValueError(f"{path}: unknown kind of file, not one of {' '.join(PICTURES + VIDEOS + SOUNDS)}")
     if kind not in ("vb", "nb", "both"):

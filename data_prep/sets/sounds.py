@@ -28,21 +28,23 @@ def audioset(place: Path, media: MediaFolder) -> RowsOrSkipped:
         else:
             names[named["mid"]] = named["display_name"]
 
-    @functools.lru_cache(1 << 15)  # most of millions of lines have one of these; what they share takes no memory
-    def labels(mids: str) -> tuple[str, list[str], list[str]]:
+    english = ["en"]  # one list for millions of rows
+
+    @functools.lru_cache(1 << 15)  # most lines have one of these
+    def labels(mids: str) -> tuple[str, list[str]]:
         known = [mid.strip() for mid in mids.split(",")]
         if unknown := [mid for mid in known if mid not in names]:
             raise ValueError(f"label {unknown[0]!r} is not in {classes.name}")
         kinds = [names[mid] for mid in known]
-        return ";".join(kinds), annotation_io.captions([f"The sound of {', '.join(kinds)}"]), ["en"]
+        return ";".join(kinds), [annotation_io.clean(f"The sound of {', '.join(kinds)}")]
 
     def row(split: str, line: dict[str, str]) -> ManifestRow | None:
         if line["YTID"].startswith("#"):
             return None
-        label, captions, langs = labels(line["positive_labels"])
+        label, captions = labels(line["positive_labels"])
         clip = line["YTID"], float(line["start_seconds"]), float(line["end_seconds"])
         made = annotation_io.clip_row(media, "audioset", split, *clip, None, audio_type="nb", label=label)
-        made.captions, made.caption_langs = captions, langs
+        made.captions, made.caption_langs = captions, english
         return made
 
     columns = ("YTID", "start_seconds", "end_seconds", "positive_labels")

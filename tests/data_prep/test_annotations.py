@@ -9,8 +9,8 @@ from forks import ROOT
 
 from clip4vla.config import DataConfig
 from clip4vla.errors import UserError
-from clip4vla.media.av_reader import SOUNDS, VIDEOS
 from clip4vla.media.images import PICTURES
+from clip4vla.media.suffixes import SOUNDS, VIDEOS
 from data_prep.annotations import read
 from data_prep.sets.howto100m import merge
 
