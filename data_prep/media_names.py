@@ -150,7 +150,7 @@ def read_listed(path: Path) -> ReadName | None:
             return ReadName(video) if video else None
         ((start, end),) = listed["clips"]
         return ReadName(video, Form.WHOLE, f"{seconds(start):.3f}", f"{seconds(end):.3f}")
-    except (OSError, ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None
 
 

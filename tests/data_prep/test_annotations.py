@@ -158,11 +158,12 @@ def test_audiocaps_gathers_the_captions_of_a_clip(prepare):
     rows, skipped = prepare("audiocaps", files, media)
     assert [(row.id, row.split, row.captions, row.media) for row in rows] == [
         ("t1_20_30", "train", ["Speech"], "t1_20_30.flac"),
-        ("-r_n-_130_140", "val", ['Water "pours", then stops', "A man talks"], "-r_n-_130.wav"),
+        ("-r_n-_130_140", "val", ['Water "pours", then stops', "A man talks", "A man talks"], "-r_n-_130.wav"),
         ("y2_0_10", "val", ["A dog"], "Yy2.wav"),
         ("-r_n-_60_70", "val", ["Elsewhere"], "-r_n-.mp4"),
     ]
-    assert rows[1].caption_langs == ["en", "en"] and rows[1].audio_type == "nb"
+    assert rows[1].caption_langs == ["en", "en", "en"] and rows[1].audio_type == "nb"
+    assert (rows[1].picture, rows[1].picture_start, rows[3].picture) == ("-r_n-.mp4", 130, None)
     assert rows[1].item == rows[3].item and rows[1].group != rows[3].group
     assert (rows[1].start, rows[3].start, rows[3].end) == (None, 60, 70)
     assert reasons(skipped) == {
@@ -365,9 +366,21 @@ def test_no_media_folder_no_annotations_and_nothing_found(prepare):
     with pytest.raises(UserError, match="annotations=/nowhere/at/all: no such file or folder"):
         prepare("vatex", {}, annotations="/nowhere/at/all")
     clips = [{"videoID": "a_000001_000002"}, {"videoID": "b_000001_000002"}, {}]
-    with pytest.raises(UserError, match="nothing in vatex's layout; 1 malformed; 2 missing; .*right folder") as caught:
-        prepare("vatex", {"vatex_training_v1.0.json": clips})
+    files = {"vatex_training_v1.0.json": clips}
+    with pytest.raises(UserError, match="media_root=.*/media: no video and no sound there; the config's header"):
+        prepare("vatex", files)
+    layout = "nothing in vatex's layout: 2 media files there, for example sub/c.mp4; 2 missing; 1 malformed; "
+    with pytest.raises(UserError, match=f"{layout}.*right folder") as caught:
+        prepare("vatex", files, ["sub/c.mp4", "sub/d.wav"])
     assert "\n" not in str(caught.value)
+
+
+def test_where_little_is_there_the_files_of_no_clip_are_named(prepare):
+    clips = [{"videoID": f"abcdefghij{i}_000001_000002"} for i in range(3)]
+    media = ["abcdefghij1_000001_000002.mp4", "clip of 0.mp4", "clip of 2.mp4"]
+    rows, skipped = prepare("vatex", {"vatex_training_v1.0.json": clips}, media)
+    assert len(rows) == 1 and [item.why for item in skipped] == ["missing", "missing", "unusable"]
+    assert skipped[2].reason == "3 media files there, for example clip of 0.mp4: are the others named otherwise?"
 
 
 def test_one_annotation_file_can_be_named(prepare, tmp_path):
