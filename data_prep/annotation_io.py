@@ -284,20 +284,19 @@ def clip_row(
     start: float,
     end: float,
     texts: Any,
-    own_name: str = "",
-    by_start: bool = True,
+    naming: Any = None,
     **more: Any,
 ) -> ManifestRow:
     """Return the row of an interval in seconds of a video, or of the file that was cut from it, in English.
 
-    own_name, by_start: as MediaFolder.find_clip has them.
+    naming: a dict of what MediaFolder.find_clip is to know of the names beside.
     """
     check_span(start, end)
     if not video:
         raise ValueError("no id")
     name, kept = f"{video}_{start:.10g}_{end:.10g}", captions(texts, split)
     row = ManifestRow(name, sys.intern(video), name, source, split, kept, ["en"] * len(kept), **more)
-    return located(row, media.find_clip(video, start, end, own_name, by_start))
+    return located(row, media.find_clip(video, start, end, **(naming or {})))
 
 
 def located(row: ManifestRow, place: Located | None) -> ManifestRow:

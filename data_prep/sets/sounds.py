@@ -60,9 +60,9 @@ def audiocaps(place: Path, media: MediaFolder) -> RowsOrSkipped:
     def row(split: str, line: dict[str, str]) -> ManifestRow:
         start = float(line["start_time"])
         clip = line["youtube_id"], start, start + 10
-        number = line.get("audiocap_id", "")
+        naming = {"own_name": line.get("audiocap_id", "")}  # audiocaps-download's
         return annotation_io.clip_row(
-            media, "audiocaps", split, *clip, [line["caption"]], own_name=number, audio_type="nb"
+            media, "audiocaps", split, *clip, [line["caption"]], naming=naming, audio_type="nb"
         )
 
     files = {"train.csv": "train", "val.csv": "val", "test.csv": "test"}

@@ -34,7 +34,7 @@ def youcook2(place: Path, media: MediaFolder) -> RowsOrSkipped:
             start,
             end,
             [segment.get("sentence", "")],
-            **step_names.of(video, segment.get("id"), start),
+            naming=step_names.of(video, segment.get("id"), start),
             label=None if recipe is None else str(recipe),
         )
         if made.id in seen:

@@ -375,14 +375,6 @@ def test_no_media_folder_no_annotations_and_nothing_found(prepare):
     assert "\n" not in str(caught.value)
 
 
-def test_where_little_is_there_the_files_of_no_clip_are_named(prepare):
-    clips = [{"videoID": f"abcdefghij{i}_000001_000002"} for i in range(3)]
-    media = ["abcdefghij1_000001_000002.mp4", "clip of 0.mp4", "clip of 2.mp4"]
-    rows, skipped = prepare("vatex", {"vatex_training_v1.0.json": clips}, media)
-    assert len(rows) == 1 and [item.why for item in skipped] == ["missing", "missing", "unusable"]
-    assert skipped[2].reason == "3 media files there, for example clip of 0.mp4: are the others named otherwise?"
-
-
 def test_one_annotation_file_can_be_named(prepare, tmp_path):
     head = "audiocap_id,youtube_id,start_time,caption\n"
     files = {"train.csv": head + "1,a,0,x\n", "test.csv": head + "2,b,0,y\n"}

@@ -1,10 +1,18 @@
 """data_prep/media_names.py and MediaFolder: the names that authors and downloaders give to files."""
 
 import json
+import subprocess
+import sys
+import tracemalloc
 
 import pytest
 from annotation_files import reasons
+from forks import ROOT
 
+from clip4vla.config import DataConfig
+from clip4vla.errors import UserError
+from data_prep import manifest
+from data_prep.annotations import read
 from data_prep.manifest import AmbiguousError, Located, MediaFolder
 from data_prep.media_names import read_listed
 
@@ -205,3 +213,44 @@ def test_numbers_of_video2dataset_are_what_the_json_beside_says(there, tmp_path)
     assert media.find_clip(OTHER, 0, 5) == Located("00000/000000014.mp4", 0, 5)
     assert [key for key in listed if read_listed(tmp_path / f"00000/{key}.mp4")] == [*listed][:3]
     assert media.find_clip("z2345678901", 0, 10, own_name="000000012") is None  # a number of another list
+
+
+# Where little or nothing is there
+
+
+def test_where_little_is_there_the_files_of_no_clip_are_named(prepare):
+    clips = [{"videoID": f"abcdefghij{i}_000001_000002"} for i in range(3)]
+    media = ["abcdefghij1_000001_000002.mp4", "clip of 0.mp4", "clip of 2.mp4"]
+    rows, skipped = prepare("vatex", {"vatex_training_v1.0.json": clips}, media)
+    assert len(rows) == 1 and [item.why for item in skipped] == ["missing", "missing", "unusable"]
+    assert skipped[2].reason == "3 media files there, for example clip of 0.mp4: are the others named otherwise?"
+
+
+def test_where_there_are_no_media_the_annotations_are_not_read(prepare):
+    """The first line stops: AudioSet has two million."""
+    files = {"class_labels_indices.csv": "mid,display_name\n", "eval_segments.csv": "a, no, number, label\n"}
+    with pytest.raises(UserError, match="no video and no sound there"):
+        prepare("audioset", files)
+
+
+# Millions of clips
+
+
+def test_a_clip_of_audioset_takes_little_memory(tmp_path, monkeypatch):
+    """2.08 million in 1.5 GB: tracemalloc counts what is left at the highest point, less what a few lines take."""
+    ids = [f"{i:011d}" for i in range(4000)]
+    (tmp_path / "class_labels_indices.csv").write_text("mid,display_name\nm,Speech\n")
+    (tmp_path / "eval_segments.csv").write_text("".join(f'{name}, 30.000, 40.000, "m"\n' for name in ids))
+    monkeypatch.setattr(manifest, "_walk", lambda root: (f"unbalanced_train/Y{name}.wav" for name in ids))
+    cfg = DataConfig(dataset="audioset", media_root=str(tmp_path))
+    tracemalloc.start()
+    rows, _ = read(cfg)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(rows) == 4000 and most / 4000 < 520
+
+
+def test_reading_annotations_brings_no_torch():
+    """It takes half a gigabyte."""
+    code = "import sys, data_prep.annotations; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
