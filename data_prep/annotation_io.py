@@ -294,7 +294,7 @@ def clip_row(
     check_span(start, end)
     if not video:
         raise ValueError("no id")
-    name, kept = f"{video}_{start:.10g}_{end:.10g}", captions(texts, split)
+    name, kept = f"{video}_{start:.10g}_{end:.10g}", captions(texts, split) if texts is not None else []
     row = ManifestRow(name, sys.intern(video), name, source, split, kept, ["en"] * len(kept), **more)
     return located(row, media.find_clip(video, start, end, **(naming or {})))
 

@@ -125,6 +125,11 @@ class MediaFolder:
 
         own_name: what a file of this clip alone may be called instead; by_start: whether ID_3 may begin at 3 s.
         """
+        path = self.by_video.get(video)
+        if isinstance(path, str) and not own_name:  # what most of millions of files are called needs no second reading
+            stem = stem_of(path)
+            if stem in (video, f"Y{video}"):
+                return self._place(path, Form.WHOLE if stem == video else Form.YID, start, end)
         named = [
             (path, form, name)
             for path, name in self._named(video)

@@ -26,17 +26,17 @@ def audioset(place: Path, media: MediaFolder) -> RowsOrSkipped:
         if isinstance(named, ValueError):
             yield Skipped("malformed", where, str(named))
         else:
-            names[named["mid"]] = named["display_name"]
+            names[named["mid"]] = annotation_io.clean(named["display_name"])
 
     english = ["en"]  # one list for millions of rows
 
     @functools.lru_cache(1 << 15)  # most lines have one of these
     def labels(mids: str) -> tuple[str, list[str]]:
-        known = [mid.strip() for mid in mids.split(",")]
-        if unknown := [mid for mid in known if mid not in names]:
-            raise ValueError(f"label {unknown[0]!r} is not in {classes.name}")
-        kinds = [names[mid] for mid in known]
-        return ";".join(kinds), [annotation_io.clean(f"The sound of {', '.join(kinds)}")]
+        kinds = [names.get(mid) or names.get(mid.strip()) or "" for mid in mids.split(",")]
+        if "" in kinds:
+            unknown = mids.split(",")[kinds.index("")].strip()
+            raise ValueError(f"label {unknown!r} is not in {classes.name}")
+        return ";".join(kinds), [f"The sound of {', '.join(kinds)}"]
 
     def row(split: str, line: dict[str, str]) -> ManifestRow | None:
         if line["YTID"].startswith("#"):
