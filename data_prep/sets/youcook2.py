@@ -61,14 +61,14 @@ class StepNames:
 
     def __init__(self, database: dict[str, Any], media: MediaFolder):
         self.media = media
-        self.numbers: dict[str, set[Any]] = {}  # of a video's steps
-        self.starts: dict[str, set[Any]] = {}  # s
+        self.numbers: dict[str, set[int]] = {}  # of a video's steps
+        self.starts: dict[str, set[float]] = {}  # s
         by_number = by_start = False
         for video, annotation in database.items():
             steps = [step for step in _segments(annotation) if isinstance(step, dict)]
-            self.numbers[video] = {step.get("id") for step in steps}
             spans = [span for step in steps if isinstance(span := step.get("segment"), list) and span]
-            self.starts[video] = {span[0] for span in spans}
+            self.numbers[video] = {number for step in steps if isinstance(number := step.get("id"), int)}
+            self.starts[video] = {span[0] for span in spans if isinstance(span[0], int | float)}
             there = media.numbers(video)
             by_number |= bool((there & self.numbers[video]) - self.starts[video])
             by_start |= bool((there & self.starts[video]) - self.numbers[video])

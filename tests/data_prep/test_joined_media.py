@@ -9,6 +9,7 @@ from clip4vla.media.suffixes import SOUNDS, VIDEOS
 from data_prep.annotation_io import located
 from data_prep.build_shards import check_not_cut, read_row, sample
 from data_prep.manifest import ManifestRow, MediaFolder
+from data_prep.plan import make_plan
 from data_prep.progress import estimate
 
 ID = "-_a_b-c_d-e"
@@ -72,6 +73,15 @@ def test_files_of_different_intervals_are_not_joined(root, tmp_path, video, soun
     cfg, row = read(root, tmp_path, video, sound, names, cut=cut)
     with pytest.raises(ValueError, match=why):
         sample(cfg, row)
+
+
+def test_a_manifest_says_where_the_frames_begin_only_where_they_do(root, tmp_path):
+    """Lines of other rows stay as they were: shards of changed lines are made again."""
+    _, row = read(root, tmp_path, "whole.mp4", "cut.wav", ("{}.mp4", "Y{}.wav"))
+    other = ManifestRow("b", "b", "b", "s", "test", ["b"], ["en"], media="b.wav")
+    (unit,) = make_plan(tmp_path / "out", [row, other], [], 4)
+    assert sorted(unit.read(), key=lambda row: row.id) == [row, other] and row.picture_start == 2
+    assert unit.text().count(b"picture_start") == 1
 
 
 # Clips that were cut already

@@ -56,6 +56,12 @@ def test_names_that_begin_with_a_space(prepare, on_disk):
     assert row.media == f"development/{on_disk}"
 
 
+def test_names_that_begin_with_a_space_in_any_folder(prepare):
+    head = f"file_name,{','.join(f'caption_{i}' for i in range(1, 6))}\n"
+    (row,), _ = prepare("clotho", {"clotho_captions_evaluation.csv": f"{head} a b.wav,a,b,c,d,e\n"}, ["all/ a b.flac"])
+    assert row.media == "all/ a b.flac"
+
+
 # Steps of YouCook2
 
 
