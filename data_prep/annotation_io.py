@@ -1,6 +1,7 @@
 """Find and read annotation files, and turn their lines into manifest rows, or Skipped with a reason."""
 
 import csv
+import functools
 import html
 import math
 import re
@@ -72,7 +73,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str | ValueError]]:
 
 def not_utf8(text: str) -> bool:
     """Tell whether the bytes of a text that was decoded with surrogateescape were something else; UTF-16 has zeros."""
-    return bool(UNDECODED(text))
+    return "\0" in text if text.isascii() else bool(UNDECODED(text))
 
 
 def read_csv(path: Path, *columns: str, header: bool = True) -> Iterator[tuple[str, dict[str, str] | ValueError]]:
@@ -112,28 +113,20 @@ class LineReader:
     """Splits lines of a table, each for itself: a reader of the module csv takes several where a quote is not closed."""
 
     def __init__(self) -> None:
-        self.line: str | None = None
-        self.reader = csv.reader(self, skipinitialspace=True, strict=True)
-
-    def __iter__(self) -> "LineReader":
-        return self
-
-    def __next__(self) -> str:
-        line, self.line = self.line, None
-        if line is None:
-            raise StopIteration
-        return line
+        self.pending: list[str] = []
+        self.reader = csv.reader(iter(self.pending.pop, None), skipinitialspace=True, strict=True)
 
     def cells(self, line: str | ValueError) -> list[str]:
         """Split a line; ValueError if it is malformed."""
         if isinstance(line, ValueError):
             raise line
-        self.line = line
+        self.pending.append(line)
         try:
             return next(self.reader)
-        except csv.Error as error:
+        except (csv.Error, IndexError) as error:  # IndexError: it wants a second line
+            why = "unexpected end of data" if isinstance(error, IndexError) else error
             raise ValueError(
-                f"not a line of a table ({error}): write a quote inside a cell twice, and a cell in one line"
+                f"not a line of a table ({why}): write a quote inside a cell twice, and a cell in one line"
             ) from None
 
 
@@ -294,7 +287,7 @@ def clip_row(
     check_span(start, end)
     if not video:
         raise ValueError("no id")
-    name, kept = f"{video}_{start:.10g}_{end:.10g}", captions(texts, split) if texts is not None else []
+    name, kept = f"{video}_{short(start)}_{short(end)}", captions(texts, split) if texts is not None else []
     row = ManifestRow(name, sys.intern(video), name, source, split, kept, ["en"] * len(kept), **more)
     return located(row, media.find_clip(video, start, end, **(naming or {})))
 
@@ -304,6 +297,12 @@ def located(row: ManifestRow, place: Located | None) -> ManifestRow:
     if place:
         row.media, row.start, row.end, row.picture, row.picture_start = place
     return row
+
+
+@functools.lru_cache(1 << 12)  # millions of clips begin at few different times
+def short(seconds: float) -> str:
+    """Return the seconds as they stand in an id."""
+    return f"{seconds:.10g}"
 
 
 def check_span(start: float | None, end: float | None) -> None:
@@ -377,9 +376,10 @@ def as_text(item: ManifestRow | Skipped) -> ManifestRow | Skipped:
     """Return the item; a row that holds half a character, such as a cut emoji, cannot be written and is malformed."""
     name, why = (item.where, item.why) if isinstance(item, Skipped) else (item.id, "malformed")
     try:
-        name.encode()
         if isinstance(item, ManifestRow):
-            f"{item.item}{item.media}{item.picture}{item.label}{item.lang}{''.join(item.captions)}".encode()
+            f"{name}{item.item}{item.media}{item.picture}{item.label}{item.lang}{''.join(item.captions)}".encode()
+        else:
+            name.encode()
         return item
     except UnicodeEncodeError:
         where = name.encode("utf-8", "replace").decode()

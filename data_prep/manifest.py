@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -147,13 +147,19 @@ class MediaFolder:
     @functools.cached_property
     def by_stem(self) -> dict[str, str | list[str]]:
         """Paths by their names without suffix; a list where there are several."""
-        return _index((_key(stem_of(path)), path) for path in self._some_paths())
+        index: dict[str, str | list[str]] = {}
+        for path in self._some_paths():
+            _add(index, _key(stem_of(path)), path)
+        return index
 
     @functools.cached_property
     def by_video(self) -> dict[str, str | list[str]]:
         """Paths by the ids of the videos that they may be of."""
-        named = ((path, self._read(path)) for path in self._some_paths())
-        return _index((sys.intern(name.video), path) for path, names in named for name in names)
+        index: dict[str, str | list[str]] = {}
+        for path in self._some_paths():
+            for name in self._read(path):
+                _add(index, sys.intern(name.video), path)
+        return index
 
     @functools.cached_property
     def listed(self) -> dict[str, ReadName]:
@@ -228,14 +234,11 @@ def holds_sound(path: str) -> bool:
     return suffix_of(path) in SOUNDS or holds_sound_alone(stem_of(path))
 
 
-def _index(pairs: Iterable[tuple[str, str]]) -> dict[str, str | list[str]]:
-    """Return the paths by key; of one path itself, since millions of lists would take much memory."""
-    index: dict[str, str | list[str]] = {}
-    for key, path in pairs:
-        held = index.setdefault(key, path)
-        if held is not path:
-            index[key] = [*_several(held), path]
-    return index
+def _add(index: dict[str, str | list[str]], key: str, path: str) -> None:
+    """Add a path; one of its key alone stands for itself, since millions of lists would take much memory."""
+    held = index.setdefault(key, path)
+    if held is not path:
+        index[key] = [*_several(held), path]
 
 
 def _several(paths: str | Sequence[str]) -> Sequence[str]:

@@ -86,7 +86,8 @@ def _is_seconds(text: str, time: float) -> bool:
 
 def read_name(stem: str) -> list[ReadName]:
     """Return the videos that a file of this name, without suffix, may be of."""
-    if not stem.startswith("v_") and (name := _clip(stem)):
+    name = _clip(stem)
+    if name and not stem.startswith("v_"):
         return [name]
     if unmerged := _unmerged(stem):
         return [name._replace(is_unmerged=True) for name in read_name(stem[: unmerged.start()])]

@@ -30,7 +30,7 @@ def audioset(place: Path, media: MediaFolder) -> RowsOrSkipped:
 
     english = ["en"]  # one list for millions of rows
 
-    @functools.lru_cache(1 << 15)  # most lines have one of these
+    @functools.lru_cache(1 << 18)  # most lines have one of these
     def labels(mids: str) -> tuple[str, list[str]]:
         kinds = [names.get(mid) or names.get(mid.strip()) or "" for mid in mids.split(",")]
         if "" in kinds:

@@ -79,6 +79,7 @@ def test_a_manifest_says_where_the_frames_begin_only_where_they_do(root, tmp_pat
     """Lines of other rows stay as they were: shards of changed lines are made again."""
     _, row = read(root, tmp_path, "whole.mp4", "cut.wav", ("{}.mp4", "Y{}.wav"))
     other = ManifestRow("b", "b", "b", "s", "test", ["b"], ["en"], media="b.wav")
+    (tmp_path / "out").mkdir()
     (unit,) = make_plan(tmp_path / "out", [row, other], [], 4)
     assert sorted(unit.read(), key=lambda row: row.id) == [row, other] and row.picture_start == 2
     assert unit.text().count(b"picture_start") == 1
