@@ -1,33 +1,25 @@
 """Find and read annotation files, and turn their lines into manifest rows, or Skipped with a reason."""
 
-import csv
+import functools
 import html
-import itertools
-import json
 import math
 import re
+import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from clip4vla.config_io import NOT_UTF8, parse_json, repeated
 from clip4vla.data.sample_metadata import CAPTIONS, LONGEST
-from clip4vla.errors import UserError, one_line
-from data_prep.manifest import ManifestRow, MediaFolder, Skipped
+from clip4vla.errors import UserError
+from data_prep.manifest import AmbiguousError, Located, ManifestRow, MediaFolder, Skipped
+from data_prep.table_lines import LineReader, column_names, joined_lines
 
-BLOCK, PAIR = 1 << 20, 1 << 26  # characters: of a large JSON file read at once; of a key with its value
-QUOTED = 20  # characters of what is no JSON that a message repeats
 UNDECODED = re.compile("[\0\udc80-\udcff]").search
-MARK = re.compile(r"\s*([{}:,])\s*").match
 NAN_IS_NULL: dict[str, Any] = {"parse_constant": lambda _: None}
-MISTAKES = (
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    OverflowError,
-    OSError,
-)  # of a line: a name too long for the disk
+# of a line; OSError: a name too long for the disk
+MISTAKES = (ValueError, TypeError, LookupError, AttributeError, OverflowError, OSError)
 RowsOrSkipped = Iterator[ManifestRow | Skipped]
 Line = tuple[str, str, Any]  # FILE:LINE or FILE: ID, split, what stands there
 
@@ -66,15 +58,16 @@ def _path(place: Path, name: str) -> Path:
 
 def read_lines(path: Path) -> Iterator[tuple[str, str | ValueError]]:
     """Yield (FILE:LINE, text, or why it is none) of lines that are not blank."""
+    name = path.name
     with path.open(encoding="utf-8", errors="surrogateescape") as stream:
         for number, line in enumerate(stream, 1):
             if text := line.removeprefix("\ufeff").strip():
-                yield f"{path.name}:{number}", ValueError(NOT_UTF8) if not_utf8(text) else text
+                yield f"{name}:{number}", ValueError(NOT_UTF8) if not_utf8(text) else text
 
 
 def not_utf8(text: str) -> bool:
     """Tell whether the bytes of a text that was decoded with surrogateescape were something else; UTF-16 has zeros."""
-    return bool(UNDECODED(text))
+    return "\0" in text if text.isascii() else bool(UNDECODED(text))
 
 
 def read_csv(
@@ -85,55 +78,20 @@ def read_csv(
     Each line stands for itself, so that a quote that is not closed takes no other line with it, unless cells_span_lines.
     Raises UserError if the header lacks one of the columns or names one twice.
     """
-    lines = _joined_lines(read_lines(path)) if cells_span_lines else read_lines(path)
-    names = _header(path, columns, next(lines, ("", ""))[1], separator) if header else list(columns)
+    lines = joined_lines(read_lines(path)) if cells_span_lines else read_lines(path)
+    reader = LineReader(separator)
+    names = column_names(path, columns, next(lines, ("", ""))[1], reader) if header else list(columns)
     for where, line in lines:
         try:
-            cells = _cells(line, separator)
+            cells = reader.cells(line)
             if len(cells) > len(names):
                 raise ValueError("more cells than the header has columns")
         except ValueError as error:
             yield where, error
             continue
         if any(cells):
-            yield where, dict(itertools.zip_longest(names, cells, fillvalue=""))
-
-
-def _joined_lines(lines: Iterable[tuple[str, str | ValueError]]) -> Iterator[tuple[str, str | ValueError]]:
-    """Join each line with those after it while a quote is open, that is while the quotes are odd in number."""
-    begun: tuple[str, str] | None = None
-    for where, line in lines:
-        if isinstance(line, str) and begun:
-            where, line = begun[0], f"{begun[1]} {line}"
-        begun = (where, line) if isinstance(line, str) and line.count('"') % 2 else None
-        if not begun:
-            yield where, line
-    if begun:
-        yield begun
-
-
-def _header(path: Path, columns: tuple[str, ...], line: str | ValueError, separator: str) -> list[str]:
-    try:
-        names = _cells(line, separator)
-    except ValueError as error:
-        raise UserError(f"{path}: the first line is malformed: {error}") from None
-    if missing := set(columns) - set(names):
-        raise UserError(f"{path}: the first line names no column {' and '.join(sorted(missing))}")
-    if twice := repeated(names):
-        raise UserError(f"{path}: the first line names column {twice} twice; rename or remove one")
-    return names
-
-
-def _cells(line: str | ValueError, separator: str) -> list[str]:
-    """Split one line of a table; ValueError if it is malformed."""
-    if isinstance(line, ValueError):
-        raise line
-    try:
-        return next(csv.reader([line], delimiter=separator, skipinitialspace=True, strict=True))
-    except csv.Error as error:
-        raise ValueError(
-            f"not a line of a table ({error}): write a quote inside a cell twice, and a cell in one line"
-        ) from None
+            cells += [""] * (len(names) - len(cells))
+            yield where, dict(zip(names, cells, strict=True))
 
 
 def read_csvs(place: Path, splits: dict[str, str], *columns: str, header: bool = True) -> Iterator[Line]:
@@ -180,52 +138,6 @@ def read_json(path: Path, kind: type[list] | type[dict], **keys: type[list] | ty
     return data
 
 
-def stream_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of a JSON object that is too large for memory."""
-    try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-            yield from _pairs(file)
-    except (ValueError, RecursionError) as error:
-        what = "nested too deeply" if isinstance(error, RecursionError) else one_line(error, 300)
-        what = NOT_UTF8 if not_utf8(what) else what
-        raise UserError(f"{path}: not valid JSON, perhaps cut short: {what}; get it again") from None
-
-
-def _pairs(file: TextIO) -> Iterator[tuple[str, Any]]:
-    """Yield the keys and values of an open file.
-
-    ValueError for what is no JSON, or for a pair of more than PAIR characters.
-    """
-    decode, text, at, awaited = json.JSONDecoder(**NAN_IS_NULL).raw_decode, "", 0, "{"
-    while True:
-        try:
-            mark, begin = _mark(text, at)
-            if (awaited, mark) == (",", "}") or (awaited == "{" and "".join(text.split()) == "{}"):
-                return
-            if mark != awaited:
-                raise ValueError(text[at : at + QUOTED])
-            key, end = decode(text, begin)
-            value, end = decode(text, _mark(text, end)[1])
-            if not isinstance(key, str):
-                raise ValueError(text[begin : begin + QUOTED])
-            _mark(text, end)  # after a number that is cut another digit may follow
-        except ValueError:
-            more = file.read(max(BLOCK, len(text) - at)) if len(text) - at < PAIR else ""
-            if not more:
-                raise
-            text, at = text[at:] + more, 0
-            continue
-        awaited, at = ",", end
-        yield key, value
-
-
-def _mark(text: str, at: int) -> tuple[str, int]:
-    """Return the brace, colon or comma at `at`, and where the next word begins."""
-    if not (match := MARK(text, at)):
-        raise ValueError(text[at : at + QUOTED])
-    return match[1], match.end()
-
-
 def read_lists(files: Iterable[tuple[Path, str]], split_of: dict[str, str]) -> Iterator[Skipped]:
     """Fill `split_of`, the split of each name in lists of names, a name a line; yield the malformed lines."""
     for path, split in files:
@@ -245,54 +157,138 @@ def rows(lines: Iterable[Line], parse: Callable[[str, Any], ManifestRow | None],
     A line that is a ValueError already is malformed. parse returns None for a line that is no sample.
     join: lines of one clip (equal id and split) add their captions to it; else a second one is malformed. A line with
     captions that a clip has no more room for is unusable, and its clip keeps the first ones. A row without media is
-    Skipped as missing.
+    Skipped as missing, one that may be in either of two files as unusable.
     """
-    held: dict[tuple[str, str], tuple[str, ManifestRow]] = {}
+    places = Places()
+    kept: list[ManifestRow] = []
+    joined: dict[tuple[str, str], ManifestRow] = {}
     for where, split, line in lines:
         try:
             if isinstance(line, ValueError):
                 raise line
             row = parse(split, line)
+        except UserError:
+            raise
         except MISTAKES as error:
-            yield Skipped("malformed", where, reason(error))
+            yield Skipped("unusable" if isinstance(error, AmbiguousError) else "malformed", where, reason(error))
             continue
         if row is None:
             continue
-        first, kept = held.setdefault((row.split, row.id), (where, row))
-        if kept is not row and join:
-            for text, lang in zip(row.captions, row.caption_langs, strict=True):
-                if text not in kept.captions:  # of CAPTIONS at most, so that all lines take linear time
-                    kept.captions.append(text)
-                    kept.caption_langs.append(lang)
-        elif kept is not row:
+        first = places.first(row, where)
+        if first and not join:
             yield Skipped("malformed", where, f"duplicate of {first}")
-        if len(kept.captions) > CAPTIONS:
+            continue
+        if join:
+            row = _joined(joined.setdefault((row.split, row.id), row), row)
+        if len(row.captions) > CAPTIONS:
             yield Skipped("unusable", where, f"more than {CAPTIONS} captions of one clip")
-            del kept.captions[CAPTIONS:], kept.caption_langs[CAPTIONS:]
-    yield from (row if row.media or row.picture else missing(row.id, row.item) for _, row in held.values())
+            del row.captions[CAPTIONS:], row.caption_langs[CAPTIONS:]
+        if not join and not (row.media or row.picture):
+            yield missing(row.id, row.item)
+        elif not first:
+            kept.append(row)
+    del places
+    yield from _checked(kept)
+
+
+class Places:
+    """Remembers where the first line of each clip stands: FILE:LINE as a number, since there may be millions."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, int] = {}
+        self.by_id: dict[str, dict[str, int | str]] = defaultdict(dict)  # by split
+
+    def first(self, row: ManifestRow, where: str) -> str:
+        """Return where a line before this one had the row's split and id; "" if none had."""
+        file, _, line = where.rpartition(":")
+        place = int(line) << 16 | self.files.setdefault(file, len(self.files)) if line.isdecimal() else where
+        held = self.by_id[row.split].setdefault(row.id, place)
+        if held is place:
+            return ""
+        return held if isinstance(held, str) else f"{[*self.files][held & 0xFFFF]}:{held >> 16}"
+
+
+def _joined(kept: ManifestRow, row: ManifestRow) -> ManifestRow:
+    """Return the row that was kept of a clip, with the captions, and if it has none the media, of another row of it."""
+    if kept is row:
+        return kept
+    for text, lang in zip(row.captions, row.caption_langs, strict=True):
+        if keeps_repeated(row.split) or text not in kept.captions:  # CAPTIONS at most: lines take linear time
+            kept.captions.append(text)
+            kept.caption_langs.append(lang)
+    if not kept.media and not kept.picture:
+        kept.media, kept.start, kept.end = row.media, row.start, row.end
+        kept.picture, kept.picture_start = row.picture, row.picture_start
+    return kept
+
+
+def _checked(kept: list[ManifestRow]) -> RowsOrSkipped:
+    """Yield the rows that have media, and Skipped of those that take the file of another clip of their video."""
+    owners: dict[str | tuple[str, str], str] = {}
+    contested: set[str | tuple[str, str]] = set()
+    for row in kept:
+        if row.start is None and row.media and owners.setdefault(_files(row), row.group) != row.group:
+            contested.add(_files(row))
+    owners.clear()
+    for row in kept:
+        if not row.media and not row.picture:
+            yield missing(row.id, row.item)
+        elif row.start is None and row.media and _files(row) in contested:
+            yield Skipped("unusable", row.id, f"{row.media} would be another clip of its video too")
+        else:
+            yield row
+
+
+def _files(row: ManifestRow) -> str | tuple[str, str]:
+    """Return the medium of a row; with the picture if there is one, as several of those may share a sound."""
+    return (row.media or "", row.picture) if row.picture else row.media or ""
 
 
 def whole_row(
-    source: str, split: str, name: str, path: str | None, texts: Any, group: str = "", **more: Any
+    source: str, split: str, name: str, place: Located | None, texts: Any, group: str = "", **more: Any
 ) -> ManifestRow:
     """Return the row of a whole file, in English."""
     if not isinstance(name, str) or not name:
         raise ValueError("no name")
-    kept = captions(texts)
-    return ManifestRow(name, name, group or name, source, split, kept, ["en"] * len(kept), media=path, **more)
+    kept = captions(texts, split)
+    row = ManifestRow(name, name, group or name, source, split, kept, ["en"] * len(kept), **more)
+    return located(row, place)
 
 
 def clip_row(
-    media: MediaFolder, source: str, split: str, video: str, start: float, end: float, texts: Any, **more: Any
+    media: MediaFolder,
+    source: str,
+    split: str,
+    video: str,
+    start: float,
+    end: float,
+    texts: Any,
+    naming: Any = None,
+    **more: Any,
 ) -> ManifestRow:
-    """Return the row of an interval in seconds of a video, or of the file that was cut from it, in English."""
+    """Return the row of an interval in seconds of a video, or of the file that was cut from it, in English.
+
+    naming: a dict of what MediaFolder.find_clip is to know of the names beside.
+    """
     check_span(start, end)
     if not video:
         raise ValueError("no id")
-    name, kept = f"{video}_{start:.10g}_{end:.10g}", captions(texts)
-    path, first, last = media.find_clip(video, start, end) or (None, start, end)
-    more |= {"media": path, "start": first, "end": last}
-    return ManifestRow(name, video, name, source, split, kept, ["en"] * len(kept), **more)
+    name, kept = f"{video}_{short(start)}_{short(end)}", captions(texts, split) if texts is not None else []
+    row = ManifestRow(name, sys.intern(video), name, source, split, kept, ["en"] * len(kept), **more)
+    return located(row, media.find_clip(video, start, end, **(naming or {})))
+
+
+def located(row: ManifestRow, place: Located | None) -> ManifestRow:
+    """Return the row with its media, if there are any."""
+    if place:
+        row.media, row.start, row.end, row.picture, row.picture_start = place
+    return row
+
+
+@functools.lru_cache(1 << 12)  # millions of clips begin at few different times
+def short(seconds: float) -> str:
+    """Return the seconds as they stand in an id."""
+    return f"{seconds:.10g}"
 
 
 def check_span(start: float | None, end: float | None) -> None:
@@ -306,9 +302,15 @@ def span_suffix(start: float | None, end: float | None) -> str:
     return "" if start is end is None else f"@{start or 0:.10g}-{'' if end is None else f'{end:.10g}'}"
 
 
-def captions(texts: Any) -> list[str]:
-    """Return the cleaned texts, without empty and repeated ones."""
-    return list(dict.fromkeys(filter(None, cleaned(texts))))
+def keeps_repeated(split: str) -> bool:
+    """Tell whether equal captions of a clip count each: what is evaluated must have the published number of queries."""
+    return not split.startswith("train")
+
+
+def captions(texts: Any, split: str = "train") -> list[str]:
+    """Return the cleaned texts without empty ones, and in a split to train with without repeated ones."""
+    kept = filter(None, cleaned(texts))
+    return [*kept] if keeps_repeated(split) else [*dict.fromkeys(kept)]
 
 
 def cleaned(texts: Any) -> list[str]:
@@ -335,9 +337,11 @@ def keep_languages(rows: list[ManifestRow], languages: list[str]) -> None:
 
 def clean(text: Any) -> str:
     """Return the text without HTML entities and doubled white space; ValueError for what is no text."""
-    if not isinstance(text, str | int | float | None) or isinstance(text, bool):
-        raise ValueError(f"a caption is a text, not {type(text).__name__}")
-    return " ".join(html.unescape(bounded("" if text is None else str(text))).split())
+    if type(text) is not str:
+        if not isinstance(text, str | int | float | None) or isinstance(text, bool):
+            raise ValueError(f"a caption is a text, not {type(text).__name__}")
+        text = "" if text is None else str(text)
+    return " ".join(html.unescape(bounded(text)).split())
 
 
 def bounded(text: str) -> str:
@@ -361,13 +365,13 @@ def reason(error: Exception) -> str:
 
 def as_text(item: ManifestRow | Skipped) -> ManifestRow | Skipped:
     """Return the item; a row that holds half a character, such as a cut emoji, cannot be written and is malformed."""
-    words: list[str | None] = [item.id if isinstance(item, ManifestRow) else item.where]
-    if isinstance(item, ManifestRow):
-        words += [item.item, item.media, item.picture, item.label, item.lang, *item.labels, *item.captions]
+    name, why = (item.where, item.why) if isinstance(item, Skipped) else (item.id, "malformed")
     try:
-        "".join(filter(None, words)).encode()
+        if isinstance(item, ManifestRow):
+            f"{name}{item.item}{item.media}{item.picture}{item.label}{item.lang}{''.join(item.labels)}{''.join(item.captions)}".encode()
+        else:
+            name.encode()
         return item
     except UnicodeEncodeError:
-        where = str(words[0]).encode("utf-8", "replace").decode()
-        why = "malformed" if isinstance(item, ManifestRow) else item.why
+        where = name.encode("utf-8", "replace").decode()
         return Skipped(why, where, "its text or path is not valid Unicode")

@@ -12,16 +12,17 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from clip4vla.config import DataConfig
+from clip4vla.config import DataConfig, FramesConfig
 from clip4vla.data.shards import ENTRIES, INDEX, fingerprint, write_index, write_shard
 from clip4vla.errors import UserError
 from clip4vla.io import atomic
 from clip4vla.io.atomic import write_json, write_text
 from clip4vla.io.out_folder import OutFolder, open_out
 from clip4vla.io.walk import is_hidden
-from clip4vla.media.av_reader import VIDEOS, MediaClip, read_clip
+from clip4vla.media.av_reader import MediaClip, PastEndError, duration, read_clip
+from clip4vla.media.containers import SLACK
 from clip4vla.media.images import jpeg, png, read_picture
-from clip4vla.media.source import Source
+from clip4vla.media.source import VIDEOS, Source, suffix_of
 from clip4vla.media.spectrogram import crop, encode, is_silent, log_mel
 from clip4vla.media.worker_pool import NO_ITEM, WorkerStatus, run_units
 from data_prep.annotations import read
@@ -220,26 +221,75 @@ def sample(cfg: DataConfig, row: ManifestRow) -> tuple[dict[str, Any], dict[str,
 
     A clip without sound, or with digital silence, keeps its frames: has_audio is false.
     """
-    spec = cfg.spectrogram
-    longest = spec.max_segments * spec.segment_rows * spec.hop_length / spec.sample_rate
-    clip = MediaClip(0.0)
-    if row.media:
-        with open_media(cfg, row, row.media) as medium:
-            clip = read_clip(medium, row.start, row.end, None if row.picture else cfg.frames, longest)
+    clip, is_still = read_row(cfg, row), row.picture is not None and not is_video(row.picture)
     counts, members = fbank(cfg, clip)
-    n_frames = len(clip.frames)
-    if row.picture:
-        with open_media(cfg, row, row.picture) as picture:
-            n_frames, members["frames.jpg"] = _pictures(cfg, row, picture)
+    if row.picture and is_still:
+        with open_media(cfg, row, row.picture) as still:
+            members["frames.jpg"] = film_strip(still, cfg.frames.size, cfg.frames.quality)
     elif clip.frames:
         members["frames.jpg"] = jpeg(np.concatenate(clip.frames), cfg.frames.quality)
     if not members:
         raise ValueError("digital silence, and no picture")
     meta = row.as_json() | {"duration": round(clip.seconds, 6)} | counts
-    meta.pop("places", None)
+    for name in ("places", "picture_start"):
+        meta.pop(name, None)
     picture, media = meta.pop("picture"), meta.pop("media")
+    n_frames = 1 if is_still else len(clip.frames)
     paths = {"audio": media if meta["has_audio"] else None, "frames": (picture or media) if n_frames else None}
     return meta | {"n_frames": n_frames, "has_frames": bool(n_frames), "media": paths}, members
+
+
+def read_row(cfg: DataConfig, row: ManifestRow) -> MediaClip:
+    """Read the sound of a row, and its frames unless they are a still; ValueError for media that cannot be its own."""
+    spec = cfg.spectrogram
+    longest = spec.max_segments * spec.segment_rows * spec.hop_length / spec.sample_rate
+    if not row.media:
+        return MediaClip(0.0)
+    try:
+        with open_media(cfg, row, row.media) as medium:
+            clip = read_clip(medium, row.start, row.end, None if row.picture else cfg.frames, longest)
+        check_not_cut(row.start or 0.0, row.end, clip.seconds)
+        if row.picture and is_video(row.picture):
+            with open_media(cfg, row, row.picture) as video:
+                clip = replace(clip, frames=_frames_beside(video, row, clip.seconds, cfg.frames))
+    except PastEndError as error:
+        raise ValueError(f"{error}: if each file holds the interval alone, set clips_already_cut=true") from None
+    return clip
+
+
+def is_video(path: str) -> bool:
+    """Tell by its suffix whether a file is a video, and no still."""
+    return suffix_of(path) in VIDEOS
+
+
+def check_not_cut(start: float, end: float | None, seconds: float) -> None:
+    """Raise PastEndError if a file that gave `seconds` of an interval (s) ends where that begins, or is as long as it.
+
+    Such a file was cut already: what it gave is no part of the clip, or the wrong one.
+    """
+    if not start or end is None or seconds >= end - start - SLACK:
+        return
+    length = start + seconds
+    if seconds < SLACK or abs(length - (end - start)) <= SLACK:
+        raise PastEndError(
+            f"the interval begins at {start:g} s and has {end - start:g} s, the medium ends at {length:.2f} s"
+        )
+
+
+def _frames_beside(video: Source, row: ManifestRow, seconds: float, frames: FramesConfig) -> list[np.ndarray]:
+    """Read the frames of a row whose sound is another file and lasts `seconds`; ValueError if the video is of another length.
+
+    A video whose name says no interval, beside sound that was cut, was cut too if it is as long as the sound.
+    """
+    length, begin = duration(video), row.start if row.picture_start is None else row.picture_start
+    as_long = abs(length - seconds) <= max(1.0, seconds / 10)
+    if row.start is None and as_long:
+        begin = 0.0
+    if begin is None or (row.start is not None and row.picture_start is not None and not as_long):
+        raise ValueError(
+            f"pictures of {length:.2f} s, sound of {seconds:.2f} s: not the same clip; rename or remove one"
+        )
+    return read_clip(video, begin, begin + seconds, frames).frames
 
 
 def fbank(cfg: DataConfig, clip: MediaClip) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -252,16 +302,6 @@ def fbank(cfg: DataConfig, clip: MediaClip) -> tuple[dict[str, Any], dict[str, b
     data = png(picture) if spec.codec == "png" else jpeg(picture, spec.quality, "4:4:4")
     counts = {"n_rows": decibels.shape[1], "n_segments": len(picture) // spec.segment_rows, "has_audio": True}
     return counts, {f"fbank.{spec.codec}": data}
-
-
-def _pictures(cfg: DataConfig, row: ManifestRow, picture: Source) -> tuple[int, bytes]:
-    """Return how many frames, and their film strip, a row's picture has, or a video whose sound is another file."""
-    if picture.suffix not in VIDEOS:
-        return 1, film_strip(picture, cfg.frames.size, cfg.frames.quality)
-    frames = read_clip(picture, row.start, row.end, cfg.frames, 0.0).frames
-    if not frames:
-        raise ValueError("no pictures in it")
-    return len(frames), jpeg(np.concatenate(frames), cfg.frames.quality)
 
 
 @functools.lru_cache(4096)

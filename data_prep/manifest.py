@@ -5,14 +5,19 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from clip4vla.errors import UserError
 from clip4vla.io.walk import walk
-from clip4vla.media.av_reader import SOUNDS, VIDEOS
-from clip4vla.media.images import PICTURES
+from clip4vla.media.source import PICTURES, SOUNDS, VIDEOS, stem_of, suffix_of
+from data_prep.media_names import Form, ReadName, holds_sound_alone, read_listed, read_name
+
+OWN_NAME = ReadName("")
+NO_PLACES: dict[str, list[Any]] = {}  # one for millions of rows, whose media are files
+KINDS = {suffix: number for number, suffix in enumerate(VIDEOS + SOUNDS + PICTURES)}
 
 
 @dataclass(slots=True)
@@ -20,7 +25,7 @@ class ManifestRow:
     """Describe one sample to be.
 
     Paths are relative to the media root, start and end in seconds within `media` (None: its ends).
-    Frames come from `picture` if there is one, else from `media`; sound comes from `media`.
+    Frames come from `picture` if there is one, a still or a video, else from `media`; sound comes from `media`.
     """
 
     id: str
@@ -38,8 +43,9 @@ class ManifestRow:
     labels: list[str] = field(default_factory=list)  # several classes at once, in place of label
     start: float | None = None
     end: float | None = None
+    picture_start: float | None = None  # s within a video that is `picture`; None: start
     # where the bytes of `picture` and `media` lie that are no files: [TAR, offset, size] or [TABLE, row group, row, column]
-    places: dict[str, list[Any]] = field(default_factory=dict)
+    places: Mapping[str, list[Any]] = field(default_factory=lambda: NO_PLACES)
 
     def archives(self) -> set[str]:
         """Return the tars and tables that its bytes lie in."""
@@ -51,8 +57,21 @@ class ManifestRow:
         return f"{tables[0][0]}#{tables[0][1]}" if tables else self.id
 
     def as_json(self) -> dict[str, Any]:
-        """Return the fields; labels and places only where there are some: other rows keep the bytes of earlier versions."""
-        return {name: value for name, value in asdict(self).items() if value or name not in ("labels", "places")}
+        """Return the fields; labels, picture_start and places only where there are some.
+
+        So other rows keep the bytes of earlier versions, whose shards need not be made again.
+        """
+        values = {name: getattr(self, name) for name in NAMES}  # dataclasses.asdict copies lists: slow for millions
+        if not self.labels:
+            del values["labels"]
+        if self.picture_start is None:
+            del values["picture_start"]
+        if not self.places:
+            del values["places"]
+        return values
+
+
+NAMES = tuple(item.name for item in fields(ManifestRow))
 
 
 @dataclass(slots=True)
@@ -68,6 +87,33 @@ class Skipped:
     reason: str
 
 
+class Located(NamedTuple):
+    """Say where a clip's media are: paths relative to the media root, seconds within them (None: their ends).
+
+    picture: a video that has the frames, where `media` is a file of sound; the clip begins at picture_start (None: at start).
+    """
+
+    media: str
+    start: float | None = None
+    end: float | None = None
+    picture: str | None = None
+    picture_start: float | None = None
+
+
+class AmbiguousError(ValueError):
+    """Reports that a clip may be in either of two files."""
+
+
+class Candidate(NamedTuple):
+    """A file that may be a clip's, in the order of preference."""
+
+    is_unmerged: bool
+    form: Form
+    kind: int  # number of its suffix among all
+    path: str
+    is_sure: bool
+
+
 class MediaFolder:
     """Find media files below a root by the names that people's downloads give them. The root is walked once, when first asked."""
 
@@ -77,57 +123,204 @@ class MediaFolder:
 
     @functools.cached_property
     def paths(self) -> list[str]:
-        """List the videos and sounds."""
-        return [path for path in self._files if os.path.splitext(path)[1].lower() in VIDEOS + SOUNDS]
+        """Paths of all videos and sounds, relative to the root."""
+        return self._files[0]
 
     @functools.cached_property
-    def by_stem(self) -> dict[str, str]:
-        """Map names without suffix to the videos and sounds; of several the best by _rank, the same on any file system."""
-        return _by_stem(self.paths)
+    def _files(self) -> tuple[list[str], list[str]]:
+        """Paths of all videos and sounds, and of all pictures."""
+        files: tuple[list[str], list[str]] = [], []
+        for path in _walk(self.root):
+            if (suffix := suffix_of(path)) in KINDS:
+                files[suffix in PICTURES].append(path)
+        return files
 
-    @functools.cached_property
-    def _pictures(self) -> dict[str, str]:
-        return _by_stem([path for path in self._files if os.path.splitext(path)[1].lower() in PICTURES])
+    def describe(self, taken: Container[str] = ()) -> str:
+        """Say how many files there are, and name one: of those that are not taken, if there are any."""
+        if not self.paths:
+            return "no video and no sound there"
+        example = next((path for path in self.paths if path not in taken), self.paths[0])
+        return f"{len(self.paths)} media files there, for example {example}"
 
-    @functools.cached_property
-    def _files(self) -> list[str]:
-        return list(_walk(self.root))
+    def find(self, name: str) -> Located | None:
+        """Return the file of that name, with whatever suffix of a video or sound and in whatever folder.
+
+        Where there are a video and a sound of it, the frames are the video's and the sound is the sound's. Raises
+        AmbiguousError for two of a kind.
+        """
+        return self._best([(path, Form.OWN_NAME, OWN_NAME) for path in self._called(name)], None, None)
+
+    def find_sound(self, path: str) -> Located | None:
+        """Return the sound or video at a path below the root; else the one of that name, as `find` does."""
+        there = on_disk(self.root, path)
+        return Located(there) if there else self.find(_without(path, VIDEOS + SOUNDS))
 
     def find_picture(self, path: str) -> str | None:
-        """Return the picture at a path below the root; else the one of that name, with whatever suffix and folder."""
-        name = os.path.basename(path)
-        stem, suffix = os.path.splitext(name)
-        return on_disk(self.root, path) or self._pictures.get(composed(stem if suffix.lower() in PICTURES else name))
+        """Return the picture at a path below the root; else the one of that name, with whatever suffix and folder.
 
-    def find_sound(self, path: str) -> str | None:
-        """Return the sound or video at a path below the root; else the one of that name, with whatever suffix and folder."""
-        name = os.path.basename(path)
-        stem, suffix = os.path.splitext(name)
-        return on_disk(self.root, path) or self.find(stem if suffix.lower() in VIDEOS + SOUNDS else name)
-
-    def find(self, name: str) -> str | None:
-        """Return the file of that name, with whatever suffix of a video or sound and in whatever folder."""
-        return self.by_stem.get(composed(name))
-
-    def find_clip(self, video: str, start: float, end: float) -> tuple[str, float | None, float | None] | None:
-        """Return (path, start, end in the file) of an interval in seconds: of the whole video, or of a clip cut from it.
-
-        Cut clips are known by their names: ID_START_END in seconds (plain, with decimals, or six digits) or in
-        milliseconds, ID_START, and AudioSet's YID.
+        Raises AmbiguousError for two of that name.
         """
-        whole = [f"{s:g}" for s in (start, end)]
-        digits = [f"{int(s):06d}" for s in (start, end)]
-        decimals = [f"{s:.3f}" for s in (start, end)]
-        thousandths = [f"{round(s * 1000)}" for s in (start, end)]
-        names = ["_".join([video, *times]) for times in (whole, digits, decimals, thousandths)]
-        names += [f"{video}_{time}" for time in (whole[0], digits[0], decimals[0], thousandths[0])]
-        for name in [*names, *(f"Y{name}" for name in names), f"Y{video}"]:
-            if path := self.find(name):
-                return path, None, None
-        path = self.find(video) or self.find(f"v_{video}")
-        if not path or self.cut:
-            return (path, None, None) if path else None
-        return path, start, end
+        if there := on_disk(self.root, path):
+            return there
+        named = _several(self._pictures.get(_key(_without(path, PICTURES)), ()))
+        place = self._best([(path, Form.OWN_NAME, OWN_NAME) for path in named], None, None)
+        return place.media if place else None
+
+    def find_video(self, video: str) -> Located | None:
+        """Return the whole video with that id, by any of the names in media_names.py; as `find` otherwise."""
+        named = self._named(video)
+        return self._best(
+            [(path, name.form, name) for path, name in named if not name.start and name.form >= Form.WHOLE], None, None
+        )
+
+    def find_any(self, video: str) -> Located | None:
+        """Return the file of a video or of a clip of it, of whatever interval, all of it; as `find` otherwise."""
+        named = self._named(video)
+        return self._best([(path, Form.START if name.start else name.form, name) for path, name in named], None, None)
+
+    def find_clip(
+        self, video: str, start: float, end: float, own_name: str = "", by_start: bool = True
+    ) -> Located | None:
+        """Return where an interval in seconds is: in the whole video, or in a clip cut from it; as `find` otherwise.
+
+        own_name: what a file of this clip alone may be called instead; by_start: whether ID_3 may begin at 3 s.
+        """
+        path = self.by_video.get(video)
+        if isinstance(path, str) and not own_name:  # what most of millions of files are called needs no second reading
+            stem = stem_of(path)
+            if stem in (video, f"Y{video}"):
+                return self._place(path, Form.WHOLE if stem == video else Form.YID, start, end)
+        named = [
+            (path, form, name)
+            for path, name in self._named(video)
+            if (form := name.form_for(start, end)) is not None and (by_start or name.number is None)
+        ]
+        if own_name:
+            own = (path for path in self._called(own_name) if path not in self.listed)
+            named += [(path, Form.OWN_NAME, OWN_NAME) for path in own]
+        return self._best(named, start, end)
+
+    def numbers(self, video: str) -> set[int]:
+        """Return the numbers N of files that are named VIDEO_N."""
+        return {name.number for _, name in self._named(video) if name.number is not None}
+
+    @functools.cached_property
+    def by_stem(self) -> dict[str, str | list[str]]:
+        """Paths by their names without suffix; a list where there are several."""
+        index: dict[str, str | list[str]] = {}
+        for path in self._some_paths():
+            _add(index, _key(stem_of(path)), path)
+        return index
+
+    @functools.cached_property
+    def _pictures(self) -> dict[str, str | list[str]]:
+        """Paths of pictures, as by_stem."""
+        index: dict[str, str | list[str]] = {}
+        for path in self._files[1]:
+            _add(index, _key(stem_of(path)), path)
+        return index
+
+    @functools.cached_property
+    def by_video(self) -> dict[str, str | list[str]]:
+        """Paths by the ids of the videos that they may be of."""
+        index: dict[str, str | list[str]] = {}
+        for path in self._some_paths():
+            for name in self._read(path):
+                _add(index, sys.intern(name.video), path)
+        return index
+
+    @functools.cached_property
+    def listed(self) -> dict[str, ReadName]:
+        """What stands beside files that are named by a number."""
+        numbered = (path for path in self.paths if os.path.basename(path)[0].isdigit())
+        read = ((path, read_listed(self.root / path)) for path in numbered)
+        return {path: name for path, name in read if name}
+
+    def _some_paths(self) -> list[str]:
+        if not self.paths:
+            raise UserError(
+                f"media_root={self.root}: no video and no sound there; the config's header says where the media come from"
+            )
+        return self.paths
+
+    def _read(self, path: str) -> list[ReadName]:
+        return [self.listed[path]] if path in self.listed else read_name(_key(stem_of(path)))
+
+    def _named(self, video: str) -> list[tuple[str, ReadName]]:
+        """Return the files that may be of a video, as their names say."""
+        video = composed(video)
+        paths = _several(self.by_video.get(video, ()))
+        return [(path, name) for path in paths for name in self._read(path) if name.video == video]
+
+    def _called(self, name: str) -> Sequence[str]:
+        """Return the files of that name."""
+        return _several(self.by_stem.get(_key(name), ()))
+
+    def _best(self, named: list[tuple[str, Form, ReadName]], start: float | None, end: float | None) -> Located | None:
+        """Join the best video and the best sound for an interval."""
+        if not named:
+            return None
+        if len(named) == 1 and named[0][2].is_sure:
+            return self._place(named[0][0], named[0][1], start, end)
+        candidates = [
+            Candidate(name.is_unmerged, form, KINDS[suffix_of(path)], path, name.is_sure) for path, form, name in named
+        ]
+        sounds = [one for one in candidates if holds_sound(one.path)]
+        videos = [one for one in candidates if one not in sounds]
+        sound, video = self._only(sounds, start, end), self._only(videos, start, end)
+        if not sound or not video:
+            return sound or video
+        picture_start = None if video.start == sound.start else video.start or 0.0
+        return sound._replace(picture=video.media, picture_start=picture_start)
+
+    def _place(self, path: str, form: Form, start: float | None, end: float | None) -> Located:
+        """Return the interval (s) within a file, or all of it if it was cut."""
+        return Located(path) if self.cut or form < Form.WHOLE else Located(path, start, end)
+
+    def _only(self, candidates: list[Candidate], start: float | None, end: float | None) -> Located | None:
+        """Return the best of the candidates; AmbiguousError if another one may be it as well."""
+        if not candidates:
+            return None
+        best = min(candidates)
+        equal = [one for one in candidates if one[:2] == best[:2] and one != best]
+        other = next((one for one in equal if not self._is_copy(one.path, best.path)), None)
+        if other or not best.is_sure:
+            others = f" or {other.path}" if other else ""
+            raise AmbiguousError(f"it may be {best.path}{others}, and that may be another clip: rename or remove one")
+        return self._place(best.path, best.form, start, end)
+
+    def _is_copy(self, path: str, of: str) -> bool:
+        """Tell whether files have one name: with different suffixes, or as large as each other."""
+        stems, kinds = zip(*(os.path.splitext(os.path.basename(one)) for one in (path, of)), strict=True)
+        if stems[0] != stems[1] or kinds[0] != kinds[1]:
+            return stems[0] == stems[1]
+        return os.path.getsize(self.root / path) == os.path.getsize(self.root / of)
+
+
+def holds_sound(path: str) -> bool:
+    """Tell by its name whether a file holds sound alone."""
+    return suffix_of(path) in SOUNDS or holds_sound_alone(stem_of(path))
+
+
+def _add(index: dict[str, str | list[str]], key: str, path: str) -> None:
+    """Add a path; one of its key alone stands for itself, since millions of lists would take much memory."""
+    held = index.setdefault(key, path)
+    if held is not path:
+        index[key] = [*_several(held), path]
+
+
+def _several(paths: str | Sequence[str]) -> Sequence[str]:
+    return (paths,) if isinstance(paths, str) else paths
+
+
+def _without(path: str, suffixes: tuple[str, ...]) -> str:
+    """Return the name of a file, without its suffix if that is one of these."""
+    return stem_of(path) if suffix_of(path) in suffixes else os.path.basename(path)
+
+
+def _key(name: str) -> str:
+    """Return the name as it is compared: Clotho has three that begin with a space, which few tables and disks keep."""
+    return composed(name).strip()
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -143,25 +336,12 @@ def _walk(root: Path) -> Iterator[str]:
             folders.clear()
             continue
         walked.add((here.st_dev, here.st_ino))
-        yield from (os.path.relpath(os.path.join(folder, name), root) for name in files)
+        below = os.path.relpath(folder, root)
+        yield from files if below == "." else (f"{below}/{name}" for name in files)
 
 
 def _name_unreadable(error: OSError) -> None:
     print(f"left out, cannot be read: {error.filename} ({error.strerror})", file=sys.stderr)
-
-
-def _by_stem(paths: list[str]) -> dict[str, str]:
-    named: dict[str, str] = {}
-    for path in paths:
-        stem = composed(os.path.splitext(os.path.basename(path))[0])
-        if _rank(path) < _rank(named.setdefault(stem, path)):
-            named[stem] = path
-    return named
-
-
-def _rank(path: str) -> tuple[int, str]:
-    """Return the sort key of a path: videos before sounds, since they hold both; then by name."""
-    return (VIDEOS + SOUNDS + PICTURES).index(os.path.splitext(path)[1].lower()), path
 
 
 def inside(path: str) -> str:
@@ -173,16 +353,20 @@ def inside(path: str) -> str:
 
 def composed(name: str) -> str:
     """Return the name with its accents composed: a table and a disk may have é as one character or as two."""
-    return unicodedata.normalize("NFC", name)
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
 def on_disk(root: Path, path: str) -> str | None:
-    """Return the path of a file below root, composed or not as the disk has each part of it; None if it is not there."""
+    """Return the path of a file below root as the disk has each part of it; None if it is not there.
+
+    Parts may be composed or not, and begin with a space, which tables lose.
+    """
     if (root / path).is_file():
         return path
     here = ""
     for part in path.split("/"):
-        forms = [os.path.join(here, form) for form in (part, composed(part), unicodedata.normalize("NFD", part))]
+        spelt = [part, composed(part), unicodedata.normalize("NFD", part)]
+        forms = [os.path.join(here, form) for form in (*spelt, *(f" {form}" for form in spelt))]
         here = next((form for form in forms if (root / form).exists()), "")
         if not here:
             return None

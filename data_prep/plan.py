@@ -112,7 +112,7 @@ def _row(line: bytes) -> ManifestRow:
     for some in (texts, row.captions, row.caption_langs, row.labels):
         if not isinstance(some, list) or not all(isinstance(text, str) for text in some):
             raise ValueError(line)
-    if not all(type(end) in (int, float, type(None)) for end in (row.start, row.end)):
+    if not all(type(end) in (int, float, type(None)) for end in (row.start, row.end, row.picture_start)):
         raise ValueError(line)
     if not all(type(part) in (int, str) for place in row.places.values() for part in place):
         raise ValueError(line)

@@ -67,25 +67,27 @@ def estimate(rows: list[ManifestRow], make: Make, per_shard: int, limit: float) 
     tried = random.Random(0).sample(rows, min(TRIED, len(rows)))
     ((_, (size, seconds, failed, cpu)),) = run_units([tried], functools.partial(_try, make), 1, limit, lambda _: None)
     share = len(rows) / len(tried)
+    first = f"; the first that fails: {failed[0]}" if failed else ""
     return (
         f"from {len(tried)} of {len(rows)} clips: {size * share / 1e9:.3g} GB in about {-(-len(rows) // per_shard)} shards, "
-        f"{seconds * share / 3600:.3g} h of media, {failed / len(tried):.0%} failing, {cpu * share / 3600:.2g} core hours"
+        f"{seconds * share / 3600:.3g} h of media, {len(failed) / len(tried):.0%} failing, {cpu * share / 3600:.2g} core hours"
+        f"{first}"
     )
 
 
 def _try(
     make: Make, tried: list[ManifestRow], failed_items: dict[int, str], status: WorkerStatus
-) -> tuple[float, float, int, float]:
-    """Make the rows; return (bytes in a tar, seconds of media, failures, seconds of CPU)."""
-    size, seconds, failed, began = 0, 0.0, 0, time.process_time()
+) -> tuple[float, float, list[str], float]:
+    """Make the rows; return (bytes in a tar, seconds of media, what failed and why, seconds of CPU)."""
+    size, seconds, failed, began = 0, 0.0, [], time.process_time()
     for i, row in enumerate(tried):
         status.start(i)
         try:
             if i in failed_items:
                 raise ValueError(failed_items[i])
             meta, members = make(row)
-        except ValueError:
-            failed += 1
+        except ValueError as error:
+            failed.append(f"{row.media or row.picture}: {error}")
             continue
         parts = [len(str(meta)), *map(len, members.values())]
         size += sum(512 + -(-part // 512) * 512 for part in parts)  # a header, and padding

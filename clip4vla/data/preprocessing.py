@@ -23,7 +23,8 @@ from clip4vla.config import FramesConfig, SpectrogramConfig
 from clip4vla.data.batch import Batch
 from clip4vla.media.av_reader import iter_audio_windows, read_clip, window_bounds
 from clip4vla.media.av_streams import check_sampling_rate
-from clip4vla.media.images import PICTURES, check_aspect_ratio, fitted, read_picture
+from clip4vla.media.images import check_aspect_ratio, fitted, read_picture
+from clip4vla.media.source import PICTURES
 from clip4vla.media.spectrogram import crop, encode, is_silent, log_mel
 
 CLIPS, TILES = 64, 256  # of a pass through the towers, at most: clips, frames and segments

@@ -18,8 +18,9 @@ from clip4vla.media.containers import SLACK, STILL, Medium
 from clip4vla.media.layouts import open_medium
 from clip4vla.media.source import Source
 
-VIDEOS = (".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ts", ".wmv", ".ogv")
-SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma")
+
+class PastEndError(ValueError):
+    """Reports an interval that begins where the medium has ended."""
 
 
 @dataclass
@@ -81,11 +82,11 @@ def _windows(path, seconds, least, begin, end, skip) -> Iterator[tuple[float, fl
 
 
 def _finish(medium: Medium, begin: float, end: float | None) -> float:
-    """Return the seconds at which the interval ends; ValueError if it begins no earlier."""
+    """Return the seconds at which the interval ends; PastEndError if it begins no earlier."""
     length = medium.seconds()
     finish = length if end is None else min(end, length)
     if begin >= finish:
-        raise ValueError(f"the interval begins at {begin:g} s, the medium ends at {length:.2f} s")
+        raise PastEndError(f"the interval begins at {begin:g} s, the medium ends at {length:.2f} s")
     return finish
 
 
@@ -149,7 +150,7 @@ def _check_truncation(medium: Medium, readers: list) -> None:
         raise ValueError(f"truncated: {reader.stream.type} ends at {reader.end:.2f} s, {reader.until:.2f} s is wanted")
 
 
-def duration(path: Path) -> float:
+def duration(path: Path | Source) -> float:
     """Return the seconds of a file's pictures, or of its sound if they are none or a still; ValueError if it cannot be read."""
     with open_medium(path) as medium:
         return medium.seconds()

@@ -10,7 +10,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from clip4vla.errors import UserError
 from clip4vla.media.source import Source, source_of
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".svg")
 ORIENTATION = 0x0112  # in EXIF
 BAND = 256  # rows that are laid on white at once
 LONGEST_SIDE = 200  # of a frame, in shortest sides: it is scaled whole before its centre is cut out

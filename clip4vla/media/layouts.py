@@ -13,8 +13,7 @@ from pathlib import Path
 
 import av
 
-from clip4vla.media.clocks import AdtsClock, JoinedClock
-from clip4vla.media.containers import SLACK, Layout, Medium, opened
+from clip4vla.media.containers import SLACK, AdtsClock, JoinedClock, Layout, Medium, opened
 from clip4vla.media.source import Source, source_of
 
 # of the first three bytes of a frame, those bits that are the same in the frame before

@@ -1,9 +1,24 @@
-"""Name the bytes of a medium: a file, or a part of one, such as a member of a tar; open them as a file of their own."""
+"""Name the bytes of a medium: a file, or a part of one, such as a member of a tar; open them as a file of their own.
+
+The suffixes of media are in the order of preference. Imports nothing large.
+"""
 
 import io
 import os
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+VIDEOS = (
+    *(".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ts", ".wmv", ".ogv"),
+    *(".mts", ".m2ts", ".m2t", ".3g2", ".vob", ".asf", ".f4v", ".mxf", ".qt", ".mpe", ".divx", ".ogm"),
+    ".",  # names that end in a dot, as a downloader writes that does not know the suffix
+)
+SOUNDS = (
+    *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a", ".aac", ".wma"),
+    *(".mka", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".mp2", ".m4b", ".oga", ".weba", ".ac3", ".amr"),
+    *(".w64", ".wv", ".ape", ".tta", ".spx"),
+)
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".svg")
 
 
 class Source(NamedTuple):
@@ -28,12 +43,26 @@ class Source(NamedTuple):
     @property
     def suffix(self) -> str:
         """Return the suffix of its name in lower case, as .mp4."""
-        return os.path.splitext(self.name or self.path)[1].lower()
+        return suffix_of(self.name or self.path)
 
 
 def source_of(path: Path | Source) -> Source:
     """Return the source that is a whole file, or the source itself."""
     return path if isinstance(path, Source) else Source(str(path))
+
+
+def suffix_of(path: str) -> str:
+    """Return the suffix of a file's name in lower case, with its dot; of a name that ends in a dot, the dot."""
+    name = path[path.rfind("/") + 1 :]
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > 0 else ""
+
+
+def stem_of(path: str) -> str:
+    """Return a file's name without its suffix."""
+    name = path[path.rfind("/") + 1 :]
+    dot = name.rfind(".")
+    return name[:dot] if dot > 0 else name
 
 
 class _Bytes(io.RawIOBase):

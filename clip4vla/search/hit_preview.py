@@ -9,7 +9,8 @@ import numpy as np
 from clip4vla.config import FramesConfig, SpectrogramConfig
 from clip4vla.data.shards import ShardFolder
 from clip4vla.media.av_reader import read_clip
-from clip4vla.media.images import PICTURES, jpeg, read_picture
+from clip4vla.media.images import jpeg, read_picture
+from clip4vla.media.source import PICTURES
 from clip4vla.media.spectrogram import encode, is_silent, log_mel
 from clip4vla.report.preview import RATE, ClipPreview, film_strip, mono, ogg, preview_sample, spectrogram_jpeg
 from clip4vla.search.sources import file_state, parsed

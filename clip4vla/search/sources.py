@@ -17,8 +17,8 @@ from clip4vla.data.preprocessing import ClipInput
 from clip4vla.data.shards import INDEX, CorruptSample, ShardFolder
 from clip4vla.errors import UserError
 from clip4vla.io.walk import walk
-from clip4vla.media.av_reader import SOUNDS, VIDEOS, duration, window_bounds
-from clip4vla.media.images import PICTURES
+from clip4vla.media.av_reader import duration, window_bounds
+from clip4vla.media.source import PICTURES, SOUNDS, VIDEOS, suffix_of
 from clip4vla.media.worker_pool import IsolatedIterator
 from clip4vla.models.model import Model
 
@@ -84,9 +84,9 @@ def find(where: str, model: Model) -> tuple[str, list[Source]]:
             f"{where}: no such file or folder; python -m clip4vla.search remove takes what is gone out of an index"
         )
     if root.is_file():
-        if root.suffix.lower() not in (*VIDEOS, *SOUNDS, *PICTURES):
+        if suffix_of(str(root)) not in (*VIDEOS, *SOUNDS, *PICTURES):
             raise UserError(
-                f"{where}: neither a video, a sound nor a picture by its name ({root.suffix or 'no suffix'})"
+                f"{where}: neither a video, a sound nor a picture by its name ({suffix_of(str(root)) or 'no suffix'})"
             )
         return str(root), [Source(str(root), file_state(root), root.name)]
     sources: list[Source] = []
@@ -105,7 +105,7 @@ def _unreadable(error: OSError) -> None:
 
 
 def _wanted(path: Path, root: Path) -> bool:
-    known = path.suffix.lower() in (*VIDEOS, *SOUNDS, *PICTURES)
+    known = suffix_of(str(path)) in (*VIDEOS, *SOUNDS, *PICTURES)
     if not known or not path.is_file() or not path.resolve().is_relative_to(root):
         return False
     if any("\udc80" <= letter <= "\udcff" for letter in str(path)):  # how Python reads such bytes; SQLite holds none
@@ -168,7 +168,7 @@ def media(model: Model, place: str, name: str, first: int) -> Iterator[SourceCli
     path = Path(place)
     spec, long = model.spectrogram, preprocessing.max_clip_seconds(model.spectrogram)
     shown = {"name": name, "captions": [], "key": ""}
-    kind = path.suffix.lower()
+    kind = suffix_of(str(path))
     if kind in PICTURES:
         yield SourceClip(0, shown | {"start": None, "end": None}, preprocessing.read(path, spec, model.frames, "v"))
     elif kind in SOUNDS:

@@ -5,16 +5,15 @@ import re
 from typing import Any
 
 from clip4vla.config import DataConfig
-from clip4vla.media.av_reader import SOUNDS, VIDEOS
-from clip4vla.media.images import PICTURES
+from clip4vla.media.source import PICTURES, SOUNDS, VIDEOS, suffix_of
 from data_prep import annotation_io
 from data_prep.manifest import ManifestRow, composed, slug
+from data_prep.media_names import seconds
 from data_prep.packed.listing import HUB, base_of, split_of
 
 CAPTIONS = ("caption", "captions", "text", "texts", "raw", "sentence", "sentences")  # the first of them that is there
 LABEL = "label"
 KINDS = PICTURES + VIDEOS + SOUNDS  # suffixes of media
-TIME = re.compile(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)")
 Place = list[Any]  # TAR, offset, size; or TABLE, row group, row in it, column
 Media = dict[str, Place]  # by path
 
@@ -41,9 +40,10 @@ def row(
     source = slug(os.path.basename(base_of(cfg.dataset, cfg.media_root)))
     if cfg.dataset == "parquet" and cfg.media_root.startswith(HUB):
         source = slug(os.path.basename(cfg.media_root.removeprefix(HUB)))
-    captions = annotation_io.captions(texts)
+    split = cfg.split or split_of(archive)
+    captions = annotation_io.captions(texts, split)
     return ManifestRow(
-        name + annotation_io.span_suffix(*span), name, name, source, cfg.split or split_of(archive),
+        name + annotation_io.span_suffix(*span), name, name, source, split,
         captions, ["en"] * len(captions), shown, sound or video, audio_type=cfg.audio_type,
         label=None if label is None or labels else str(label).strip(), labels=labels, start=span[0], end=span[1],
         places={path: place for path, place in media.items() if path in (shown, sound or video) and place},
@@ -51,7 +51,7 @@ def row(
 
 
 def _only(media: Media, kinds: tuple[str, ...]) -> str | None:
-    paths = [path for path in media if os.path.splitext(path)[1].lower() in kinds]
+    paths = [path for path in media if suffix_of(path) in kinds]
     if len(paths) > 1:
         raise ValueError(
             f"two media of a kind in one sample: {os.path.basename(paths[0])} and {os.path.basename(paths[1])}"
@@ -100,11 +100,3 @@ def spans(tree: dict[str, Any], key: str, cut: bool) -> list[tuple[float | None,
     if not all(isinstance(clip, list) and len(clip) == 2 for clip in clips):
         raise ValueError("clips is no list of [start, end]")
     return [(seconds(start), seconds(end)) for start, end in clips]
-
-
-def seconds(time: Any) -> float:
-    """Return the s of a time: a number, or HH:MM:SS.mmm; ValueError for anything else."""
-    match = TIME.fullmatch(time) if isinstance(time, str) else None
-    if match:
-        return int(match[1] or 0) * 3600 + int(match[2]) * 60 + float(match[3])
-    return float(time)

@@ -49,7 +49,7 @@ def _memory_file(data: bytes) -> Iterator[str]:
         yield f"/proc/self/fd/{file.fileno()}"
 
 
-def suffix_of(data: bytes) -> str:
+def suffix_of_bytes(data: bytes) -> str:
     """Return .png for the bytes of a picture, .mp4 of a video, .wav of a sound, of whatever format; ValueError for others."""
     with contextlib.suppress(ValueError, OSError, Image.DecompressionBombError), Image.open(io.BytesIO(data)):
         return ".png"

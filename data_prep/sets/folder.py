@@ -1,7 +1,6 @@
 """Read a table of captions beside or for a folder of media: the way in for data without a format of its own."""
 
 import difflib
-import os
 import posixpath
 import re
 from collections.abc import Callable, Iterator
@@ -9,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from clip4vla.errors import UserError
-from clip4vla.media.av_reader import SOUNDS, VIDEOS
-from clip4vla.media.images import PICTURES
+from clip4vla.media.source import PICTURES, SOUNDS, VIDEOS, suffix_of
 from data_prep import annotation_io
 from data_prep.annotation_io import RowsOrSkipped
-from data_prep.manifest import ManifestRow, MediaFolder, Skipped, composed, inside, on_disk, slug
+from data_prep.manifest import Located, ManifestRow, MediaFolder, Skipped, composed, inside, on_disk, slug
 
 FILES = ("path", "picture", "sound")
 GUESSED = ("path", "caption", "start", "end", "audio_type", "label", "split", "lang")  # that a misspelt name may mean
@@ -85,15 +83,17 @@ def _row(media: MediaFolder, line: Any, others: set[str]) -> ManifestRow:
         raise ValueError(f"audio_type {kind!r} is not vb, nb or both")
     start, end = (None if get(name) is None else float(get(name)) for name in ("start", "end"))
     annotation_io.check_span(start, end)
-    made = _find(media, files, start, end)
+    picture, place = _find(media, files, start, end)
     name = composed("+".join(posixpath.normpath(path) for path in files.values()))  # however its lines spell it
     span = annotation_io.span_suffix(start, end)
     label = None if get("label") is None else str(get("label"))
     more: dict[str, Any] = {"lang": lang, "audio_type": kind, "label": label, "labels": _labels(get("labels", []))}
     split, group = slug(str(get("split", "train"))), str(get("group", name))
-    return ManifestRow(
-        str(get("id", name + span)), name, group, slug(media.root.name), split, [caption], [lang], **more, **made
-    )
+    clip = str(get("id", name + span)), name, group, slug(media.root.name), split, [caption], [lang]
+    row = annotation_io.located(ManifestRow(*clip, start=start, end=end, **more), place)
+    if picture:
+        row.picture, row.picture_start = picture, None
+    return row
 
 
 def _labels(given: Any) -> list[str]:
@@ -104,36 +104,40 @@ def _labels(given: Any) -> list[str]:
     return list(dict.fromkeys(filter(None, (label.strip() for label in labels))))
 
 
-def _find(media: MediaFolder, files: dict[str, str], start: float | None, end: float | None) -> dict[str, Any]:
-    """Look for the files of a line: picture, media, start and end of its row; of a picture and a sound both or none."""
+def _find(
+    media: MediaFolder, files: dict[str, str], start: float | None, end: float | None
+) -> tuple[str | None, Located | None]:
+    """Return the still of a line, and its sound or video; of a picture and a sound both or none."""
     if "path" in files and len(files) > 1:
         raise ValueError("path and picture or sound: a sample is of one file, or of a picture and a sound")
-    made: dict[str, Any] = {"picture": None, "media": None, "start": start, "end": end}
+    place: Located | None = None
+    picture: str | None = None
     for column, path in files.items():
         path = posixpath.normpath(inside(path))
-        suffix = os.path.splitext(path)[1].lower()
+        suffix = suffix_of(path)
         if column == "picture" or (column == "path" and suffix in PICTURES):
-            made["picture"] = on_disk(media.root, path) if suffix in PICTURES else media.find_picture(path)
+            picture = on_disk(media.root, path) if suffix in PICTURES else media.find_picture(path)
         else:
-            made["media"], made["start"], made["end"] = _find_sound(media, path, suffix, start, end)
-    return (
-        made if len(files) == bool(made["picture"]) + bool(made["media"]) else made | {"picture": None, "media": None}
-    )
+            place = _find_sound(media, path, suffix, start, end)
+    return (picture, place) if len(files) == bool(picture) + bool(place) else (None, None)
 
 
-def _find_sound(
-    media: MediaFolder, path: str, suffix: str, start: float | None, end: float | None
-) -> tuple[str | None, float | None, float | None]:
-    """Return (path, start, end) of a sound or video; one without a suffix is an id, looked for as other sets' clips are."""
+def _find_sound(media: MediaFolder, path: str, suffix: str, start: float | None, end: float | None) -> Located | None:
+    """Return where a sound or video is; one without a suffix is an id, looked for as other sets' clips are."""
     if suffix in VIDEOS + SOUNDS:
-        return on_disk(media.root, path), *((None, None) if media.cut else (start, end))
-    if start is not None and end is not None:
-        clip = media.find_clip(path, start, end)
+        there = on_disk(media.root, path)
+        whole = Located(there) if there else None
+    elif place := _find_clip(media, path, start, end):
+        return place
     else:
-        clip = (there, start, end) if (there := media.find(path)) else None
-    if not clip and suffix:
-        raise ValueError(f"{path}: unknown kind of file, not one of {' '.join(PICTURES + VIDEOS + SOUNDS)}")
-    return clip or (None, start, end)
+        whole = (media.find(path) or media.find_video(path)) if media.paths else None
+        if not whole and suffix:
+            raise ValueError(f"{path}: unknown kind of file, not one of {' '.join(PICTURES + VIDEOS + SOUNDS)}")
+    return whole if not whole or media.cut else whole._replace(start=start, end=end)
+
+
+def _find_clip(media: MediaFolder, video: str, start: float | None, end: float | None) -> Located | None:
+    return media.find_clip(video, start, end) if media.paths and start is not None and end is not None else None
 
 
 def _check_names(line: dict[str, Any], others: set[str]) -> None:

@@ -10,33 +10,38 @@ from typing import Any
 from clip4vla.errors import UserError
 from data_prep import annotation_io
 from data_prep.annotation_io import RowsOrSkipped
-from data_prep.manifest import ManifestRow, MediaFolder, Skipped
+from data_prep.manifest import AmbiguousError, Located, ManifestRow, MediaFolder, Skipped
+from data_prep.sets.json_stream import stream_json
 
 MIN_SECONDS, MIN_WORDS = 10, 5  # of a clip of HowTo100M
 
 
-def howto100m(place: Path, media: MediaFolder, clips_per_video: int = 0) -> RowsOrSkipped:
+def howto100m(folder: Path, media: MediaFolder, clips_per_video: int = 0) -> RowsOrSkipped:
     """Narrated videos: clips of >= 10 s and >= 5 words, merged from neighbouring lines of the narration.
 
     clips_per_video > 0: at most that number of clips a video, spread evenly. Split: val if sha256(id) mod 1000 is 0, else train.
     HowTo100M_v1.csv says which videos are wanted; the narration of others is passed over. See _narrations for its forms.
     """
-    (table,) = annotation_io.require_files(place, "HowTo100M_v1.csv")
-    videos: dict[str, tuple[str, str, str]] = {}
+    (table,) = annotation_io.require_files(folder, "HowTo100M_v1.csv")
+    videos: dict[str, tuple[str, Located, str]] = {}
     for where, line in annotation_io.read_csv(table, "video_id", "category_1"):
         if isinstance(line, ValueError):
             yield Skipped("malformed", where, str(line))
             continue
         video = line["video_id"]
-        path = media.find(video)
+        try:
+            place = media.find_video(video)
+        except AmbiguousError as error:
+            yield Skipped("unusable", where, str(error))
+            continue
         if not video or video in videos:
             yield Skipped("malformed", where, f"duplicate of {videos[video][0]}" if video else "no video_id")
-        elif path:
-            videos[video] = where, path, sys.intern(line["category_1"])
+        elif place:
+            videos[video] = where, place, sys.intern(line["category_1"])
         else:
             yield annotation_io.missing(video, video)
     narrated: set[str] = set()
-    source = _narration_file(place, table.parent)
+    source = _narration_file(folder, table.parent)
     for where, video, talk in _narrations(source, videos):
         if video in narrated:
             yield Skipped("malformed", where, f"duplicate of {where}")
@@ -76,7 +81,7 @@ def _narrations(source: Path, wanted: Container[str]) -> Iterator[tuple[str, str
     The JSON takes 9 GB, so it is streamed; a table is start, end, text, and a malformed line of it makes its video malformed.
     """
     if source.is_file():
-        yield from ((f"{source.name}: {video}", video, talk) for video, talk in annotation_io.stream_json(source))
+        yield from ((f"{source.name}: {video}", video, talk) for video, talk in stream_json(source))
         return
     for path in sorted(_tables(source)):
         if path.stem in wanted:
@@ -88,7 +93,7 @@ def _narrations(source: Path, wanted: Container[str]) -> Iterator[tuple[str, str
             yield path.name, path.stem, broken or columns
 
 
-def _narrated(where: str, video: str, talk: Any, path: str, category: str, count: int) -> RowsOrSkipped:
+def _narrated(where: str, video: str, talk: Any, place: Located, category: str, count: int) -> RowsOrSkipped:
     """The clips of one video; talk = {"start": [..], "end": [..], "text": [..]} in seconds."""
     try:
         if isinstance(talk, ValueError):
@@ -108,9 +113,10 @@ def _narrated(where: str, video: str, talk: Any, path: str, category: str, count
         clips = [clips[(2 * i + 1) * len(clips) // (2 * count)] for i in range(count)]  # middles of equal parts
     split = "train" if int(hashlib.sha256(video.encode()).hexdigest(), 16) % 1000 else "val"
     for number, (start, end, text) in clips:
-        more: dict[str, Any] = {"media": path, "audio_type": "vb", "label": category or None}
+        more: dict[str, Any] = {"audio_type": "vb", "label": category or None}
         name = f"{video}_{number}"
-        yield ManifestRow(name, video, name, "howto100m", split, [text], ["en"], start=start, end=end, **more)
+        row = ManifestRow(name, video, name, "howto100m", split, [text], ["en"], **more)
+        yield annotation_io.located(row, place._replace(start=start, end=end))
 
 
 def merge(lines: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:

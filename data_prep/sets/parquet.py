@@ -3,7 +3,6 @@
 Texts are read once, by row groups; media stay where they are, and shard.py reads each cell when it makes the shard.
 """
 
-import os
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +11,13 @@ from typing import Any
 
 from clip4vla.config import DataConfig
 from clip4vla.errors import UserError, one_line
+from clip4vla.media.source import suffix_of
 from data_prep import annotation_io
 from data_prep.annotation_io import Line, RowsOrSkipped
 from data_prep.manifest import ManifestRow, Skipped, inside, on_disk
+from data_prep.media_names import seconds
 from data_prep.packed import fields
 from data_prep.packed.listing import list_archives
-from data_prep.packed.media import suffix_of
 from data_prep.packed.tables import MISTAKES, ROWS, Cells, Table
 
 PATHS = ("path", "file_name", "file", "filename")  # columns of paths: the first that is there, if no column has bytes
@@ -39,11 +39,11 @@ class _Column:
             if not path:
                 raise ValueError("no path")
             path = posixpath.normpath(inside(path))
-            if os.path.splitext(path)[1].lower() not in fields.KINDS:
+            if suffix_of(path) not in fields.KINDS:
                 raise ValueError(f"{path}: unknown kind of file, not one of {' '.join(fields.KINDS)}")
             return path if "://" in base else on_disk(Path(base), path)
         label = posixpath.basename(path or "").lstrip(".") or self.bytes_in.partition(".")[0]
-        label += "" if os.path.splitext(label)[1].lower() in fields.KINDS else self.suffix
+        label += "" if suffix_of(label) in fields.KINDS else self.suffix
         return f"{name}/{number}/{label}"
 
 
@@ -101,7 +101,7 @@ def _row(
         if medium := column.medium(base, name, number, path):
             there[medium] = [name, group, row, column.bytes_in] if column.bytes_in else []
     label = fields.lookup(cells, cfg.label_from) if cfg.label_from else cells.get(fields.LABEL)
-    start, end = (None if cells.get(key) is None else fields.seconds(cells[key]) for key in SPAN)
+    start, end = (None if cells.get(key) is None else seconds(cells[key]) for key in SPAN)
     made = fields.row(cfg, name, there, fields.captions(cells, cfg.captions_from), label, (start, end))
     if not there:
         made.id = made.item = path or f"{name}/{number}"
@@ -157,8 +157,12 @@ def _column(table: Table, name: str) -> _Column | None:
     column.suffix = SUFFIXES.get(str(table.features().get(name, {}).get("_type")), "")
     if f".{name.lower()}" in fields.KINDS:  # video2dataset's columns are mp4, m4a, jpg, ..
         column.suffix = f".{name.lower()}"
+    if column.suffix:
+        return column
+    from data_prep.packed.media import suffix_of_bytes  # it decodes, with torch, which takes half a gigabyte
+
     try:
-        column.suffix = column.suffix or suffix_of(Cells((table.base, table.name, column.bytes_in), 0).read(0))
+        column.suffix = suffix_of_bytes(Cells((table.base, table.name, column.bytes_in), 0).read(0))
     except MISTAKES:
         return None
     return column

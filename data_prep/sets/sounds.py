@@ -1,5 +1,6 @@
 """Read the annotations of sets of sounds; see data_prep/annotations.py."""
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from data_prep import annotation_io
 from data_prep.annotation_io import RowsOrSkipped
-from data_prep.manifest import ManifestRow, MediaFolder, Skipped, inside, on_disk
+from data_prep.manifest import Located, ManifestRow, MediaFolder, Skipped, inside, on_disk
 
 
 def audioset(place: Path, media: MediaFolder) -> RowsOrSkipped:
@@ -19,18 +20,26 @@ def audioset(place: Path, media: MediaFolder) -> RowsOrSkipped:
         if isinstance(named, ValueError):
             yield Skipped("malformed", where, str(named))
         else:
-            names[named["mid"]] = named["display_name"]
+            names[named["mid"]] = annotation_io.clean(named["display_name"])
+
+    english = ["en"]  # one list for millions of rows
+
+    @functools.lru_cache(1 << 18)  # most lines have one of these
+    def labels(mids: str) -> tuple[list[str], list[str]]:
+        kinds = [names.get(mid) or names.get(mid.strip()) or "" for mid in mids.split(",")]
+        if "" in kinds:
+            unknown = mids.split(",")[kinds.index("")].strip()
+            raise ValueError(f"label {unknown!r} is not in {classes.name}")
+        return kinds, [f"The sound of {', '.join(kinds)}"]
 
     def row(split: str, line: dict[str, str]) -> ManifestRow | None:
         if line["YTID"].startswith("#"):
             return None
-        mids = [mid.strip() for mid in line["positive_labels"].split(",")]
-        if unknown := [mid for mid in mids if mid not in names]:
-            raise ValueError(f"label {unknown[0]!r} is not in {classes.name}")
-        labels = [names[mid] for mid in mids]
-        start, end = float(line["start_seconds"]), float(line["end_seconds"])
-        clip, texts = (line["YTID"], start, end), [f"The sound of {', '.join(labels)}"]
-        return annotation_io.clip_row(media, "audioset", split, *clip, texts, audio_type="nb", labels=labels)
+        kinds, captions = labels(line["positive_labels"])
+        clip = line["YTID"], float(line["start_seconds"]), float(line["end_seconds"])
+        made = annotation_io.clip_row(media, "audioset", split, *clip, None, audio_type="nb", labels=kinds)
+        made.captions, made.caption_langs = captions, english
+        return made
 
     columns = ("YTID", "start_seconds", "end_seconds", "positive_labels")
     lines = annotation_io.read_csvs(
@@ -45,7 +54,10 @@ def audiocaps(place: Path, media: MediaFolder) -> RowsOrSkipped:
     def row(split: str, line: dict[str, str]) -> ManifestRow:
         start = float(line["start_time"])
         clip = line["youtube_id"], start, start + 10
-        return annotation_io.clip_row(media, "audiocaps", split, *clip, [line["caption"]], audio_type="nb")
+        naming = {"own_name": line.get("audiocap_id", "")}  # audiocaps-download's
+        return annotation_io.clip_row(
+            media, "audiocaps", split, *clip, [line["caption"]], naming=naming, audio_type="nb"
+        )
 
     files = {"train.csv": "train", "val.csv": "val", "test.csv": "test"}
     return annotation_io.rows(
@@ -61,9 +73,10 @@ def clotho(place: Path, media: MediaFolder) -> RowsOrSkipped:
     def row(split: str, line: dict[str, str]) -> ManifestRow:
         name = line["file_name"]
         usual = inside(f"{parts[split]}/{name}")  # where the archives put it: another part may have the same name
-        path = on_disk(media.root, usual) or media.find(os.path.splitext(name)[0])
+        path = on_disk(media.root, usual)
+        place = Located(path) if path else media.find(os.path.splitext(name)[0])
         return annotation_io.whole_row(
-            "clotho", split, name, path, [line[column] for column in columns], audio_type="nb"
+            "clotho", split, name, place, [line[column] for column in columns], audio_type="nb"
         )
 
     files = {f"clotho_captions_{part}.csv": split for split, part in parts.items()}
@@ -83,8 +96,8 @@ def esc50(place: Path, media: MediaFolder, source: str = "esc50") -> RowsOrSkipp
         if not re.fullmatch("[1-5]", line["fold"]):
             raise ValueError(f"fold {line['fold']!r} is not 1 to 5")
         more = {"audio_type": "nb", "label": label, "group": line["src_file"]}  # the recording that clips are cut from
-        path = media.find(os.path.splitext(name)[0])
-        return annotation_io.whole_row(source, f"fold{line['fold']}", name, path, [label.replace("_", " ")], **more)
+        place = media.find(os.path.splitext(name)[0])
+        return annotation_io.whole_row(source, f"fold{line['fold']}", name, place, [label.replace("_", " ")], **more)
 
     columns = ["filename", "fold", "category", "src_file", *(["esc10"] if source == "esc10" else [])]
     return annotation_io.rows(annotation_io.read_csvs(place, {"meta/esc50.csv": ""}, *columns), row)
@@ -162,15 +175,11 @@ def auto_acd(place: Path, media: MediaFolder) -> RowsOrSkipped:
     The tables give a YouTube id without times, of some clips with a suffix that its authors do not explain: a file of that
     very name comes first, then a clip that is cut from the video, as YID or ID_START.
     """
-    cut: dict[str, str] = {}
-    for path in sorted(media.paths):
-        stem = os.path.splitext(os.path.basename(path))[0]
-        cut.setdefault(re.sub("^Y(?=.{11}(_|$))", "", stem)[:11], path)
 
     def row(split: str, line: dict[str, str]) -> ManifestRow:
         name = line["youtube_id"]
-        path = media.find(name) or cut.get(name[:11])
-        return annotation_io.whole_row("auto_acd", split, name, path, [line["caption"]], audio_type="nb")
+        place = media.find(name) or media.find_any(name[:11])
+        return annotation_io.whole_row("auto_acd", split, name, place, [line["caption"]], audio_type="nb")
 
     files = {"train.csv": "train", "test.csv": "test"}
     return annotation_io.rows(annotation_io.read_csvs(place, files, "youtube_id", "caption"), row, join=True)
@@ -185,7 +194,7 @@ def wavcaps(place: Path, media: MediaFolder) -> RowsOrSkipped:
     parts = {"AudioSet_SL": "as", "BBC_Sound_Effects": "bbc", "FreeSound": "fsd", "SoundBible": "sb"}
     files = annotation_io.existing_files(place, {f"{part}/{name}_final.json": part for part, name in parts.items()})
     paths = {
-        (part, os.path.splitext(os.path.basename(path))[0]): path
+        (part, os.path.splitext(os.path.basename(path))[0]): Located(path)
         for path in media.paths
         for part in parts
         if part in os.path.dirname(path)
@@ -193,8 +202,8 @@ def wavcaps(place: Path, media: MediaFolder) -> RowsOrSkipped:
 
     def row(part: str, sound: dict[str, Any]) -> ManifestRow:
         name = os.path.splitext(sound["id"])[0] if part == "AudioSet_SL" else sound["id"]
-        path = paths.get((part, name)) or (media.find(name) if len(files) == 1 else None)
-        return annotation_io.whole_row("wavcaps", "train", f"{part}/{name}", path, [sound["caption"]], audio_type="nb")
+        place = paths.get((part, name)) or (media.find(name) if len(files) == 1 else None)
+        return annotation_io.whole_row("wavcaps", "train", f"{part}/{name}", place, [sound["caption"]], audio_type="nb")
 
     lines = (
         line

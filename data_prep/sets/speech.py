@@ -9,7 +9,7 @@ from pathlib import Path
 from clip4vla.io.walk import walk
 from data_prep import annotation_io
 from data_prep.annotation_io import Line, RowsOrSkipped
-from data_prep.manifest import ManifestRow, MediaFolder, inside, slug
+from data_prep.manifest import Located, ManifestRow, MediaFolder, inside, slug
 
 GRID: list[dict[str, str]] = [  # the words of a sentence by the letters of its file's name; {}: the letter itself
     {word[0]: word for word in words.split()}
@@ -30,7 +30,9 @@ def grid(_: Path, media: MediaFolder) -> RowsOrSkipped:
         if not all(words):
             raise ValueError(f"{name} spells no sentence of GRID's")
         split, more = _split_by_hash(name), {"audio_type": "vb", "group": name}
-        return annotation_io.whole_row("grid", split, f"{slug(speaker)}_{name}", path, [" ".join(words)], **more)
+        return annotation_io.whole_row(
+            "grid", split, f"{slug(speaker)}_{name}", Located(path), [" ".join(words)], **more
+        )
 
     lines = (
         (path, "", path)
@@ -92,7 +94,7 @@ def speech_commands(place: Path, media: MediaFolder) -> RowsOrSkipped:
         word, _, file = name.partition("/")
         more = {"audio_type": "vb", "label": word, "group": file.partition("_nohash_")[0]}
         return annotation_io.whole_row(
-            "speech_commands", split_of.get(f"{name}.wav", "train"), name, path, [word], **more
+            "speech_commands", split_of.get(f"{name}.wav", "train"), name, Located(path), [word], **more
         )
 
     yield from annotation_io.rows(((path, "", path) for path in sorted(media.paths) if "_nohash_" in path), row)

@@ -88,7 +88,7 @@ def vatex(place: Path, media: MediaFolder) -> RowsOrSkipped:
             raise ValueError(f"videoID {name} is not ID_START_END")
         clip_at = parts[1], float(parts[2]), float(parts[3])
         made = annotation_io.clip_row(media, "vatex", split, *clip_at, clip.get("enCap", []))
-        chinese = annotation_io.captions(clip.get("chCap", []))
+        chinese = annotation_io.captions(clip.get("chCap", []), split)
         made.id, made.captions = name, made.captions + chinese
         made.caption_langs += ["zh"] * len(chinese)
         return made
@@ -115,9 +115,9 @@ def activitynet(place: Path, media: MediaFolder) -> RowsOrSkipped:
     def row(split: str, pair: tuple[str, dict[str, Any]]) -> ManifestRow:
         name, annotation = pair
         video = name.removeprefix("v_")
-        path = media.find(name) or media.find(video)
+        place = media.find(f"v_{video}") or media.find_video(video)
         return annotation_io.whole_row(
-            "activitynet", split, video, path, [" ".join(annotation_io.cleaned(annotation["sentences"]))]
+            "activitynet", split, video, place, [" ".join(annotation_io.cleaned(annotation["sentences"]))]
         )
 
     files = {"train.json": "train", "val_1.json": "val", "val_2.json": "val2"}
@@ -126,37 +126,6 @@ def activitynet(place: Path, media: MediaFolder) -> RowsOrSkipped:
     )
     lines = ((f"{path.name}: {pair[0]}", split, pair) for path, split, data in loaded for pair in data.items())
     return annotation_io.rows(lines, row)
-
-
-def youcook2(place: Path, media: MediaFolder) -> RowsOrSkipped:
-    """Steps of recipes: one row per annotated segment, label = the recipe's number."""
-    (path,) = annotation_io.require_files(place, "youcookii_annotations_trainval.json")
-    splits = {"training": "train", "validation": "val", "testing": "test"}
-
-    def row(_: str, step: tuple[str, dict[str, Any], dict[str, Any]]) -> ManifestRow:
-        video, annotation, segment = step
-        if annotation["subset"] not in splits:
-            raise ValueError(f"subset {annotation['subset']!r} is not one of {', '.join(splits)}")
-        recipe, (start, end) = annotation["recipe_type"], segment["segment"]
-        texts = [segment.get("sentence", "")]
-        return annotation_io.clip_row(
-            media,
-            "youcook2",
-            splits[annotation["subset"]],
-            video,
-            float(start),
-            float(end),
-            texts,
-            label=None if recipe is None else str(recipe),
-        )
-
-    def lines() -> Iterator[Line]:
-        for video, annotation in annotation_io.read_json(path, dict, database=dict)["database"].items():
-            segments = annotation.get("annotations") if isinstance(annotation, dict) else None
-            for segment in segments if isinstance(segments, list) else [{}]:
-                yield f"{path.name}: {video}", "", (video, annotation, segment)
-
-    return annotation_io.rows(lines(), row)
 
 
 def ucf101(place: Path, media: MediaFolder) -> RowsOrSkipped:
@@ -223,9 +192,10 @@ def didemo(place: Path, media: MediaFolder) -> RowsOrSkipped:
 
     def row(split: str, pair: tuple[str, list[dict[str, Any]]]) -> ManifestRow:
         video, moments = pair
-        path = media.find(os.path.splitext(video)[0]) or media.find(video)  # ID.mov, or ID.mov.mp4
+        place = media.find(os.path.splitext(video)[0]) or media.find(video)  # ID.mov, or ID.mov.mp4
+        place = place and place._replace(start=0.0, end=30.0)
         text = " ".join(annotation_io.cleaned([moment["description"] for moment in moments]))
-        return annotation_io.whole_row("didemo", split, video, path, [text], start=0.0, end=30.0)
+        return annotation_io.whole_row("didemo", split, video, place, [text])
 
     def lines() -> Iterator[Line]:
         files = {f"{split}_data.json": split for split in ("train", "val", "test")}

@@ -9,8 +9,7 @@ from forks import ROOT
 
 from clip4vla.config import DataConfig
 from clip4vla.errors import UserError
-from clip4vla.media.av_reader import SOUNDS, VIDEOS
-from clip4vla.media.images import PICTURES
+from clip4vla.media.source import PICTURES, SOUNDS, VIDEOS
 from data_prep.annotations import read
 from data_prep.sets.howto100m import merge
 
@@ -158,11 +157,12 @@ def test_audiocaps_gathers_the_captions_of_a_clip(prepare):
     rows, skipped = prepare("audiocaps", files, media)
     assert [(row.id, row.split, row.captions, row.media) for row in rows] == [
         ("t1_20_30", "train", ["Speech"], "t1_20_30.flac"),
-        ("-r_n-_130_140", "val", ['Water "pours", then stops', "A man talks"], "-r_n-_130.wav"),
+        ("-r_n-_130_140", "val", ['Water "pours", then stops', "A man talks", "A man talks"], "-r_n-_130.wav"),
         ("y2_0_10", "val", ["A dog"], "Yy2.wav"),
         ("-r_n-_60_70", "val", ["Elsewhere"], "-r_n-.mp4"),
     ]
-    assert rows[1].caption_langs == ["en", "en"] and rows[1].audio_type == "nb"
+    assert rows[1].caption_langs == ["en", "en", "en"] and rows[1].audio_type == "nb"
+    assert (rows[1].picture, rows[1].picture_start, rows[3].picture) == ("-r_n-.mp4", 130, None)
     assert rows[1].item == rows[3].item and rows[1].group != rows[3].group
     assert (rows[1].start, rows[3].start, rows[3].end) == (None, 60, 70)
     assert reasons(skipped) == {
@@ -365,8 +365,12 @@ def test_no_media_folder_no_annotations_and_nothing_found(prepare):
     with pytest.raises(UserError, match="annotations=/nowhere/at/all: no such file or folder"):
         prepare("vatex", {}, annotations="/nowhere/at/all")
     clips = [{"videoID": "a_000001_000002"}, {"videoID": "b_000001_000002"}, {}]
-    with pytest.raises(UserError, match="nothing in vatex's layout; 1 malformed; 2 missing; .*right folder") as caught:
-        prepare("vatex", {"vatex_training_v1.0.json": clips})
+    files = {"vatex_training_v1.0.json": clips}
+    with pytest.raises(UserError, match="media_root=.*/media: no video and no sound there; the config's header"):
+        prepare("vatex", files)
+    layout = "nothing in vatex's layout: 2 media files there, for example sub/c.mp4; 2 missing; 1 malformed; "
+    with pytest.raises(UserError, match=f"{layout}.*right folder") as caught:
+        prepare("vatex", files, ["sub/c.mp4", "sub/d.wav"])
     assert "\n" not in str(caught.value)
 
 

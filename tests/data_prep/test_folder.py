@@ -176,6 +176,16 @@ def test_a_path_without_suffix_is_an_id(prepare):
     assert [(row.media, row.start) for row in rows] == [(name, None) for name in media]
 
 
+def test_an_id_with_frames_and_sound_in_two_files_is_of_both(prepare):
+    """With a column of its own for the picture, of the id's files the sound alone."""
+    files = {"captions.csv": "path,picture,sound,caption\nlmnopqrstuv,,,x\n,cat.png,lmnopqrstuv,y\n"}
+    rows, skipped = prepare("folder", files, ["lmnopqrstuv.mp4", "lmnopqrstuv.wav", "cat.png"])
+    assert [(row.media, row.picture) for row in rows] == [
+        ("lmnopqrstuv.wav", "lmnopqrstuv.mp4"),
+        ("lmnopqrstuv.wav", "cat.png"),
+    ] and not skipped
+
+
 def test_labels_are_a_list_or_stand_between_semicolons(prepare, tmp_path):
     csv = "path,caption,labels\na.wav,x,Speech; Male speech ;Speech\nb.wav,y,\n"
     rows, _ = prepare("folder", {"captions.csv": csv}, ["a.wav", "b.wav"])

@@ -8,7 +8,7 @@ from litter import FOLDERS, litter, unreadable
 from clip4vla.io.out_folder import OutFolder
 from data_prep import build_shards
 from data_prep.checks.folders import find
-from data_prep.manifest import MediaFolder
+from data_prep.manifest import Located, MediaFolder
 from data_prep.sets.stamps import stamps
 
 
@@ -19,7 +19,11 @@ def test_hidden_files_are_nobodys_media(tmp_path):
         (tmp_path / name).touch()
     litter(tmp_path / "media", tmp_path / "media/a.mp4")
     media = MediaFolder(tmp_path / "media")
-    assert sorted(media.paths) == ["a.mp4", "sub/b.wav"] and media.find("a") == "a.mp4" and media.find("._a") is None
+    assert (
+        sorted(media.paths) == ["a.mp4", "sub/b.wav"]
+        and media.find("a") == Located("a.mp4")
+        and media.find("._a") is None
+    )
 
 
 def test_a_folder_that_cannot_be_read_is_named_unless_it_is_hidden(tmp_path, monkeypatch, capsys):

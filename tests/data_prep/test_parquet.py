@@ -167,7 +167,10 @@ def test_broken_tables_are_listed_and_mistaken_columns_named(run, tmp_path):
         sample(config(tmp_path / "a"), made[0])
     for words, why in (
         (["media_from=[none]"], "0.parquet: no column none; there are flac, text"),
-        (["captions_from=[text.none]"], "nothing in parquet's layout; 4 malformed; 0.parquet: row 0: no text.none"),
+        (
+            ["captions_from=[text.none]"],
+            "layout: no sample there; 4 malformed; 0.parquet: row 0: no text.none",
+        ),
         (["label_from=none"], "0.parquet: no column none; there are flac, text"),
     ):
         code, printed = run(tmp_path / "out", *words, "--dry-run", media=tmp_path / "a/0.parquet", dataset="parquet")

@@ -71,9 +71,10 @@ def test_auto_acd_finds_the_clips_that_were_cut_from_its_videos(prepare):
     files = {
         "train.csv": "youtube_id,caption\n--PJHxphWEs,A bird sings.\nYabcdefghij,A dog.\n0123456789a_000017,Water.\n"
         "lostlostlos,x\n",
-        "test.csv": 'youtube_id,caption\n-_a-b_c-d_e,"A man, then a car."\n-_a-b_c-d_e,A second.\n',
+        "test.csv": 'youtube_id,caption\n-_a-b_c-d_e,"A man, then a car."\n-_a-b_c-d_e,A second.\ntwotwotwotw,x\n',
     }
     media = ["Y--PJHxphWEs.flac", "Yabcdefghij_30.wav", "0123456789a_000017.mp4", "a/-_a-b_c-d_e_30000_40000.flac"]
+    media += ["twotwotwotw_10.wav", "twotwotwotw_30.wav"]
     rows, skipped = prepare("auto_acd", files, media)
     assert [(row.id, row.split, row.captions, row.media) for row in rows] == [
         ("--PJHxphWEs", "train", ["A bird sings."], media[0]),
@@ -81,7 +82,10 @@ def test_auto_acd_finds_the_clips_that_were_cut_from_its_videos(prepare):
         ("0123456789a_000017", "train", ["Water."], media[2]),
         ("-_a-b_c-d_e", "test", ["A man, then a car.", "A second."], media[3]),
     ]
-    assert reasons(skipped) == {"lostlostlos": "missing: no file named lostlostlos"}
+    assert reasons(skipped) == {
+        "lostlostlos": "missing: no file named lostlostlos",
+        "test.csv:4": f"unusable: it may be {media[4]} or {media[5]}, and that may be another clip: rename or remove one",
+    }
 
 
 def test_wavcaps_keeps_equal_numbers_of_its_sources_apart(prepare, tmp_path):

@@ -268,7 +268,7 @@ def _refuse(*_, **__):
 
 
 def test_pictures_of_one_member_and_sound_of_another(tmp_path):
-    """A picture, and a video, each with separate sound: the frames are the one's, the sound the other's."""
+    """A picture, and a video, each with separate sound: the frames are the one's, while the sound of the other lasts."""
     write_tar(
         tmp_path / "0.tar",
         {"0.png": medium("png"), "0.wav": medium("wav"), "1.mp4": medium("mp4"), "1.flac": medium("flac")},
@@ -279,8 +279,10 @@ def test_pictures_of_one_member_and_sound_of_another(tmp_path):
         tmp_path / "0.tar",
         {"0.wav": medium("wav"), "1.mp4": medium("mp4"), "2.flac": medium("flac"), "3.png": medium("png")},
     )
-    sound, alone, flac, picture = (sample(config, row) for row in read(config)[0])
+    made = read(config)[0]
+    made[1].end = 1.0
+    sound, alone, flac, picture = (sample(config, row) for row in made)
     assert still[1] == {"fbank.jpg": sound[1]["fbank.jpg"], "frames.jpg": picture[1]["frames.jpg"]}
     assert video[1] == {"fbank.jpg": flac[1]["fbank.jpg"], "frames.jpg": alone[1]["frames.jpg"]}
-    assert video[0]["media"] == {"audio": "0.tar/1.flac", "frames": "0.tar/1.mp4"} and video[0]["n_frames"] == 2
+    assert video[0]["media"] == {"audio": "0.tar/1.flac", "frames": "0.tar/1.mp4"} and video[0]["n_frames"] == 1
     assert alone[1]["fbank.jpg"] != flac[1]["fbank.jpg"] and still[0]["n_frames"] == 1

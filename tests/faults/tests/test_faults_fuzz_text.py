@@ -25,10 +25,11 @@ from clip4vla.report.tracking import read_rows
 from clip4vla.search.index import Index
 from clip4vla.search.store import ITEMS
 from clip4vla.training import engine
-from data_prep.annotation_io import clean, stream_json
+from data_prep.annotation_io import clean
 from data_prep.annotations import read
 from data_prep.manifest import MediaFolder
 from data_prep.plan import MANIFEST, read_plan
+from data_prep.sets.json_stream import stream_json
 
 SLOW = {"configs and words": 12, "annotations of stamps": 3, "run folders": 10, "json of samples": 20}
 
