@@ -14,8 +14,11 @@ from forks import ROOT
 from s3fs import S3FileSystem
 from sample_prep import contents, settings, tones
 
+from clip4vla.config import DataConfig
+from clip4vla.config_io import load
 from clip4vla.data.shards import ShardFolder
 from clip4vla.io import remote
+from data_prep.build_shards import shard
 
 NAMES = [f"t{i}" for i in range(14)]  # four shards of at most four
 
@@ -38,7 +41,8 @@ WORDS = ("max_failed_fraction=0.1",)
 def local(media, tmp_path_factory):
     """What a run leaves in a local folder."""
     out = tmp_path_factory.mktemp("local") / "out"
-    subprocess.run(command(out, media), cwd=ROOT, check=True, capture_output=True)
+    config, *words = settings(out, *WORDS, media=media, dataset="folder")
+    shard(load(DataConfig, config, words))
     return without_root(contents(out))
 
 
