@@ -1,6 +1,7 @@
 """data_prep/shard.py with `out` at a URL: the bytes that a local folder gets, through kills, faults and parts."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -14,8 +15,11 @@ from forks import ROOT
 from s3fs import S3FileSystem
 from sample_prep import contents, settings, tones
 
+from clip4vla.config import DataConfig
+from clip4vla.config_io import load
 from clip4vla.data.shards import ShardFolder
 from clip4vla.io import remote
+from data_prep.build_shards import shard
 
 NAMES = [f"t{i}" for i in range(14)]  # four shards of at most four
 
@@ -38,7 +42,8 @@ WORDS = ("max_failed_fraction=0.1",)
 def local(media, tmp_path_factory):
     """What a run leaves in a local folder."""
     out = tmp_path_factory.mktemp("local") / "out"
-    subprocess.run(command(out, media), cwd=ROOT, check=True, capture_output=True)
+    config, *words = settings(out, *WORDS, media=media, dataset="folder")
+    shard(load(DataConfig, config, words))
     return without_root(contents(out))
 
 
@@ -78,9 +83,11 @@ def test_the_files_are_those_of_a_local_folder(server, run, media, local, tmp_pa
     assert without_root(at(url)) == local and not [name for name in uploads(server, begin) if name.endswith(".tar")]
 
 
-def test_killed_in_the_middle_it_goes_on_without_what_is_there(server, run, media, local):
+def test_killed_in_the_middle_it_goes_on_without_what_is_there(server, run, media, local, tmp_path):
     url, begin = f"s3://{s3.BUCKET}/killed", len(server.seen)
-    process = subprocess.Popen(command(url, media), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    env = {**os.environ, "TMPDIR": str(tmp_path)}  # what a killed run leaves stays in the test's folder
+    process = subprocess.Popen(command(url, media), cwd=ROOT, env=env, **quiet)
     while not any(name.endswith("000001.json") for name in uploads(server, begin)) and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
