@@ -11,9 +11,11 @@ import contextlib
 import weakref
 from unittest.mock import patch
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups
 from forks import ROOT
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -152,6 +154,9 @@ def as_on_cuda():
 @contextlib.contextmanager
 def fake_ranks(world):
     """Be rank 0 of `world` ranks, in the block, of which the others send nothing."""
+    if dist.is_initialized():  # by an engine of another test in this process: its next one joins again
+        dist.destroy_process_group()
+        deepspeed.comm.comm.cdb = groups._WORLD_GROUP = None
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:

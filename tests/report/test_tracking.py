@@ -10,7 +10,7 @@ from clip4vla.report import tracking
 
 KEY = "0" * 39 + "7"
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from clip4vla.config import RunConfig
 from clip4vla.report.tracking import Tracker
@@ -26,9 +26,12 @@ for name in sys.argv[1:]:
     os.environ["WANDB_MODE"] = name.partition("-")[0]
     tracker = Tracker(cfg, 0)
     tracker.rows_of([{"step": 1, "loss": 2.0}])
+    while name.endswith("killed") and not [*Path(name).glob("wandb/offline-run-*")]:
+        time.sleep(0.05)  # its process makes the folder when it comes to it
     for pid in core() if name.endswith("killed") else ():
         os.kill(pid, signal.SIGKILL)
     for step in range(2, 5):
+        time.sleep(0.5 * name.endswith("killed"))  # a thread of wandb's sees that its process is gone
         tracker.rows_of([{"step": step, "loss": 2.0}])
     tracker.close()
     print(name, "ended", file=sys.stderr, flush=True)
