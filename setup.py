@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "wandb>=0.20", "tqdm"]
+TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "wandb>=0.20", "tqdm", "braceexpand"]
 PAGES = ["matplotlib", "soundfile>=0.12", "cairosvg>=2.7", "fsspec"]  # shards and files, seen and heard in a page
 PEERS = [
     "librosa>=0.11",

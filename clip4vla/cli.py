@@ -18,7 +18,17 @@ from clip4vla.distributed.watchdog import watch
 from clip4vla.errors import UserError
 
 EXTRAS = {  # setup.py's, by the names that are imported
-    "train": ("deepspeed", "webdataset", "wandb", "tqdm", "matplotlib", "soundfile", "cairosvg", "fsspec"),
+    "train": (
+        "deepspeed",
+        "webdataset",
+        "braceexpand",
+        "wandb",
+        "tqdm",
+        "matplotlib",
+        "soundfile",
+        "cairosvg",
+        "fsspec",
+    ),
     "dali": ("nvidia",),
     "eval": ("pycocoevalcap", "sklearn"),
     "web": ("faiss", "gradio", "fastapi", "uvicorn", "matplotlib", "soundfile", "cairosvg", "fsspec"),
