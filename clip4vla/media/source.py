@@ -65,14 +65,15 @@ def stem_of(path: str) -> str:
     return name[:dot] if dot > 0 else name
 
 
-class _Bytes(io.RawIOBase):
-    """Reads the bytes [begin, end) of a file as if they were all of it."""
+class RangeReader(io.RawIOBase):
+    """Reads `size` bytes of something by ranges, which a subclass fetches, as a file that can be sought in."""
 
-    def __init__(self, source: Source) -> None:
-        assert source.end is not None
-        self.name = source.name or source.path
-        self.begin, self.size, self.at = source.begin, source.end - source.begin, 0
-        self.file = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+    size: int
+    at = 0  # where the next read begins
+
+    def fill(self, buffer: memoryview, at: int) -> int:
+        """Read the bytes from `at` on into the buffer, all of which are there, and return how many were read."""
+        raise NotImplementedError
 
     def readable(self) -> bool:
         """Return True."""
@@ -85,7 +86,7 @@ class _Bytes(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # of any writable buffer, says typeshed
         """Read the next bytes into the buffer, and return how many."""
         wanted = max(0, min(len(buffer), self.size - self.at))
-        count = os.preadv(self.file, [memoryview(buffer)[:wanted]], self.begin + self.at)
+        count = self.fill(memoryview(buffer)[:wanted], self.at) if wanted else 0
         self.at += count
         return count
 
@@ -93,6 +94,20 @@ class _Bytes(io.RawIOBase):
         """Go to an offset from the start, from here or from the end, and return it from the start."""
         self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
         return self.at
+
+
+class _Bytes(RangeReader):
+    """Reads the bytes [begin, end) of a file as if they were all of it."""
+
+    def __init__(self, source: Source) -> None:
+        assert source.end is not None
+        self.name = source.name or source.path
+        self.begin, self.size = source.begin, source.end - source.begin
+        self.file = os.open(source.path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def fill(self, buffer: memoryview, at: int) -> int:
+        """Read from the file, without moving its own offset."""
+        return os.preadv(self.file, [buffer], self.begin + at)
 
     def close(self) -> None:
         """Close the file."""

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from clip4vla.errors import UserError, one_line
 from clip4vla.io import remote
 from clip4vla.io.walk import is_hidden, walk
+from clip4vla.media.source import RangeReader
 
 HUB = "hf:"  # and USER/NAME or USER/NAME:CONFIG
 SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet", ".arrow")}  # by dataset
@@ -153,11 +154,11 @@ def _opened(url: str, process: int) -> tuple[Any, str]:
         raise UserError(f"media_root={url}: {error}") from None
 
 
-class _RemoteFile(io.RawIOBase):
+class _RemoteFile(RangeReader):
     """Reads a file at a URL by ranges, with io/remote.py's time-outs and retries."""
 
     def __init__(self, base: str, name: str) -> None:
-        self.base, self.name, self.at = base, name, 0
+        self.base, self.name = base, name
         fs, root = _opened(base, os.getpid())
         try:
             self.size = remote.size(fs, f"{root}/{name}")
@@ -166,24 +167,7 @@ class _RemoteFile(io.RawIOBase):
         except OSError as error:
             raise _unanswered(base, name, one_line(error)) from None
 
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # of any writable buffer, says typeshed
-        """Read the next bytes into the buffer, and return how many."""
-        wanted = max(0, min(len(buffer), self.size - self.at))
-        if not wanted:
-            return 0
-        buffer[:wanted] = read_remote(self.base, self.name, self.at, wanted)
-        self.at += wanted
-        return wanted
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to an offset from the start, from here or from the end, and return it from the start."""
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
-        return self.at
+    def fill(self, buffer: memoryview, at: int) -> int:
+        """Read from the URL."""
+        buffer[:] = read_remote(self.base, self.name, at, len(buffer))
+        return len(buffer)

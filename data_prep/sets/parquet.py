@@ -163,6 +163,8 @@ def _column(table: Table, name: str) -> _Column | None:
 
     try:
         column.suffix = suffix_of_bytes(Cells((table.base, table.name, column.bytes_in), 0).read(0))
-    except MISTAKES:
+    except UserError:  # the URL does not answer
+        raise
+    except MISTAKES:  # no cell, an empty one, or bytes of no known kind: not a column of media
         return None
     return column

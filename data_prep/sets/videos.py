@@ -232,7 +232,7 @@ def lsmdc(place: Path, media: MediaFolder) -> RowsOrSkipped:
 
 
 def valor32k(place: Path, media: MediaFolder) -> RowsOrSkipped:
-    """10 s of AudioSet, described by people with what is seen and what is heard (Chen et al. 2023)."""
+    """10 s of AudioSet, described by people, pictures and sound (Chen et al. 2023)."""
 
     def row(split: str, clip: dict[str, Any]) -> ManifestRow:
         return annotation_io.clip_row(media, "valor32k", split, *_clip_of(clip["video_id"]), [clip["desc"]])

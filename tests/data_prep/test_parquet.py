@@ -224,3 +224,13 @@ def test_without_pyarrow_the_extra_is_named(run, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
         code, printed = run(tmp_path / "out", "--dry-run", media=root, dataset="parquet")
         assert code == 2 and f"error: {package} is not installed: pip install 'clip4vla[hf]'" in printed
+
+
+def test_a_url_that_does_not_answer_is_not_taken_for_a_column_without_media(tmp_path, monkeypatch):
+    def silent(self, row):
+        raise UserError("no answer")
+
+    write(tmp_path / "media/a.parquet", data=[medium("wav")], text=["t"])
+    monkeypatch.setattr(tables.Cells, "read", silent)
+    with pytest.raises(UserError, match="no answer"):
+        read(config(tmp_path / "media"))
