@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
 import pickle
 import shutil
-import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +12,7 @@ import pytest
 import s3
 import torch
 from rank_scripts import LIMITED, LONG
-from running import job, optimizer_groups, ranks, run, trace, wait_for
+from running import job, optimizer_groups, ranks, run, trace
 from safetensors.torch import load_file
 
 from clip4vla.checkpoints import manager
@@ -251,17 +249,30 @@ def test_a_checkpoint_that_cannot_be_converted_is_one_line_and_runs_no_code(undi
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("moment", ["checkpoint", "evaluation"])
+SIGNALLED = """
+import os, runpy, signal
+from clip4vla.{module} import {name} as Held
+begin = Held.{method}
+def signalled(self, *arguments):
+    if os.environ["RANK"] == "1" and arguments[-1] == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    begin(self, *arguments)
+Held.{method} = signalled
+runpy.run_path("launch/pretrain.py", run_name="__main__")
+"""
+MOMENTS = {
+    "checkpoint": ("checkpoints.manager", "CheckpointManager", "save", "train.save_every=3"),
+    "evaluation": ("evaluation.runner", "BackgroundValidator", "start", "eval.every_steps=3 train.save_every=99"),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_during_a_checkpoint_or_an_evaluation_saves_that_step_once(undisturbed, words, tmp_path, moment):
-    folder = tmp_path / "r"
-    more = {"checkpoint": ["train.save_every=3"], "evaluation": ["train.save_every=99", "eval.every_steps=3"]}[moment]
-    with job(2, *words, *more, f"run_dir={folder}") as started:
-        if moment == "checkpoint":
-            _wait(folder / "checkpoints/partial-00000003")
-        else:
-            wait_for(folder / "metrics.jsonl", 3)  # written just before it
-        os.kill(started.ranks[1].pid, signal.SIGTERM)
-        done = started.wait()
+    """The signal comes as it begins: sent from here, it would come after it on a quick machine."""
+    folder, script = tmp_path / "r", tmp_path / "signalled.py"
+    module, name, method, more = MOMENTS[moment]
+    script.write_text(SIGNALLED.format(module=module, name=name, method=method))
+    done = ranks(2, script, *words[1:], *more.split(), f"run_dir={folder}")
     assert done.returncode == 85, done.stderr
     assert steps(folder) == [3] and list(trace(folder)) == [1, 2, 3]
     assert trace(folder).items() <= trace(undisturbed).items()

@@ -8,6 +8,7 @@ the device for `meta`, so the backward pass runs in the caller's thread. Neither
 import contextlib
 import sys
 from collections import defaultdict
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -19,7 +20,8 @@ from clip4vla.data import loader
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 THERE = ("cuda", "meta")
-PACKAGES = ("/clip4vla/", "/data_prep/")
+ROOT = Path(__file__).parents[2]
+PACKAGES = tuple(f"{ROOT / name}/" for name in ("clip4vla", "data_prep"))  # not .venv/, which may lie beside them
 aten = torch.ops.aten
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 SIZED_BY_VALUES = {  # whose result's size, or Python value, depends on numbers on the device
@@ -133,10 +135,10 @@ class PretendedGPU(TorchDispatchMode):
         frame = sys._getframe(1)
         while frame:
             code = frame.f_code
-            folder = next((name for name in PACKAGES if name in code.co_filename), None)
-            if folder and "/tests/" not in code.co_filename:
+            folder = next((name for name in PACKAGES if code.co_filename.startswith(name)), None)
+            if folder:
                 function = code.co_qualname.partition(".<locals>")[0]
-                self.waits[f"{code.co_filename.rpartition(folder)[2]} {function}"].add(what)
+                self.waits[f"{code.co_filename.removeprefix(folder)} {function}"].add(what)
                 return
             frame = frame.f_back
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from media_models import SOUNDS, STILLS
-from pretended_gpu import CPU, CUDA, Engine, Mismatch, PretendedGPU, move, values
+from pretended_gpu import CPU, CUDA, PACKAGES, Engine, Mismatch, PretendedGPU, move, values
 from torch.utils._pytree import tree_flatten
 
 from clip4vla import CLIP4VLA
@@ -280,7 +280,7 @@ def test_what_cuda_refuses_is_refused_and_what_it_waits_for_is_noted():
 def _waited(gpu, work):
     """Whether the host waits for the device; called as a function of the package."""
     gpu.waits.clear()
-    code = compile("def asks(work):\n    work()\n", "/clip4vla/asks.py", "exec")
+    code = compile("def asks(work):\n    work()\n", f"{PACKAGES[0]}asks.py", "exec")
     exec(code, names := {})
     names["asks"](work)
     return "asks.py asks" in gpu.waits
