@@ -24,10 +24,11 @@ from clip4vla.data.batch import upload
 from clip4vla.data.preprocessing import ClipInput
 from clip4vla.errors import UserError, one_line
 from clip4vla.export import model_folder
-from clip4vla.models import fusion, generation, towers
+from clip4vla.models import fusion, generation
 from clip4vla.models.audio_encoder import type_token_weights
 from clip4vla.models.classifier import Classifier
 from clip4vla.models.model import Model
+from clip4vla.towers.tokenizer import tokenizer
 
 File = str | os.PathLike
 Wave = np.ndarray | Tensor
@@ -223,7 +224,7 @@ class CLIP4VLA(Model, ModelHubMixin):
         return self.clip_config["embed_dim"]
 
     def _tokenize(self, texts: list[str]) -> Tensor:
-        return towers.tokenizer(self.cfg.clip, self.cfg.max_tokens)(texts)
+        return tokenizer(self.cfg.clip, self.cfg.max_tokens)(texts)
 
     def _token(self, audio_type: str | float | None) -> str:
         """Name the type token as type_token_weights takes it; UserError if it is none."""

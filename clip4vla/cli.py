@@ -37,7 +37,7 @@ EXTRAS = {  # setup.py's, by the names that are imported
     "hf": ("pyarrow", "datasets"),
     "bench": ("librosa", "cv2", "threadpoolctl", "packaging"),
 }
-UNUSED = ("timm", "transformers")  # open_clip imports them where they are installed; towers.py takes no tower of theirs
+UNUSED = ("timm", "transformers")  # open_clip imports them where they are installed; no tower of theirs is taken
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 

@@ -27,8 +27,8 @@ from clip4vla.errors import UserError
 from clip4vla.io.atomic import write_json
 from clip4vla.io.out_folder import OutFolder, open_out
 from clip4vla.models.model import Model
-from clip4vla.models.towers import tokenizer
 from clip4vla.models.towers_fingerprint import embeddings_fingerprint
+from clip4vla.towers.tokenizer import tokenizer
 from clip4vla.training.run_setup import build_model
 
 CLIPS = 64  # in a batch; fixed, and batches never mix shards, so that a shard's bytes depend on nothing else

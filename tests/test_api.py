@@ -27,7 +27,7 @@ from clip4vla.data.sampler import EvalSampler
 from clip4vla.data.shards import ShardFolder
 from clip4vla.errors import UserError
 from clip4vla.media.av_reader import read_clip
-from clip4vla.models import towers
+from clip4vla.towers.tokenizer import tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def shards_vectors(model, folders, tmp_path):
     """(json, members, pictures, y^g, z^g) of each clip by the loader, which decodes with DALI."""
     order = EvalSampler([[shard.samples for shard in folder.shards] for folder in folders], 16)
     loader = Loader(
-        folders, order, DataSources(), tokenize=towers.tokenizer(model.cfg.clip, 32), mask=MaskConfig(), seed=0,
+        folders, order, DataSources(), tokenize=tokenizer(model.cfg.clip, 32), mask=MaskConfig(), seed=0,
         needs=["fbank", "frames"], device=torch.device("cpu"), damage_log=tmp_path / "corrupt",
     )  # fmt: skip
     found = {}

@@ -12,7 +12,8 @@ from forks import ROOT
 MODULES = sorted((ROOT / "clip4vla").rglob("*.py"))
 LAYERS = [  # lowest first: a file imports from its own folder and from lower layers
     ("errors", "quick_imports", "config", "config_io"),
-    "io", "distributed", "media", "data", "checkpoints", "models", "losses", "report", "evaluation", "training", "paper",
+    "io", "distributed", "media", "data", "checkpoints", "towers", "models", "losses", "report", "evaluation", "training",
+    "paper",
     "export",
     ("api", "cli"),
     "search", "web",
@@ -20,7 +21,7 @@ LAYERS = [  # lowest first: a file imports from its own folder and from lower la
 TRAINING = ("deepspeed", "nvidia", "wandb", "webdataset")
 EXTRAS = (*TRAINING, "faiss", "gradio", "onnxruntime", "onnxscript", "pycocoevalcap", "sklearn", "cairosvg")
 PLAIN = ("media", "models", "losses", "api", "data.batch", "data.preprocessing")
-DATA_PREP = {"cli", "config", "config_io", "errors", "quick_imports", "io", "media", "data", "models.towers"}
+DATA_PREP = {"cli", "config", "config_io", "errors", "quick_imports", "io", "media", "data", "towers"}
 SLOW = (
     "torch",
     "deepspeed",

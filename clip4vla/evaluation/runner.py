@@ -22,9 +22,9 @@ from clip4vla.io.atomic import write_text
 from clip4vla.models import generation
 from clip4vla.models.audio_encoder import type_token_weights
 from clip4vla.models.model import Model, must_have_room
-from clip4vla.models.towers import tokenizer
 from clip4vla.report import evaluations, page
 from clip4vla.report.tracking import read_rows
+from clip4vla.towers.tokenizer import tokenizer
 
 Say = Callable[[str], None]
 

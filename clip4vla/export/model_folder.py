@@ -17,8 +17,9 @@ from clip4vla.errors import UserError
 from clip4vla.export import model_card, official
 from clip4vla.io.atomic import atomic_folder
 from clip4vla.io.safe_load import save_tensors
-from clip4vla.models import towers
 from clip4vla.models.model import Model
+from clip4vla.towers.config import resolve_clip_config
+from clip4vla.towers.weights import read_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -69,14 +70,14 @@ def import_weights(source: str, words: Sequence[str], allow_unknown: bool = Fals
     if Path(source).is_dir():
         raise UserError(f"{source}: a folder; name a file of weights, or take launch/export.py for a run")
     if Path(source).is_file() and not source.endswith(".json"):
-        state, _ = towers.read_weights(source, "")
+        state, _ = read_weights(source, "")
         if official.is_official(state):
             cfg = official.settings(state, words, source)
             model, account = official.from_official(state, cfg, source, allow_unknown)
             return model, str(account), f"A checkpoint of the authors' code, {Path(source).name}: {account.sum()}."
     cfg = load(ImportConfig, None, ["model.trainable_towers=text+vision", *words])
     cfg.model.clip = source
-    model = Model(towers.resolve_clip_config(source, cfg.model.quick_gelu), cfg.model, cfg.spectrogram, cfg.frames)
+    model = Model(resolve_clip_config(source, cfg.model.quick_gelu), cfg.model, cfg.spectrogram, cfg.frames)
     model.must_have_positions()
     loaded = model.load_clip()
     model.start_audio()
@@ -94,7 +95,7 @@ def export_official(folder: str | Path, file: Path, dtype: str = "fp32", like: s
     like: such a checkpoint, which gives what the model lacks. UserError if `file` is there, and as official.to_official.
     """
     must_be_new(file, is_folder=False)
-    other = towers.read_weights(like, "--base-checkpoint ")[0] if like else None
+    other = read_weights(like, "--base-checkpoint ")[0] if like else None
     state, account = official.to_official(Model.from_checkpoint(folder), other)
     state = _rounded(state, dtype, file)
     atomic_folder(file.absolute(), lambda aside: save_tensors(state, aside))

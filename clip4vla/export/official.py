@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from clip4vla.config import ImportConfig
 from clip4vla.config_io import load
 from clip4vla.errors import UserError
-from clip4vla.models import towers
 from clip4vla.models.model import Model
+from clip4vla.towers.weights import check_size_claims, infer_config
 
 State = dict[str, Tensor]
 NAMES = {  # beginnings of our keys and of theirs
@@ -99,14 +99,14 @@ def from_official(state: State, cfg: ImportConfig, where: str, allow_unknown: bo
 
     Raises UserError, with `where`, for keys that are missing, have another shape, or, unless allowed, are unknown.
     """
-    config = towers.infer_config({key[5:]: v for key, v in state.items() if key.startswith("clip.")}, where)
+    config = infer_config({key[5:]: v for key, v in state.items() if key.startswith("clip.")}, where)
     config["text_cfg"]["vocab_size"] = min(config["text_cfg"]["vocab_size"], TOKENS)
     if cfg.model.head == "classifier":
         raise UserError(
             "model.head=classifier: the authors' cls_linear is on features of their own; import the towers, then train one"
         )
     try:
-        towers.check_size_claims(config, state, 0 if cfg.model.head == "global_global" else cfg.model.head_layers)
+        check_size_claims(config, state, 0 if cfg.model.head == "global_global" else cfg.model.head_layers)
     except ValueError as error:
         raise UserError(f"{where}: lacks the keys of model.head_layers={cfg.model.head_layers}: {error}") from None
     model = Model(config | {"quick_gelu": True}, cfg.model, cfg.spectrogram, cfg.frames)

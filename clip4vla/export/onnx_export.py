@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from clip4vla.errors import UserError
-from clip4vla.models import towers
 from clip4vla.models.model import Model
+from clip4vla.towers.text import encode_text
 
 TOLERANCE = 1e-4  # of the largest value
 LARGEST = 1_900_000_000  # bytes of weights that one ONNX file may hold; what is larger lies beside it
@@ -28,7 +28,7 @@ class _Text(nn.Module):
         self.tower = tower
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return towers.encode_text(self.tower, tokens)[0]
+        return encode_text(self.tower, tokens)[0]
 
 
 def export_towers(model: Model, folder: Path) -> None:

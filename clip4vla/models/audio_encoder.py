@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clip4vla.config import ModelConfig, SpectrogramConfig
 from clip4vla.data.batch import unpack, upload
 from clip4vla.errors import UserError
-from clip4vla.models.towers import embed_patches, pooled_places, pools_first
+from clip4vla.towers.vision import embed_patches, pooled_places, pools_first
 
 DEFAULT, SPECTROGRAM = ModelConfig(), SpectrogramConfig()
 

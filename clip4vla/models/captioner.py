@@ -16,7 +16,7 @@ from clip4vla.config import ModelConfig
 from clip4vla.data.batch import upload
 from clip4vla.errors import UserError
 from clip4vla.models.fusion import TEXT, FusionTransformer, PaddedSequence, concat
-from clip4vla.models.towers import projected
+from clip4vla.towers.text import projected
 
 
 class Captioner(nn.Module):

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from clip4vla.config import ModelConfig
 from clip4vla.data.batch import unpack, upload
 from clip4vla.errors import UserError
-from clip4vla.models.towers import run_block
+from clip4vla.towers.attention import run_block
 
 TEXT, VISION, AUDIO = range(3)  # rows of the type embedding
 TOKENS = {"cpu": 1 << 12, "cuda": 1 << 17}  # in a tile of caption-clip pairs

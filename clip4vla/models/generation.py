@@ -19,7 +19,7 @@ from clip4vla.data.batch import upload
 from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.models.captioner import CaptionDecoder
-from clip4vla.models.towers import get_tokenizer
+from clip4vla.towers.tokenizer import get_tokenizer
 
 
 class SpecialTokens(NamedTuple):

@@ -17,25 +17,18 @@ from clip4vla.distributed import collectives
 from clip4vla.errors import UserError, one_line
 from clip4vla.media.masking import masked_view
 from clip4vla.media.spectrogram import decode, normalise
-from clip4vla.models import fusion, towers
+from clip4vla.models import fusion
 from clip4vla.models.audio_encoder import AudioEncoder, type_token_weights
 from clip4vla.models.captioner import CaptionDecoder, Captioner
 from clip4vla.models.classifier import Classifier, in_words
+from clip4vla.models.saved_config import FORMAT, upgraded
+from clip4vla.towers.build import Undrawn, build_clip, freeze_first
+from clip4vla.towers.pictures import image_statistics
+from clip4vla.towers.text import encode_text, token_mask
+from clip4vla.towers.vision import encode_images
+from clip4vla.towers.weights import check_size_claims, load_clip_weights
 
 TEXTS = 256  # of a pass through the text tower
-
-
-FORMAT = 2  # of config.json
-FORMAT_1 = {  # its settings, by today's names
-    "fusion": "head",
-    "fusion_layers": "head_layers",
-    "fusion_dropout": "head_dropout",
-    "words": "text_tokens",
-    "mean": "media_mean",
-    "normalise": "spectrogram_norm",
-    "pretrain_type": "pretrain_audio_type",
-    "train_towers": "trainable_towers",
-}
 
 
 class Model(nn.Module):
@@ -57,14 +50,14 @@ class Model(nn.Module):
         super().__init__()
         self.clip_config, self.cfg, self.spectrogram = clip, cfg, spectrogram
         self.frames = frames or FramesConfig()
-        built = towers.build_clip(clip)
+        built = build_clip(clip)
         self.text, self.vision = built.text, built.visual
         self.audio = AudioEncoder(built.visual, cfg, spectrogram)
         self.init_head()
         self.logit_scale = nn.Parameter(
             torch.tensor([math.log(1 / cfg.temperature)])
         )  # 1-d: DeepSpeed broadcasts no scalars
-        self.image_statistics = towers.image_statistics(cfg.clip)
+        self.image_statistics = image_statistics(cfg.clip)
         pixels = 255 * torch.tensor(self.image_statistics).view(2, 3, 1, 1)  # mean and deviation of 0..255
         # the bits of fp32 numbers: .half() and DeepSpeed would round them
         self.register_buffer("pixel_statistics", pixels.view(torch.int32), persistent=False)
@@ -72,8 +65,8 @@ class Model(nn.Module):
     def load_clip(self) -> bool:
         """Fill text and vision from the weights that cfg.clip names; False if it names none."""
         with torch.device("meta"):  # shapes alone: random weights would take a second, and the file's take their place
-            built = towers.build_clip(self.clip_config)
-        loaded = towers.load_clip_weights(built, self.cfg.clip)
+            built = build_clip(self.clip_config)
+        loaded = load_clip_weights(built, self.cfg.clip)
         if loaded:
             self.text.load_state_dict(built.text.state_dict())
             self.vision.load_state_dict(built.visual.state_dict())
@@ -112,21 +105,21 @@ class Model(nn.Module):
         for name, blocks in self.cfg.freeze_layers.items():
             if name not in wanted:
                 raise UserError(f"model.freeze_layers: {name!r} is none of the towers of model.trainable_towers")
-            towers.freeze_first(self.audio.trunk if name == "audio" else getattr(self, name), blocks, name)
+            freeze_first(self.audio.trunk if name == "audio" else getattr(self, name), blocks, name)
             if name == "audio":  # type tokens enter with the patches: else the gradient would pass the frozen blocks
                 self.audio.type_embedding.requires_grad_(False)
         self.logit_scale.requires_grad_(self.cfg.learn_temperature)
 
     def encode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Encode tokens (B, L) to (x^g (B, D) at [EOS], all token outputs (B, L, D)), not normalised."""
-        return towers.encode_text(self.text, tokens)
+        return encode_text(self.text, tokens)
 
     def encode_texts_chunked(
         self, texts: list[str], tokenize: Callable[[list[str]], Tensor], together: bool = False
     ) -> Iterator[tuple[Tensor, fusion.PaddedSequence]]:
         """Encode n <= TEXTS texts at a time, so that memory is bounded: (x^g (n, D), not normalised, word outputs (n, L, D)).
 
-        tokenize: see towers.tokenizer. together: all ranks call this, each with its own texts, and run as many passes (ZeRO-3).
+        tokenize: see tokenizer. together: all ranks call this, each with its own texts, and run as many passes (ZeRO-3).
         """
         passes = -(-len(texts) // TEXTS)
         for k in range(max(collectives.all_gather_objects(passes)) if together else passes):
@@ -138,7 +131,7 @@ class Model(nn.Module):
 
     def _words(self, outputs: Tensor, tokens: Tensor) -> fusion.PaddedSequence:
         """Mark which of the text tower's outputs (B, L, D) are of words of tokens (B, L), which are on the CPU."""
-        mask = towers.token_mask(self.text, tokens)
+        mask = token_mask(self.text, tokens)
         return fusion.PaddedSequence(fusion.TEXT, outputs, upload(mask, outputs.device), mask.sum(1))
 
     def encode_texts(self, texts: list[str], tokenize: Callable[[list[str]], Tensor], together: bool = False) -> Tensor:
@@ -160,7 +153,7 @@ class Model(nn.Module):
         if not len(frames):  # open_clip's tower fails on none, and under ZeRO-3 all ranks must run it
             return self.encode_frames(frames.new_zeros(1, *frames.shape[1:]))[:0]
         mean, std = self.pixel_statistics.view(torch.float32)
-        return towers.encode_images(self.vision, ((frames.float() - mean) / std).to(self.vision.conv1.weight.dtype))
+        return encode_images(self.vision, ((frames.float() - mean) / std).to(self.vision.conv1.weight.dtype))
 
     def encode_segments(self, segments: Tensor, mix: Tensor) -> Tensor:
         """Encode normalised segments (S, C, 224, 224) to vectors (S, D), not normalised; mix: see type_token_weights."""
@@ -270,7 +263,7 @@ class Model(nn.Module):
         tokens = batch.tokens
         if loss.train_on_padding:
             tokens = F.pad(tokens, (0, self.cfg.max_tokens - tokens.shape[1]))
-        there = towers.token_mask(self.text, tokens)[:, 1:]
+        there = token_mask(self.text, tokens)[:, 1:]
         return tokens, (there | loss.train_on_padding) & batch.has_text[:, None]
 
     def num_targets(self, batch: Batch, loss: LossConfig) -> Tensor:
@@ -337,28 +330,16 @@ class Model(nn.Module):
     @classmethod
     def _of_folder(cls, folder: Path) -> Self:
         file, weights = folder / "config.json", load_file(folder / "model.safetensors")
-        tree = _upgraded({"frames": {}} | parse_json(file.read_bytes()), file)  # version 0.1.0 did not write frames
+        tree = upgraded({"frames": {}} | parse_json(file.read_bytes()), file)  # version 0.1.0 did not write frames
         cfg = from_tree(ModelConfig, tree["model"], file, "model.")
         spectrogram = from_tree(SpectrogramConfig, tree["spectrogram"], file, "spectrogram.")
         head = cfg.head not in ("global_global", "classifier")
         positions = cfg.max_tokens + cfg.max_frames + spectrogram.max_segments
-        towers.check_size_claims(tree["clip"], weights, cfg.head_layers * head, positions * head)
-        with towers.Undrawn():
+        check_size_claims(tree["clip"], weights, cfg.head_layers * head, positions * head)
+        with Undrawn():
             model = cls(tree["clip"], cfg, spectrogram, from_tree(FramesConfig, tree["frames"], file, "frames."))
         model.load_state_dict(weights)
         return model
-
-
-def _upgraded(tree: dict[str, Any], file: Path) -> dict[str, Any]:
-    """Upgrade a config.json of format 1 to the names of FORMAT; UserError for a later format."""
-    number = tree.pop("format", 1)
-    if number not in (1, FORMAT):
-        raise UserError(f"{file}: format={number}: this version reads {FORMAT} at most; install a newer clip4vla")
-    if number == 1:
-        tree["model"] = {FORMAT_1.get(name, name): value for name, value in tree["model"].items()}
-        if tree["model"].get("media_mean") == "unit":
-            tree["model"]["media_mean"] = "normalized"
-    return tree
 
 
 def must_have_room(cfg: ModelConfig, fingerprint: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from clip4vla.models.audio_encoder import type_token_weights
 from clip4vla.models.classifier import Classifier
 from clip4vla.models.fusion import GlobalToGlobal, LocalToLocal
 from clip4vla.models.model import Model, needed_towers, uses_head
-from clip4vla.models.towers import pools_first
+from clip4vla.towers.vision import pools_first
 
 Number = TypeVar("Number", float, Tensor)
 

@@ -25,7 +25,8 @@ from clip4vla.losses import contrastive, objective
 from clip4vla.models.classifier import Classifier
 from clip4vla.models.fusion import GlobalToGlobal, LocalToLocal
 from clip4vla.models.model import uses_head
-from clip4vla.models.towers import pools_first, token_mask
+from clip4vla.towers.text import token_mask
+from clip4vla.towers.vision import pools_first
 from clip4vla.training import engine, flops, train_step
 from clip4vla.training.run_setup import RunSetup
 

@@ -25,8 +25,11 @@ from clip4vla.evaluation.runner import check_evaluation
 from clip4vla.losses.objective import TERMS
 from clip4vla.models.classifier import label_of
 from clip4vla.models.model import Model, must_have_room, needed_towers, uses_head
-from clip4vla.models.towers import Undrawn, names_weights, resolve_clip_config, tokenizer
 from clip4vla.models.towers_fingerprint import towers_sha256
+from clip4vla.towers.build import Undrawn
+from clip4vla.towers.config import resolve_clip_config
+from clip4vla.towers.tokenizer import tokenizer
+from clip4vla.towers.weights import names_weights
 from clip4vla.training import engine
 from clip4vla.training.flops import towers_run
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import s3
 import torch
-from rank_scripts import LIMITED, LONG
+from rank_scripts import LIMITED, LONG, SIGNALLED
 from running import job, optimizer_groups, ranks, run, trace
 from safetensors.torch import load_file
 
@@ -249,17 +249,6 @@ def test_a_checkpoint_that_cannot_be_converted_is_one_line_and_runs_no_code(undi
     assert not (tmp_path / "pwned").exists()
 
 
-SIGNALLED = """
-import os, runpy, signal
-from clip4vla.{module} import {name} as Held
-begin = Held.{method}
-def signalled(self, *arguments):
-    if os.environ["RANK"] == "1" and arguments[-1] == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-    begin(self, *arguments)
-Held.{method} = signalled
-runpy.run_path("launch/pretrain.py", run_name="__main__")
-"""
 MOMENTS = {
     "checkpoint": ("checkpoints.manager", "CheckpointManager", "save", "train.save_every=3"),
     "evaluation": ("evaluation.runner", "BackgroundValidator", "start", "eval.every_steps=3 train.save_every=99"),

@@ -19,6 +19,7 @@ import torch
 import webdataset
 from forks import ROOT
 from PIL import Image
+from rank_scripts import DRIVER
 from running import ONE_HEAD, TINY, run
 from safetensors.torch import save_file
 from stand_ins import OneBatch, Towers
@@ -27,22 +28,15 @@ from clip4vla.config import DataSources, LossConfig, MaskConfig, ModelConfig, Ru
 from clip4vla.data.loader import Loader, open_folders
 from clip4vla.data.sampler import EvalSampler, TrainSampler
 from clip4vla.data.shards import CorruptSample, ShardFolder, write_index, write_shard
-from clip4vla.models import towers
 from clip4vla.models.model import TEXTS, Model
+from clip4vla.towers.build import build_clip
+from clip4vla.towers.config import resolve_clip_config
+from clip4vla.towers.tokenizer import tokenizer
+from clip4vla.towers.weights import load_clip_weights
 from data_prep import embed_shards
 
 SOURCES = ("speech_fr", "sounds", "odd")
 STEPS = 4
-DRIVER = """import contextlib, io, json, runpy, sys
-out = []
-for script, *words in json.loads(sys.argv[-1]):
-    sys.argv, code = [script, *words], 0
-    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()) as shown:
-        try: runpy.run_path(script, run_name="__main__")
-        except SystemExit as end: code = end.code
-    out.append((code, shown.getvalue(), said.getvalue()))
-print("\\n" + json.dumps(out))
-"""  # one process for many commands saves the imports
 
 
 def commands(folder: Path, *lines: list, ranks: int = 1) -> list[tuple[int, str, str]]:
@@ -63,7 +57,7 @@ def clip(tmp_path_factory) -> Path:
 
 def weights(path: Path, seed: int) -> Path:
     torch.manual_seed(seed)
-    save_file(towers.build_clip(ONE_HEAD).state_dict(), path)
+    save_file(build_clip(ONE_HEAD).state_dict(), path)
     return path
 
 
@@ -178,8 +172,8 @@ def trace(run_dir: Path) -> np.ndarray:
 
 
 def test_vectors_are_open_clips_own(made, plain, clip):
-    reference = towers.build_clip(ONE_HEAD).eval()
-    towers.load_clip_weights(reference, str(clip))
+    reference = build_clip(ONE_HEAD).eval()
+    load_clip_weights(reference, str(clip))
     mean, std = (
         255 * torch.tensor(x).view(3, 1, 1) for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     )
@@ -241,14 +235,14 @@ def loader(root: Path, clip: Path, with_vectors: bool, order=None) -> Loader:
     sizes = [[shard.samples for shard in folder.shards] for folder in folders]
     found = [ShardFolder.open(f"{folder.url}/clip") for folder in folders] if with_vectors else None
     return Loader(folders, order or TrainSampler(sizes, [1, 1, 1], 12, 0, 2), DataSources(), vectors=found, seed=0,
-                  tokenize=towers.tokenizer(str(clip), 24), mask=MaskConfig(), device=torch.device("cpu"),
+                  tokenize=tokenizer(str(clip), 24), mask=MaskConfig(), device=torch.device("cpu"),
                   needs=("fbank",) if with_vectors else ("fbank", "frames"), damage_log=root / "corrupt.jsonl")  # fmt: skip
 
 
 def test_a_batch_with_vectors_is_the_same_batch(made, plain, clip):
     """Captions drawn, masks, order and what is there; and the model makes the same features of it."""
     cfg = ModelConfig(clip=str(clip), max_tokens=24)
-    model = Model(towers.resolve_clip_config(str(clip)), cfg, loader(plain, clip, False).spectrogram)
+    model = Model(resolve_clip_config(str(clip)), cfg, loader(plain, clip, False).spectrogram)
     model.load_clip()
     for k in range(5):
         ours, theirs = loader(made[0], clip, True).batch(k), loader(plain, clip, False).batch(k)

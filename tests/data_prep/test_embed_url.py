@@ -11,7 +11,7 @@ from s3fs import S3FileSystem
 from safetensors.torch import save_file
 
 from clip4vla.data.shards import ShardFolder, write_index, write_shard
-from clip4vla.models import towers
+from clip4vla.towers.build import build_clip
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def vectors(files):
 
 def test_a_run_that_ended_in_the_middle_is_finished_by_two_ranks(server, shards, tmp_path):
     torch.manual_seed(0)
-    save_file(towers.build_clip(ONE_HEAD).state_dict(), tmp_path / "clip.safetensors")
+    save_file(build_clip(ONE_HEAD).state_dict(), tmp_path / "clip.safetensors")
     url, begin = f"s3://{s3.BUCKET}/embedded", len(server.seen)
     s3.put(shards, "embedded", server.port)
     env = s3.environment(server.server_port)

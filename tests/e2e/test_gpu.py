@@ -24,7 +24,7 @@ from clip4vla.data import preprocessing
 from clip4vla.data.loader import Loader, open_folders
 from clip4vla.data.sampler import EvalSampler
 from clip4vla.losses.contrastive import info_nce
-from clip4vla.models.towers import tokenizer
+from clip4vla.towers.tokenizer import tokenizer
 
 SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
 

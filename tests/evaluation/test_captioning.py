@@ -17,8 +17,8 @@ from clip4vla.config_io import load
 from clip4vla.data.batch import Batch
 from clip4vla.data.loader import keep_languages
 from clip4vla.evaluation import captioning
-from clip4vla.models import towers
 from clip4vla.models.model import Model
+from clip4vla.towers.tokenizer import tokenizer
 
 SCRIPT = "launch/finetune_captioning.py"
 SAID = {"a": "A black cat sits.", "b": "a dog barks loudly at the moon", "c": "Rain!"}
@@ -127,7 +127,7 @@ def batch_of(texts):
         torch.randint(0, 256, (clips, 4, 224, 224), dtype=torch.uint8),
     )
     return Batch(
-        ids=[str(i) for i in range(clips)], captions=[*texts, ""], tokens=towers.tokenizer("x.json", 12)([*texts, ""]),
+        ids=[str(i) for i in range(clips)], captions=[*texts, ""], tokens=tokenizer("x.json", 12)([*texts, ""]),
         frames=noise[:, :3], frame_clip=owners, segments=noise[:, 3:], segment_clip=owners,
         segment_rows=torch.full((clips,), 224), hidden_rows=none, hidden_channels=none, audio_type=owners * 0, group=owners,
         has_text=owners < len(texts), has_frames=yes, has_audio=yes, meta=[{}] * clips,

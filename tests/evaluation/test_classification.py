@@ -20,9 +20,9 @@ from clip4vla.config_io import load
 from clip4vla.errors import UserError
 from clip4vla.evaluation import classification, features, linear_probe
 from clip4vla.evaluation.features import Features
-from clip4vla.models import towers
 from clip4vla.models.classifier import Classifier, in_words, label_of
 from clip4vla.models.fusion import AUDIO, VISION, PaddedSequence
+from clip4vla.towers.tokenizer import tokenizer
 from clip4vla.training import cross_validation as folds
 from clip4vla.training.run_setup import load_eval_model
 
@@ -309,7 +309,7 @@ def test_zero_shot_is_the_nearest_mean_of_sentences(probing_words, sample_shards
     assert done.returncode == 0, done.stderr
     cfg = load(RunConfig, words[0], words[1:])
     model, found = load_eval_model(cfg)[0], kept(tmp_path)["speech_fr-train"]
-    tokenize = towers.tokenizer(cfg.model.clip, cfg.model.max_tokens)
+    tokenize = tokenizer(cfg.model.clip, cfg.model.max_tokens)
     with torch.no_grad():
         sentences = [[tokenize([t.replace("{}", n)]) for t in cfg.classify.templates] for n in cfg.classify.labels]
         names = torch.stack([sum(F.normalize(model.encode_tokens(t)[0], dim=1)[0] for t in some) for some in sentences])

@@ -17,8 +17,8 @@ from clip4vla.config import RunConfig
 from clip4vla.config_io import load
 from clip4vla.errors import UserError
 from clip4vla.evaluation import runner, text_video
-from clip4vla.models import towers
 from clip4vla.models.model import TEXTS, Model
+from clip4vla.towers.text import token_mask
 
 SCRIPT = "launch/finetune_retrieval.py"
 
@@ -157,7 +157,7 @@ def test_captions_are_read_a_few_at_a_time(head):
     sentence, words = model.encode_tokens(tokens)
     for row, (one, read) in enumerate(found.values()):
         torch.testing.assert_close(one, sentence[row], atol=1e-5, rtol=0)
-        there = towers.token_mask(model.text, tokens)[row] if head == "local_local" else slice(0)
+        there = token_mask(model.text, tokens)[row] if head == "local_local" else slice(0)
         torch.testing.assert_close(read, words[row][there], atol=1e-5, rtol=0)
 
 

@@ -11,7 +11,7 @@ from forks import ROOT
 from running import TINY, job, ranks, run, trace
 from safetensors.torch import save_file
 
-from clip4vla.models import towers
+from clip4vla.towers.build import build_clip
 from faults._disk import well
 
 SPLITS = ("speech_fr/train", "sounds/train", "speech_fr/val", "sounds/val")
@@ -28,7 +28,7 @@ class Small:
         (folder / "search.py").write_text(SEARCH)
         torch.manual_seed(0)
         self.clip = folder / "tiny.safetensors"
-        save_file(towers.build_clip(TINY).state_dict(), self.clip)
+        save_file(build_clip(TINY).state_dict(), self.clip)
         well(self.shard(self.shards), "shards")
 
     def shard(self, out: Path, *words: str) -> CompletedProcess:

@@ -16,7 +16,7 @@ from clip4vla.data.shards import ENTRIES, INDEX, CorruptSample, ShardFolder, fin
 from clip4vla.evaluation import features
 from clip4vla.io.safe_load import save_tensors
 from clip4vla.media.images import jpeg
-from clip4vla.models.towers import tokenizer
+from clip4vla.towers.tokenizer import tokenizer
 from data_prep.checks.folders import check
 from data_prep.manifest import ManifestRow
 from data_prep.plan import MANIFEST, make_plan, read_plan

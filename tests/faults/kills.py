@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from clip4vla.checkpoints.lookup import newest_checkpoint
 from clip4vla.checkpoints.universal import load_tensors
-from clip4vla.models.towers import build_clip
+from clip4vla.towers.build import build_clip
 from faults._kills import KILL, PAUSE, STOP, TERM, Kill, Started, Work, nothing_left, plan, storm
 
 SOURCES = ("speech_fr", "sounds")

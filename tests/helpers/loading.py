@@ -5,7 +5,7 @@ import torch
 from clip4vla.config import DataSources, MaskConfig
 from clip4vla.data.loader import Loader, open_folders
 from clip4vla.data.sampler import EvalSampler
-from clip4vla.models import towers
+from clip4vla.towers.tokenizer import tokenizer
 
 
 def loader(shards, order=None, needs=("frames", "fbank"), **changes):
@@ -13,5 +13,5 @@ def loader(shards, order=None, needs=("frames", "fbank"), **changes):
     counts = [[shard.samples for shard in f.shards] for f in folders]
     order = order or EvalSampler(counts, 16)
     cfg = DataSources(**changes)
-    return Loader(folders, order, cfg, tokenize=towers.tokenizer("x.json", 32), mask=MaskConfig(), seed=0, needs=needs,
+    return Loader(folders, order, cfg, tokenize=tokenizer("x.json", 32), mask=MaskConfig(), seed=0, needs=needs,
                   device=torch.device("cpu"), damage_log=shards / "corrupt.jsonl")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Scripts of one rank: training with files of bounded size, and long work of rank 0."""
+"""Scripts of one rank: training with files of bounded size or until a signal, long work of rank 0, and many commands."""
 
 LIMITED = """
 import os, resource, runpy, signal, sys
@@ -9,6 +9,27 @@ sys.argv = ["launch/pretrain.py", *(word.replace("{RANK}", os.environ.get("RANK"
 sys.path.insert(0, "launch")
 runpy.run_path("launch/pretrain.py", run_name="__main__")
 """
+SIGNALLED = """
+import os, runpy, signal
+from clip4vla.{module} import {name} as Held
+begin = Held.{method}
+def signalled(self, *arguments):
+    if os.environ["RANK"] == "1" and arguments[-1] == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    begin(self, *arguments)
+Held.{method} = signalled
+runpy.run_path("launch/pretrain.py", run_name="__main__")
+"""
+DRIVER = """import contextlib, io, json, runpy, sys
+out = []
+for script, *words in json.loads(sys.argv[-1]):
+    sys.argv, code = [script, *words], 0
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()) as shown:
+        try: runpy.run_path(script, run_name="__main__")
+        except SystemExit as end: code = end.code
+    out.append((code, shown.getvalue(), said.getvalue()))
+print("\\n" + json.dumps(out))
+"""  # one process for many commands saves the imports
 LONG = """
 import sys, time
 from pathlib import Path

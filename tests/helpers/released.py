@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 from clip4vla.config import ModelConfig
 from clip4vla.export import model_folder
-from clip4vla.models import fusion, towers
+from clip4vla.models import fusion
 from clip4vla.models.audio_encoder import type_token_weights
 from clip4vla.models.fusion import AUDIO, TEXT, VISION, PaddedSequence
 from clip4vla.models.model import Model
+from clip4vla.towers.build import build_clip
+from clip4vla.towers.text import token_mask
 
 REFERENCE = Path(__file__).parents[1] / "reference/official_small.safetensors"
 POSITIONS = ("model.max_tokens=12", "model.max_frames=3")  # of the reference's heads
@@ -60,14 +62,14 @@ def reference_model(head="global_global", words="all"):
         "a": PaddedSequence(AUDIO, audio, ref["in.segment_mask"].bool()),
     }
     sentence, tokens = model.encode_tokens(ref["in.tokens"])
-    return ref, model, sentence, PaddedSequence(TEXT, tokens, towers.token_mask(model.text, ref["in.tokens"])), parts
+    return ref, model, sentence, PaddedSequence(TEXT, tokens, token_mask(model.text, ref["in.tokens"])), parts
 
 
 def head(name, text=None, **settings):
     """A head of tiny towers, whose words, positions and types matter."""
     torch.manual_seed(0)
     cfg = ModelConfig(head=name, head_layers=2, head_dropout=0.0, max_tokens=6, max_frames=4, **settings)
-    made = fusion.build(text or towers.build_clip(TINY).text, cfg, 64, 3)
+    made = fusion.build(text or build_clip(TINY).text, cfg, 64, 3)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return made.double()

@@ -29,7 +29,7 @@ from clip4vla.data.batch import Batch
 from clip4vla.losses import contrastive
 from clip4vla.models import fusion
 from clip4vla.models.model import Model
-from clip4vla.models.towers import resolve_clip_config
+from clip4vla.towers.config import resolve_clip_config
 from clip4vla.training import train_step
 from clip4vla.training.engine import merge_ds_config, parameter_groups, read_ds_config
 from clip4vla.training.run_setup import RunSetup

@@ -9,8 +9,8 @@ from running import TINY
 
 from clip4vla.config import ModelConfig, SpectrogramConfig
 from clip4vla.data.batch import Batch
-from clip4vla.models import towers
 from clip4vla.models.model import Model
+from clip4vla.towers.tokenizer import tokenizer
 
 
 class Towers(Model):
@@ -33,7 +33,7 @@ class OneBatch:
 
     def __init__(self, *counts):
         self.meta = [{"id": str(i), "captions": [f"text {i} {j}" for j in range(n)]} for i, n in enumerate(counts)]
-        self.tokenize = towers.tokenizer("x.json", 12)
+        self.tokenize = tokenizer("x.json", 12)
 
     def batches(self, start, stop):
         clips, nothing = len(self.meta), torch.zeros(0, dtype=torch.int64)

@@ -7,8 +7,8 @@ from running import TINY
 
 from clip4vla.config import ModelConfig, SpectrogramConfig
 from clip4vla.errors import UserError
-from clip4vla.models import towers
 from clip4vla.models.audio_encoder import AudioEncoder, resized_kernel, type_token_weights
+from clip4vla.towers.build import build_clip
 
 SPECTROGRAM = SpectrogramConfig(max_segments=3)
 OWNER = torch.tensor([0, 0, 0, 1, 3, 3])  # clip 2 has no sound
@@ -20,7 +20,7 @@ COUNTS = OWNER.bincount(minlength=CLIPS)
 @pytest.fixture(scope="module")
 def vision():
     torch.manual_seed(0)
-    return towers.build_clip(TINY).visual.eval()
+    return build_clip(TINY).visual.eval()
 
 
 @pytest.mark.parametrize("patch", [(4, 224), (16, 16), (32, 32), (64, 7), (1, 224)])
@@ -105,7 +105,7 @@ def test_padding_segments_belong_to_no_clip(vision):
 def test_the_mean_of_a_segments_patches_is_its_vector(vision):
     """Of a vision tower that averages its patches, the same."""
     torch.manual_seed(2)
-    averaging = towers.build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | {"pool_type": "avg"}}).visual.eval()
+    averaging = build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | {"pool_type": "avg"}}).visual.eval()
     segments = torch.randn(2, 3, 224, 224)
     tower = AudioEncoder(averaging, ModelConfig(audio_pool="mean")).eval()
     wanted = averaging(segments) if not averaging.final_ln_after_pool else None
@@ -113,7 +113,7 @@ def test_the_mean_of_a_segments_patches_is_its_vector(vision):
 
 
 def test_towers_that_pool_all_places_read_whole_clips_by_their_mean_alone():
-    averaging = towers.build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | {"pool_type": "avg"}}).visual
+    averaging = build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | {"pool_type": "avg"}}).visual
     with pytest.raises(UserError, match="model.audio_span=clip: needs a CLIP with plain blocks"):
         AudioEncoder(averaging, ModelConfig(audio_span="clip"))
     AudioEncoder(averaging, ModelConfig(audio_span="clip", audio_pool="mean"))

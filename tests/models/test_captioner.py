@@ -12,10 +12,12 @@ from running import TINY
 
 from clip4vla.config import DecodeConfig, ModelConfig
 from clip4vla.errors import UserError
-from clip4vla.models import generation, towers
+from clip4vla.models import generation
 from clip4vla.models.captioner import CaptionDecoder, Captioner
 from clip4vla.models.fusion import AUDIO, TEXT, VISION, PaddedSequence
 from clip4vla.models.generation import SpecialTokens
+from clip4vla.towers.build import build_clip
+from clip4vla.towers.text import encode_text
 
 SMALL = TINY | {"text_cfg": TINY["text_cfg"] | {"vocab_size": 6}}
 SPECIAL = SpecialTokens(start=4, end=5, known=6)
@@ -36,7 +38,7 @@ def writer(vocabulary=6, seed=0, dim=64, **settings):
     """(text tower, captioner) in float64, whose every weight matters."""
     torch.manual_seed(seed)
     clip = SMALL | {"text_cfg": SMALL["text_cfg"] | {"vocab_size": vocabulary}, "embed_dim": dim}
-    text = towers.build_clip(clip).text
+    text = build_clip(clip).text
     cfg = ModelConfig(head="captioner", head_layers=2, head_dropout=0.0, max_tokens=12, max_frames=4, **settings)
     head = Captioner(text, cfg, dim, segments=3)
     for parameter in itertools.chain(text.parameters(), head.parameters()):
@@ -55,7 +57,7 @@ def media(clips=3, seed=1, dim=64):
 
 def scored(text, head, tokens, parts):
     """Scores (B, L, V) after each of tokens (B, L), all at once, as in training."""
-    _, read = towers.encode_text(text, tokens)
+    _, read = encode_text(text, tokens)
     there = torch.ones_like(tokens, dtype=torch.bool)
     return head(PaddedSequence(TEXT, read, there), parts, there, text.token_embedding.weight).view(*tokens.shape, -1)
 
@@ -70,7 +72,7 @@ def test_no_later_word_is_known():
         after = scored(text, head, other, parts)
         assert torch.equal(after[:, :place], before[:, :place])
         assert (after[:, place:] - before[:, place:]).abs().flatten(2).amax(2).min() > 1e-4
-    read = towers.encode_text(text, tokens)[1].detach().requires_grad_()
+    read = encode_text(text, tokens)[1].detach().requires_grad_()
     there = torch.ones_like(tokens, dtype=torch.bool)
     out = head(PaddedSequence(TEXT, read, there), parts, there, text.token_embedding.weight).view(3, 7, -1)
     out[:, 3].square().sum().backward()
@@ -230,4 +232,4 @@ def test_only_what_can_be_read_is_written():
 def test_text_towers_that_know_the_future_are_refused():
     clip = SMALL | {"text_cfg": SMALL["text_cfg"] | {"no_causal_mask": True}}
     with pytest.raises(UserError, match="is causal"):
-        Captioner(towers.build_clip(clip).text, ModelConfig(head="captioner"), 64, 3)
+        Captioner(build_clip(clip).text, ModelConfig(head="captioner"), 64, 3)

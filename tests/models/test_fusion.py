@@ -11,9 +11,10 @@ from running import TINY
 
 from clip4vla.config import ModelConfig
 from clip4vla.errors import UserError
-from clip4vla.models import fusion, towers
+from clip4vla.models import fusion
 from clip4vla.models.fusion import AUDIO, TEXT, VISION, PaddedSequence, pad_packed
 from clip4vla.models.model import pool
+from clip4vla.towers.build import build_clip
 
 KINDS = {"": "va", ".video": "v", ".audio": "a"}
 
@@ -141,7 +142,7 @@ def test_packed_vectors_become_rows_and_pool_as_they_do_packed():
 
 
 def test_it_starts_as_the_text_tower_where_that_fits():
-    text = towers.build_clip(TINY).text
+    text = build_clip(TINY).text
     made = fusion.build(text, ModelConfig(head="global_local", head_layers=1, max_frames=4), 64, 3)
     for name, value in text.transformer.resblocks[0].state_dict().items():
         assert torch.equal(made.encoder.blocks[0].state_dict()[name], value)

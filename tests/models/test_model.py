@@ -17,16 +17,21 @@ from safetensors.torch import save_file, save_model
 from clip4vla.config import FramesConfig, ModelConfig, RunConfig, SpectrogramConfig
 from clip4vla.config_io import to_dict
 from clip4vla.errors import UserError
-from clip4vla.models import towers
 from clip4vla.models.audio_encoder import AudioEncoder, type_token_weights
 from clip4vla.models.model import Model, pool
+from clip4vla.towers.build import LeanQuickGELU, Undrawn, build_clip
+from clip4vla.towers.config import resolve_clip_config
+from clip4vla.towers.pictures import image_statistics
+from clip4vla.towers.text import encode_text
+from clip4vla.towers.tokenizer import get_tokenizer, tokenizer
+from clip4vla.towers.vision import embed_patches, encode_images, pools_first
 from clip4vla.training.run_setup import build_model
 
 TOWERS = ("text", "vision", "audio")
 
 
 def test_audio_tower_from_vision_gives_the_vision_towers_output_without_type_token():
-    vision = towers.build_clip(TINY).visual.eval()
+    vision = build_clip(TINY).visual.eval()
     picture = torch.randn(3, 3, 224, 224)
     tower = AudioEncoder(vision).eval()
     torch.testing.assert_close(tower(picture, type_token_weights("none")), vision(picture))
@@ -35,7 +40,7 @@ def test_audio_tower_from_vision_gives_the_vision_towers_output_without_type_tok
 
 def test_type_token_masked_out_of_attention_changes_nothing(monkeypatch):
     """The token sits behind all others: hidden from them, the tower is the vision tower."""
-    vision = towers.build_clip(TINY).visual.eval()
+    vision = build_clip(TINY).visual.eval()
     tower = AudioEncoder(vision).eval()
     hide = torch.zeros(51, 51)
     hide[:50, 50] = -torch.inf
@@ -54,12 +59,12 @@ def test_type_token_masked_out_of_attention_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_vectors_and_gradients_are_those_of_open_clips_vision_tower(vision, recompute):
     """Though the last block gives the output at [CLS] alone where only that is pooled."""
-    tower = towers.build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | vision}).visual.double()
+    tower = build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | vision}).visual.double()
     tower.transformer.grad_checkpointing = recompute
     pictures, side = torch.randn(3, 3, 224, 224).double(), torch.randn(3, tower.output_dim).double()
-    assert towers.pools_first(tower) == (not vision)
+    assert pools_first(tower) == (not vision)
     results = []
-    for encode in (tower, lambda pictures: towers.encode_images(tower, pictures)):
+    for encode in (tower, lambda pictures: encode_images(tower, pictures)):
         tower.zero_grad()
         vectors = encode(pictures)
         (vectors * side).sum().backward()
@@ -93,20 +98,20 @@ def test_patches_are_embedded_as_by_a_convolution(patch, channels):
     ours, exact = (
         [x.to(dtype).requires_grad_() for x in (pictures, kernel)] for dtype in (torch.float32, torch.float64)
     )
-    embedded = towers.embed_patches(*ours)
+    embedded = embed_patches(*ours)
     wanted = F.conv2d(*exact, stride=patch).flatten(2).transpose(1, 2)
     side = torch.randn(wanted.shape)
     gradients = (torch.autograd.grad((x * side).sum(), leaves) for x, leaves in ((embedded, ours), (wanted, exact)))
     for got, want in zip((embedded, *next(gradients)), (wanted, *next(gradients)), strict=True):
         assert (got - want).abs().max() <= 1e-6 * want.abs().max()
-    assert not len(towers.embed_patches(pictures[:0], kernel))
+    assert not len(embed_patches(pictures[:0], kernel))
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
 def test_quick_gelu_keeps_its_input_alone(dtype, error):
     """Values are open_clip's to the last bit, the gradient is that of float64 to the type's precision; compiled, too."""
     x, side, kept = (3 * torch.randn(2, 50, 64)).to(dtype).requires_grad_(), torch.randn(2, 50, 64).to(dtype), []
-    ours, theirs = towers.LeanQuickGELU(), open_clip.transformer.QuickGELU()
+    ours, theirs = LeanQuickGELU(), open_clip.transformer.QuickGELU()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         y = ours(x)
     assert [t.data_ptr() for t in kept] == [x.data_ptr()] and torch.equal(y, theirs(x))
@@ -121,13 +126,13 @@ def test_towers_have_the_lean_quick_gelu_wherever_open_clip_has_its_own():
     clip = TINY | {"quick_gelu": True}
     model = Model(clip, ModelConfig(clip="t.json", head="captioner", head_layers=3), SpectrogramConfig())
     kinds = [type(m) for m in model.modules() if "GELU" in type(m).__name__]
-    assert set(kinds) == {towers.LeanQuickGELU} and len(kinds) == 2 + 2 + 2 + 3 + 1  # blocks, and the captioner's own
+    assert set(kinds) == {LeanQuickGELU} and len(kinds) == 2 + 2 + 2 + 3 + 1  # blocks, and the captioner's own
     assert model.text.state_dict().keys() == CustomTextCLIP(**clip).text.state_dict().keys()
 
 
 def test_extra_position_is_distributed_as_the_others():
     torch.manual_seed(0)
-    vision = towers.build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | {"width": 512, "layers": 1}}).visual
+    vision = build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | {"width": 512, "layers": 1}}).visual
     vision.positional_embedding.data.mul_(0.1).add_(0.5)
     rows = vision.positional_embedding
     for how, mean, deviation in (("matched", rows.mean(), rows.std()), ("unit", 0.0, 1.0)):
@@ -136,7 +141,7 @@ def test_extra_position_is_distributed_as_the_others():
 
 
 def test_mono_equals_three_equal_channels():
-    tower = AudioEncoder(towers.build_clip(TINY).visual).eval()
+    tower = AudioEncoder(build_clip(TINY).visual).eval()
     mono = torch.randn(2, 1, 224, 224)
     torch.testing.assert_close(
         tower(mono, type_token_weights("both")), tower(mono.repeat(1, 3, 1, 1), type_token_weights("both"))
@@ -173,21 +178,21 @@ def test_towers_from_a_weights_file(tmp_path, form):
         tokens = torch.zeros(1, 77, dtype=torch.int64)
         torch.jit.save(torch.jit.trace(clip, (torch.zeros(1, 3, 224, 224), tokens)), file)
     cfg = ModelConfig(clip=str(file), quick_gelu="auto" if form == "archive.pt" else "yes")
-    model = Model(towers.resolve_clip_config(str(file), cfg.quick_gelu), cfg, SpectrogramConfig()).eval()
+    model = Model(resolve_clip_config(str(file), cfg.quick_gelu), cfg, SpectrogramConfig()).eval()
     assert model.load_clip()
     model.start_audio()
-    texts = towers.tokenizer(str(file), 77)(["a dog barks", "rain"])
+    texts = tokenizer(str(file), 77)(["a dog barks", "rain"])
     full = F.pad(texts, (0, 77 - texts.shape[1]))
     torch.testing.assert_close(model.encode_tokens(texts)[0], clip.encode_text(full), atol=1e-5, rtol=1e-4)
     picture = torch.randint(0, 256, (2, 3, 224, 224))
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in towers.image_statistics(str(file)))
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in image_statistics(str(file)))
     torch.testing.assert_close(
         model.encode_frames(picture), clip.encode_image((picture / 255 - mean) / std), atol=1e-4, rtol=1e-4
     )
 
 
 def test_any_vit_of_open_clip_by_name():
-    config = towers.resolve_clip_config("ViT-B-16")
+    config = resolve_clip_config("ViT-B-16")
     assert config["vision_cfg"]["patch_size"] == 16
     config["vision_cfg"] |= {"layers": 1, "width": 64}
     config["text_cfg"] |= {"layers": 1, "width": 64, "heads": 1}
@@ -202,7 +207,7 @@ def test_any_vit_of_open_clip_by_name():
     "clip, setting, quick", [("ViT-B-32/openai", "auto", True), ("ViT-B-32", "auto", None), ("ViT-B-32", "yes", True)]
 )
 def test_activation_is_the_one_the_weights_were_trained_with(clip, setting, quick):
-    assert towers.resolve_clip_config(clip, setting).get("quick_gelu") is quick
+    assert resolve_clip_config(clip, setting).get("quick_gelu") is quick
 
 
 @pytest.mark.parametrize(
@@ -211,7 +216,7 @@ def test_activation_is_the_one_the_weights_were_trained_with(clip, setting, quic
 )
 def test_wrong_clip_is_one_clear_line(clip, words):
     with pytest.raises(UserError, match=words) as caught:
-        towers.resolve_clip_config(clip)
+        resolve_clip_config(clip)
     assert "\n" not in str(caught.value)
 
 
@@ -220,7 +225,7 @@ def test_damaged_and_foreign_weights_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     for name, words in (("broken.pt", "unreadable"), ("other.safetensors", "not the weights of a CLIP")):
         with pytest.raises(UserError, match=words):
-            towers.resolve_clip_config(str(tmp_path / name))
+            resolve_clip_config(str(tmp_path / name))
 
 
 def test_a_pickle_in_a_weights_file_is_not_run(tmp_path):
@@ -230,7 +235,7 @@ def test_a_pickle_in_a_weights_file_is_not_run(tmp_path):
 
     torch.save({"x": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(UserError):
-        towers.resolve_clip_config(str(tmp_path / "evil.pt"))
+        resolve_clip_config(str(tmp_path / "evil.pt"))
     assert not (tmp_path / "pwned").exists()
 
 
@@ -238,22 +243,20 @@ def test_a_model_without_open_clips_vit_is_named(tmp_path):
     config = TINY | {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 32, "image_size": 224}}
     (tmp_path / "resnet.json").write_text("\ufeff" + json.dumps(config))
     with pytest.raises(UserError, match="VisionTransformer"):
-        towers.build_clip(towers.resolve_clip_config(str(tmp_path / "resnet.json")))
+        build_clip(resolve_clip_config(str(tmp_path / "resnet.json")))
 
 
 def test_towers_equal_open_clips_own():
     """Our text pass, which keeps all tokens, gives what open_clip's own forward gives."""
     torch.manual_seed(0)
     clip = CustomTextCLIP(**TINY).eval()
-    tokens = towers.tokenizer("x.json", 77)(["a crow", "a big red fire engine"])
-    torch.testing.assert_close(
-        towers.encode_text(clip.text, tokens)[0], clip.text(F.pad(tokens, (0, 77 - tokens.shape[1])))
-    )
+    tokens = tokenizer("x.json", 77)(["a crow", "a big red fire engine"])
+    torch.testing.assert_close(encode_text(clip.text, tokens)[0], clip.text(F.pad(tokens, (0, 77 - tokens.shape[1]))))
 
 
 def test_marks_of_exclamation_are_no_padding():
     """Token 0 is "!" as well as padding: the longest caption of a batch must keep its [EOS]."""
-    tokenize = towers.tokenizer("x.json", 77)
+    tokenize = tokenizer("x.json", 77)
     for texts in (["what!?) a cat"], ["!", "a crow!!!"], ["x " * 100, "!"]):
         tokens = tokenize(texts)
         assert (tokens.max(1).values == 49407).all() and tokens.shape[1] == 1 + tokens.argmax(1).max()
@@ -269,7 +272,7 @@ def test_texts_without_end_or_spaces_cost_little_and_keep_their_tokens(letters, 
     draw = random.Random(3)
     text = "".join(" " if draw.random() < spaces else draw.choice(letters) for _ in range(100_000))
     start = time.process_time()
-    tokens = towers.get_tokenizer("x.json", 32)([text])
+    tokens = get_tokenizer("x.json", 32)([text])
     assert time.process_time() - start < 5
     assert torch.equal(tokens, open_clip.get_tokenizer("ViT-B-32", context_length=32)([text[:2000]]))
 
@@ -277,14 +280,14 @@ def test_texts_without_end_or_spaces_cost_little_and_keep_their_tokens(letters, 
 @pytest.mark.parametrize("text", ["&amp;#" + "9" * 5000 + ";", "a dog &amp;#" + "&#57;" * 900 + ";", "\ud800\0"])
 def test_a_text_that_opens_clip_cannot_clean_has_tokens(text):
     """html.unescape raises for the number of a character that has more than 4,300 digits."""
-    tokens = towers.tokenizer("x.json", 32)([text])
+    tokens = tokenizer("x.json", 32)([text])
     assert tokens[0, 0] == 49406 and tokens[0, -1] == 49407
 
 
 def test_one_vocabulary_is_shared_and_remembers_so_many_words(monkeypatch):
-    found = towers.get_tokenizer("x.json", 33)
-    assert found is towers.get_tokenizer("x.json", 33) is not towers.get_tokenizer("x.json", 34)
-    monkeypatch.setattr(towers, "WORDS", 10)
+    found = get_tokenizer("x.json", 33)
+    assert found is get_tokenizer("x.json", 33) is not get_tokenizer("x.json", 34)
+    monkeypatch.setattr("clip4vla.towers.tokenizer.WORDS", 10)
     texts = [f"{word} {word[::-1]}" for word in "rain snow storm thunder brook cricket organ whistle".split()]
     assert torch.equal(found(texts), open_clip.get_tokenizer("ViT-B-32", context_length=33)(texts))
     assert len(found.cache) == 10 and "rain" in found.cache and "whistle" not in found.cache
@@ -318,7 +321,7 @@ def test_every_weight_that_is_not_drawn_is_loaded(tmp_path, fresh_memory_is_nan,
 
 
 def test_undrawn_weights_keep_what_the_memory_holds(fresh_memory_is_nan):
-    with towers.Undrawn():
+    with Undrawn():
         assert all(value.isnan().all() for value in torch.nn.Linear(3, 3).parameters())
 
 

@@ -39,7 +39,7 @@ from clip4vla.data.shards import ShardFolder, fingerprint, write_index, write_sh
 from clip4vla.errors import UserError
 from clip4vla.media.av_reader import MediaClip, read_clip
 from clip4vla.media.images import jpeg
-from clip4vla.models.towers import tokenizer
+from clip4vla.towers.tokenizer import tokenizer
 from data_prep.build_shards import fbank
 from launch.bench.common import count
 from launch.bench.data.prep import BIKES, BUNNY, find

@@ -27,7 +27,7 @@ from clip4vla.data.loader import Loader
 from clip4vla.data.sampler import TrainSampler
 from clip4vla.data.shards import ShardFolder
 from clip4vla.errors import UserError
-from clip4vla.models.towers import tokenizer
+from clip4vla.towers.tokenizer import tokenizer
 from launch.bench.data.loader import MAX_TOKENS, SHARDS, TOWERS, add_arguments, check, make_shards
 
 __all__ = ["add_arguments", "main"]

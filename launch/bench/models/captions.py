@@ -16,9 +16,12 @@ from torch import Tensor
 
 from clip4vla.cli import path_word
 from clip4vla.config import DecodeConfig, ModelConfig
-from clip4vla.models import generation, towers
+from clip4vla.models import generation
 from clip4vla.models.captioner import CaptionDecoder, Captioner
 from clip4vla.models.fusion import AUDIO, TEXT, VISION, PaddedSequence
+from clip4vla.towers.build import build_clip
+from clip4vla.towers.config import resolve_clip_config
+from clip4vla.towers.text import encode_text
 from launch.bench.common import count
 from launch.bench.models.fusion import ROOM, random_parts, seconds
 
@@ -52,7 +55,7 @@ class NoCacheDecoder:
     def step(self, token: Tensor) -> Tensor:
         """Scores (R, V) of what may follow."""
         self.words = torch.cat([self.words, token[:, None]], 1)
-        _, read = towers.encode_text(self.text, self.words)
+        _, read = encode_text(self.text, self.words)
         there = torch.ones_like(self.words, dtype=torch.bool)
         last = (torch.arange(there.shape[1]) == there.shape[1] - 1).expand(there.shape)  # on the CPU
         return self.head(PaddedSequence(TEXT, read, there), self.parts, last, self.text.token_embedding.weight)
@@ -71,10 +74,10 @@ def replace_rows(part: PaddedSequence, rows: Tensor) -> PaddedSequence:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """The figures."""
     torch.manual_seed(0)
-    config = towers.resolve_clip_config(args.clip)
+    config = resolve_clip_config(args.clip)
     layers = min(4, config["text_cfg"]["layers"])
     cfg = ModelConfig(head="captioner", head_layers=layers, max_tokens=max(32, args.words + 1))
-    text = towers.build_clip(config).text.eval().to(args.device)
+    text = build_clip(config).text.eval().to(args.device)
     head = Captioner(text, cfg, config["embed_dim"], ROOM[AUDIO][1]).eval().to(args.device)
     parts = [random_parts(kind, args.clips, config["embed_dim"], args.device) for kind in (VISION, AUDIO)]
     tokens, ids = generation.special_tokens(args.clip)[0], [str(i) for i in range(args.clips)]

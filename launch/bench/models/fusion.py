@@ -17,8 +17,9 @@ from torch import Tensor
 from clip4vla.cli import path_word
 from clip4vla.config import ModelConfig
 from clip4vla.evaluation.text_video import CAPTIONS
-from clip4vla.models import towers
 from clip4vla.models.fusion import AUDIO, TEXT, VISION, LocalToLocal, PaddedSequence
+from clip4vla.towers.build import build_clip
+from clip4vla.towers.config import resolve_clip_config
 from launch.bench.common import count
 
 ROOM = {TEXT: (5, 32), VISION: (4, 12), AUDIO: (1, 6)}  # fewest and most of a caption or clip
@@ -40,10 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> dict[str, Any]:
     """The figures."""
     torch.manual_seed(0)
-    config = towers.resolve_clip_config(args.clip)
+    config = resolve_clip_config(args.clip)
     cfg = ModelConfig(head="local_local", head_layers=min(4, config["text_cfg"]["layers"]))
     dim = config["embed_dim"]
-    head = LocalToLocal(towers.build_clip(config).text, cfg, dim, ROOM[AUDIO][1]).eval().to(args.device)
+    head = LocalToLocal(build_clip(config).text, cfg, dim, ROOM[AUDIO][1]).eval().to(args.device)
     words, *parts = (
         random_parts(kind, args.captions if kind == TEXT else args.clips, dim, args.device) for kind in ROOM
     )

@@ -30,9 +30,10 @@ from clip4vla.data.loader import open_folders
 from clip4vla.data.precomputed_embeddings import FOLDER
 from clip4vla.data.shards import ShardFolder
 from clip4vla.distributed import collectives
-from clip4vla.models import towers
 from clip4vla.models.model import Model
 from clip4vla.models.towers_fingerprint import embeddings_fingerprint
+from clip4vla.towers.build import build_clip
+from clip4vla.towers.config import resolve_clip_config
 from clip4vla.training import flops
 from data_prep import embed_shards
 from launch.bench.common import count
@@ -63,7 +64,7 @@ def configure(folder: Path, clip: str, clips: int) -> RunConfig:
     """Write shards of real pictures and random weights; the settings of embed.py for them."""
     (folder / "shards").mkdir()
     make_shards(folder / "shards", clips)
-    save_file(towers.build_clip(towers.resolve_clip_config(clip)).state_dict(), folder / "clip.safetensors")
+    save_file(build_clip(resolve_clip_config(clip)).state_dict(), folder / "clip.safetensors")
     words = [f"model.clip={folder}/clip.safetensors", f"data.train={folder}/shards", f"run_dir={folder}/run"]
     return load(RunConfig, None, words)
 

@@ -30,10 +30,11 @@ from clip4vla.distributed import collectives
 from clip4vla.losses.objective import compute_losses
 from clip4vla.media.masking import masked_view
 from clip4vla.media.spectrogram import decode, normalise
-from clip4vla.models import towers
 from clip4vla.models.audio_encoder import type_token_weights
 from clip4vla.models.model import Model
 from clip4vla.models.towers_fingerprint import embeddings_fingerprint
+from clip4vla.towers.build import build_clip
+from clip4vla.towers.config import resolve_clip_config
 from clip4vla.training import engine, flops, train_step
 from clip4vla.training.run_setup import RunSetup, prepare, train_loader
 from data_prep import embed_shards
@@ -71,7 +72,7 @@ def configure(folder: Path, clip: str, clips: int, batch: int, compiled: str = "
     """A run on `clips` clips in `folder`, with a CLIP of random weights and its frozen vectors, as users have them."""
     (folder / "shards").mkdir()
     make_shards(folder / "shards", clips)
-    save_file(towers.build_clip(towers.resolve_clip_config(clip)).state_dict(), folder / "clip.safetensors")
+    save_file(build_clip(resolve_clip_config(clip)).state_dict(), folder / "clip.safetensors")
     run = folder / "run.yaml"
     run.write_text(
         f"run_dir: {folder}/run\nmodel: {{clip: {folder}/clip.safetensors, temperature: 0.07}}\n"
