@@ -124,10 +124,17 @@ class ModelConfig:
     )
     audio_type: str = option("both", "type token when not pre-training: vb, nb, both, none, or the share of NB, 0..1")
     pretrain_audio_type: Literal["data", "none"] = option("data", "token in pre-training: the clip's own type, or none")
-    audio_init: Literal["vision", "scratch"] = option("vision", "where the audio tower starts")
+    audio_tower: str = option(
+        "vision",
+        "a copy of the vision tower; or a ViT of its own, named as in model.clip, or a ViT of timm: vit_small_patch16_224",
+        path=True,
+    )
+    audio_init: Literal["vision", "scratch"] = option(
+        "vision", "where the audio tower starts: the weights of what audio_tower names, if it has some; or fresh"
+    )
     audio_patch: list[int] = option(
         [],
-        "[rows, mels] of the audio tower's patches, e.g. [4, 224]; empty: as the vision tower's, 32 x 32 with ViT-B/32",
+        "[rows, mels] of the audio tower's patches, e.g. [4, 224]; empty: the tower's own, 32 x 32 with ViT-B/32",
     )
     audio_span: Literal["segment", "clip"] = option(
         "segment",

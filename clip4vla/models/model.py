@@ -1,5 +1,6 @@
 """Encode text, vision and audio by towers into one space, and pool frames and segments into clips."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from clip4vla.media.masking import masked_view
 from clip4vla.media.spectrogram import decode, normalise
 from clip4vla.models import fusion
 from clip4vla.models.audio_encoder import AudioEncoder, type_token_weights
+from clip4vla.models.audio_trunk import build_tower, must_be_held, tower_config
 from clip4vla.models.captioner import CaptionDecoder, Captioner
 from clip4vla.models.classifier import Classifier, in_words
 from clip4vla.models.saved_config import FORMAT, upgraded
@@ -34,7 +36,8 @@ TEXTS = 256  # of a pass through the text tower
 class Model(nn.Module):
     """Holds the three towers and the head, and computes what the losses need.
 
-    clip: open_clip configuration of the towers; spectrogram, frames: as the shards it is trained on were made.
+    clip: open_clip configuration of the towers; spectrogram, frames: as the shards it is trained on were made. audio: open_clip
+    configuration of the audio tower, None: as cfg.audio_tower says.
     """
 
     head: Any  # as cfg.head names it: a Classifier, a Captioner, or one of fusion.py's
@@ -46,13 +49,16 @@ class Model(nn.Module):
         cfg: ModelConfig,
         spectrogram: SpectrogramConfig,
         frames: FramesConfig | None = None,
+        audio: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.clip_config, self.cfg, self.spectrogram = clip, cfg, spectrogram
         self.frames = frames or FramesConfig()
         built = build_clip(clip)
         self.text, self.vision = built.text, built.visual
-        self.audio = AudioEncoder(built.visual, cfg, spectrogram)
+        self.audio_config = audio or tower_config(cfg.audio_tower, clip["embed_dim"])
+        own = build_tower(self.audio_config) if self.audio_config else built.visual
+        self.audio = AudioEncoder(own, cfg, spectrogram, clip["embed_dim"])
         self.init_head()
         self.logit_scale = nn.Parameter(
             torch.tensor([math.log(1 / cfg.temperature)])
@@ -73,9 +79,10 @@ class Model(nn.Module):
         return loaded
 
     def start_audio(self) -> None:
-        """Initialise the audio tower from the vision tower (or leave it fresh), as cfg.audio_init says."""
+        """Initialise the audio tower from the weights that cfg.audio_tower names (or leave it fresh), as cfg.audio_init says."""
         if self.cfg.audio_init == "vision":
-            self.audio = AudioEncoder(self.vision, self.cfg, self.spectrogram)
+            tower = build_tower(self.audio_config, self.cfg.audio_tower) if self.audio_config else self.vision
+            self.audio = AudioEncoder(tower, self.cfg, self.spectrogram, self.clip_config["embed_dim"])
 
     def init_head(self) -> None:
         """Make the head that cfg.head names; all but the classifier start from the text tower as it is now."""
@@ -304,12 +311,14 @@ class Model(nn.Module):
         """List how the audio tower reads clips, where that is not the paper's way: part of the hash of what it computes."""
         paper = ModelConfig()
         names = ("audio_span", "audio_pool")
-        return [getattr(self.cfg, name) for name in names if getattr(self.cfg, name) != getattr(paper, name)]
+        own = [json.dumps(self.audio_config, sort_keys=True)] if self.audio_config else []
+        return own + [getattr(self.cfg, name) for name in names if getattr(self.cfg, name) != getattr(paper, name)]
 
     def config(self) -> dict[str, Any]:
         """Collect everything that from_checkpoint needs beside the weights."""
         settings = {"model": self.cfg, "spectrogram": self.spectrogram, "frames": self.frames}
-        return {"format": FORMAT, "clip": self.clip_config} | {name: to_dict(cfg) for name, cfg in settings.items()}
+        audio = {"audio": self.audio_config} if self.audio_config else {}
+        return {"format": FORMAT, "clip": self.clip_config} | audio | {k: to_dict(cfg) for k, cfg in settings.items()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         if f"{prefix}log_scale" in state_dict:  # its name in format 1
@@ -336,8 +345,10 @@ class Model(nn.Module):
         head = cfg.head not in ("global_global", "classifier")
         positions = cfg.max_tokens + cfg.max_frames + spectrogram.max_segments
         check_size_claims(tree["clip"], weights, cfg.head_layers * head, positions * head)
+        must_be_held(tree.get("audio"), cfg.audio_tower, weights)
+        frames = from_tree(FramesConfig, tree["frames"], file, "frames.")
         with Undrawn():
-            model = cls(tree["clip"], cfg, spectrogram, from_tree(FramesConfig, tree["frames"], file, "frames."))
+            model = cls(tree["clip"], cfg, spectrogram, frames, tree.get("audio"))
         model.load_state_dict(weights)
         return model
 

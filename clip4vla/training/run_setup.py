@@ -34,7 +34,12 @@ from clip4vla.training import engine
 from clip4vla.training.flops import towers_run
 
 TOWERS = ("text", "vision", "audio")
-MAKES_AUDIO = ("audio_patch", "audio_span", "audio_pool")  # settings that the audio tower is trained with
+MAKES_AUDIO = (
+    "audio_tower",
+    "audio_patch",
+    "audio_span",
+    "audio_pool",
+)  # settings that the audio tower is trained with
 
 
 class RunSetup(NamedTuple):
@@ -194,11 +199,7 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
     with Undrawn() if loaded else contextlib.nullcontext():
         model = Model(clip, cfg.model, spectrogram, frames)
     model.must_have_positions()
-    size, pictures = (spectrogram.segment_rows, spectrogram.n_mels), model.vision.image_size
-    if pictures != size and not cfg.model.audio_patch:
-        raise UserError(
-            f"model.clip: its pictures are {pictures}, segments {size}: take a CLIP of that size, or set model.audio_patch"
-        )
+    pictures = model.vision.image_size
     if pictures != (frames.size, frames.size) and "vision" in needed_towers(cfg.loss, cfg.model.modalities):
         raise UserError(
             f"model.clip: its pictures are {pictures}, the shards' frames {frames.size}: make them with frames.size={pictures[0]}"
