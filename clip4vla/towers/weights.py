@@ -6,6 +6,7 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip import pretrained
 from open_clip.convert import convert_state_dict
 from open_clip.factory import _find_checkpoint_in_dir
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, convert_to_custom_text_state_dict
@@ -47,7 +48,7 @@ def weights_file(clip: str) -> str:
 def download(clip: str, name: str | None = None) -> str:
     """Fetch a file of a CLIP on the Hugging Face hub, its weights if not named, or find it in the hub's cache: its path."""
     try:
-        return open_clip.download_pretrained_from_hf(clip.removeprefix(HUB), filename=name)
+        return pretrained.download_pretrained_from_hf(clip.removeprefix(HUB), filename=name)
     except Exception as error:  # the hub's libraries raise many kinds
         raise UserError(
             f"model.clip={clip}: cannot be had from the hub ({one_line(error, 200)}); fetch it where there is a network, "
