@@ -54,7 +54,7 @@ def vision(request):
     return vision_tower(request.param)
 
 
-def in_a_row(tower, segments, rows):
+def in_a_row(tower, vision, rows):
     """The vision tower itself, for pictures of `rows` rows, with the audio tower's positions: (B, C, rows, mels) -> (B, D)."""
     twin = copy.deepcopy(tower.trunk)
     if not isinstance(twin, TimmModel):
@@ -63,7 +63,10 @@ def in_a_row(tower, segments, rows):
     vit, rope = twin.trunk, getattr(twin.trunk, "rope", None)
     if rope is not None:
         if rope.ref_feat_shape:
-            rope.ref_feat_shape = (rope.ref_feat_shape[0] * rows / (segments * SIZE), rope.ref_feat_shape[1])
+            high, wide = (
+                vision.trunk.rope.ref_feat_shape
+            )  # of a picture: a row of patches is as far from the next as there
+            rope.ref_feat_shape = (high * rows / SIZE, wide)
         rope.update_feat_shape((rows // PATCH, SIZE // PATCH))
     if vit.pos_embed is not None:
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
@@ -92,6 +95,22 @@ def test_a_picture_as_sound_gives_the_vision_towers_vector_where_the_type_token_
     assert len(calls) == 2  # of both blocks; pooling is not over type tokens
 
 
+@pytest.mark.parametrize("family", ["EVA-02", "rotary"])
+def test_a_type_token_is_what_timm_makes_of_one_more_register(family):
+    """Which it does not rotate either."""
+    vision, picture = vision_tower(family), torch.randn(2, 3, SIZE, SIZE)
+    vision.trunk.fc_norm, vision.trunk.global_pool = torch.nn.Identity(), "token"
+    tower, twin = AudioEncoder(vision, ModelConfig(), SPECTROGRAM).eval(), copy.deepcopy(vision)
+    token, rows = tower.type_embedding[:1], tower.vit.positions
+    if rows is not None:
+        token, rows = token + rows[-1], torch.cat([rows[:1], torch.zeros_like(rows[:1]), rows[1:-1]])
+        twin.trunk.pos_embed = torch.nn.Parameter(rows[None])
+    twin.trunk.reg_token, twin.trunk.num_prefix_tokens = torch.nn.Parameter(token[None]), 2
+    for block in twin.trunk.blocks:
+        block.attn.num_prefix_tokens = 2
+    torch.testing.assert_close(tower(picture, type_token_weights("vb")), twin(picture), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_clip_is_one_sequence_of_its_valid_patches(vision, recompute):
     """Of 3 segments, of one and a half, of none: as the vision tower reads a picture as long; gradients are finite."""
@@ -102,7 +121,9 @@ def test_a_clip_is_one_sequence_of_its_valid_patches(vision, recompute):
     for clip, own in enumerate((view[:3], view[3:])):
         length = (3 * SIZE, SIZE + SIZE // 2)[clip]
         picture = own.transpose(0, 1).flatten(1, 2)[None, :, :length]
-        torch.testing.assert_close(vectors[clip : clip + 1], in_a_row(tower, 3, length)(picture), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            vectors[clip : clip + 1], in_a_row(tower, vision, length)(picture), rtol=1e-4, atol=1e-5
+        )
     (typed,) = tower.encode_clips([view], rows, counts, type_token_weights("nb"))
     assert (typed[:2] - vectors[:2]).abs().amax(1).min() > 1e-3
     typed[:2].square().sum().backward()
