@@ -229,11 +229,12 @@ def vit_of(tower: nn.Module, name: str = "vision") -> OpenClipVit | TimmVit:
         from timm.models import eva, vision_transformer
 
         kind = tower.trunk
-        plain = type(kind) in (eva.Eva, vision_transformer.VisionTransformer) and type(kind.patch_embed) is PatchEmbed
-        if plain and kind.global_pool:
-            return TimmVit(tower)
+        if type(kind) in (eva.Eva, vision_transformer.VisionTransformer) and kind.global_pool:
+            if type(kind.patch_embed) is PatchEmbed:
+                return TimmVit(tower)
+            kind = kind.patch_embed
     raise UserError(
-        f"model.audio_tower={name}: a {type(kind).__name__} is no plain ViT, whose patches can be of sound: name one, as in "
+        f"model.audio_tower={name}: with a {type(kind).__name__} it is no plain ViT, whose patches can be of sound: name one, as in "
         "model.audio_tower=vit_small_patch16_224"
     )
 

@@ -241,11 +241,15 @@ def test_names_of_open_clip_and_timm_give_towers(monkeypatch):
 
 @pytest.mark.parametrize(
     "vision, kind",
-    [({"layers": [1, 1, 1, 1], "width": 16}, "ModifiedResNet"), ({"timm_model_name": "test_convnext"}, "ConvNeXt")],
+    [
+        ({"layers": [1, 1, 1, 1], "width": 16}, "ModifiedResNet"),
+        ({"timm_model_name": "test_convnext"}, "ConvNeXt"),
+        ({"timm_model_name": "vit_base_mci_224"}, "ConvStem"),
+    ],
 )
 def test_vision_towers_without_patches_are_no_audio_towers(vision, kind):
     tower = build_clip(TINY | {"vision_cfg": {"image_size": 64} | vision}).visual
-    with pytest.raises(UserError, match=f"model.audio_tower=vision: a {kind} is no plain ViT.*name one"):
+    with pytest.raises(UserError, match=f"model.audio_tower=vision: with a {kind} it is no plain ViT.*name one"):
         AudioEncoder(tower)
 
 
