@@ -93,4 +93,4 @@ def _must_hold(path: str, config: dict[str, Any]) -> None:
     try:
         check_size_claims(config, read_weights(path)[0])
     except (ValueError, TypeError) as error:
-        raise UserError(f"model.clip: {path}: {one_line(error)}") from None
+        raise UserError(f"model.clip: {path}: not the weights of its configuration: {one_line(error)}") from None
