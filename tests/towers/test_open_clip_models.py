@@ -249,9 +249,9 @@ def siglip(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "how", ["local-dir:{}", "{}/open_clip_model.safetensors", "hf-hub:timm/x", "ViT-tiny/{}/w.pth"]
+    "how", ["local-dir:{}", "local-dir:folder", "{}/open_clip_model.safetensors", "hf-hub:timm/x", "ViT-tiny/{}/w.pth"]
 )
-def test_weights_are_named_in_four_ways(siglip, monkeypatch, how):
+def test_weights_are_named_in_these_ways(siglip, monkeypatch, how):
     folder, config, state = siglip
     monkeypatch.setattr(
         open_clip.pretrained, "download_pretrained_from_hf",
@@ -261,6 +261,8 @@ def test_weights_are_named_in_four_ways(siglip, monkeypatch, how):
         torch.save(state, folder / "w.pth")
         monkeypatch.setattr(open_clip, "list_models", lambda: ["ViT-tiny"])
         monkeypatch.setattr(open_clip, "get_model_config", lambda name: json.loads(json.dumps(config)))
+    (folder / "folder").symlink_to(folder)
+    monkeypatch.chdir(folder)
     clip = how.format(folder)
     assert resolve_clip_config(clip) == config
     with torch.device("meta"):
