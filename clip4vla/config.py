@@ -99,7 +99,7 @@ class ModelConfig:
 
     clip: str = option(
         "ViT-B-32-quickgelu/openai",
-        "open_clip name, NAME/PRETRAINED tag, weights file (.safetensors, .pt), or .json in open_clip's format",
+        "open_clip name, NAME/PRETRAINED tag, FILE of weights or NAME/FILE, hf-hub:ID, local-dir:PATH, or open_clip's .json",
         path=True,
     )
     quick_gelu: Literal["auto", "yes", "no"] = option(

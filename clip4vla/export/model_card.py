@@ -96,6 +96,13 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def _architectures(clip: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name the towers that open_clip has of other libraries."""
+    parts = (("vision", "timm", "timm_model_name"), ("text", "transformers", "hf_model_name"))
+    names = [(part, library, clip.get(f"{part}_cfg", {}).get(key)) for part, library, key in parts]
+    return [(f"{part} tower, of {library}", name) for part, library, name in names if name]
+
+
 def _model(model: Model) -> str:
     sizes = {
         name: sum(p.numel() for p in getattr(model, name).parameters()) for name in ("text", "vision", "audio", "head")
@@ -105,6 +112,7 @@ def _model(model: Model) -> str:
     rows += [
         ("width of the common space", model.clip_config["embed_dim"]),
         ("towers, as open_clip names them", model.cfg.clip),
+        *_architectures(model.clip_config),
         ("trained", model.cfg.trainable_towers),
         ("head", model.cfg.head),
         (

@@ -234,8 +234,8 @@ def vit_of(tower: nn.Module, name: str = "vision") -> OpenClipVit | TimmVit:
                 return TimmVit(tower)
             kind = kind.patch_embed
     raise UserError(
-        f"model.audio_tower={name}: with a {type(kind).__name__} it is no plain ViT, whose patches can be of sound: name one, as in "
-        "model.audio_tower=vit_small_patch16_224"
+        f"model.audio_tower={name}: with a {type(kind).__name__} it is no plain ViT, whose patches can be of sound: "
+        "name one, as in model.audio_tower=vit_small_patch16_224"
     )
 
 

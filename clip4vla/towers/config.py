@@ -45,7 +45,7 @@ def resolve_clip_config(clip: str, quick_gelu: str = "auto") -> dict[str, Any]:
             )
         config = known
         trained_with = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")  # OpenAI's: yes
-    if not written and (quick_gelu != "auto" or trained_with is not None):
+    if quick_gelu != "auto" or trained_with is not None:
         config["quick_gelu"] = trained_with if quick_gelu == "auto" else quick_gelu == "yes"
     config = {key: config[key] for key in TOWER_KEYS if key in config}
     if config["text_cfg"].get("hf_tokenizer_name") in PADDED_WITH_EOS:
@@ -93,4 +93,4 @@ def _must_hold(path: str, config: dict[str, Any]) -> None:
     try:
         check_size_claims(config, read_weights(path)[0])
     except (ValueError, TypeError) as error:
-        raise UserError(f"model.clip: {path}: {one_line(error)}") from None
+        raise UserError(f"model.clip: {path}: not the weights of its configuration: {one_line(error)}") from None

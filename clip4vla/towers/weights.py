@@ -58,7 +58,9 @@ def download(clip: str, name: str | None = None) -> str:
 
 def names_weights(clip: str) -> bool:
     """Tell whether `model.clip` names weights, in a file or by a tag, or an architecture alone."""
-    return clip.endswith(WEIGHTS) or (not clip.endswith(".json") and bool(clip.partition("/")[2]))
+    if clip.startswith((HUB, FOLDER)) or clip.endswith(WEIGHTS):
+        return True
+    return not clip.endswith(".json") and bool(clip.partition("/")[2])
 
 
 def load_clip_weights(model: CustomTextCLIP, clip: str) -> bool:

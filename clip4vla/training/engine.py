@@ -23,7 +23,12 @@ from clip4vla.training.zero_optimizer import spare_launches_and_waits
 
 AUTO = "auto"
 SHIPPED = Path(__file__).parents[2] / "configs/deepspeed/ds.json"
-NO_DECAY = ("embedding", "token_embedding.weight", "logit_scale", "pos_embed", "cls_token", "reg_token", "latent")
+NO_DECAY = (
+    "embedding", "token_embedding.weight", "logit_scale",
+    "pos_embed", "cls_token", "reg_token", "latent", "gamma", "relative_position_bias_table",  # timm's
+    "word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight", "embed_tokens.weight",
+    "relative_attention_bias.weight",  # transformers'
+)  # fmt: skip
 PARTS = ("text", "vision", "audio", "head")
 BUCKET = 25_000_000  # gradients sent at once: DeepSpeed's 500 million would be all of ViT-B/32's, when the backward pass is over
 SUMMED, REDUCED = 16, 256  # micro-batches, and ranks, from which on gradients are added in fp32: bf16 has 8 bits

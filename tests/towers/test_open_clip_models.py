@@ -1,6 +1,8 @@
 """Every model of open_clip as text and vision towers: shapes and gradients of all, values of each family against open_clip's."""
 
 import json
+import subprocess
+import sys
 
 import hf_models
 import open_clip
@@ -9,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from forks import ROOT
 from open_clip.coca_model import CoCa
 from open_clip.model import CustomTextCLIP
 from running import ONE_HEAD, TINY
@@ -16,7 +19,9 @@ from safetensors.torch import save_file
 
 from clip4vla.config import ModelConfig, SpectrogramConfig
 from clip4vla.errors import UserError
+from clip4vla.export.model_card import _model as card
 from clip4vla.models.model import Model
+from clip4vla.models.towers_fingerprint import towers_sha256
 from clip4vla.towers.build import build_clip, freeze_first, hold_still
 from clip4vla.towers.config import resolve_clip_config
 from clip4vla.towers.text import HFText, encode_text, token_mask
@@ -158,6 +163,44 @@ def test_heads_on_a_tower_of_transformers(hub, head):
     assert torch.equal(read[0][0], again[0][0]) and read[0][1].lengths.tolist() == [4, 9, 7]
 
 
+def test_a_model_folder_names_its_towers(hub, tmp_path):
+    """It comes back as it is; embeddings of another tower with the same weights are not its own; claims are checked."""
+    hub["small"] = True
+    config = shallow("xlm-roberta-base-ViT-B-32", {}) | {"vision_cfg": TINY["vision_cfg"]}
+    model = Model(config, ModelConfig(clip="xlm-roberta-base-ViT-B-32", max_tokens=9), SpectrogramConfig()).eval()
+    save_file({key: value.clone() for key, value in model.state_dict().items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(model.config()))
+    back = Model.from_checkpoint(tmp_path)
+    tokens = tokenizer("x.json", 9, back.clip_config)(TEXTS)
+    assert torch.equal(back.encode_tokens(tokens)[0], model.encode_tokens(tokens)[0])
+    assert "xlm-roberta-base" in card(back) and towers_sha256(back) == towers_sha256(model)
+    back.clip_config["text_cfg"]["hf_model_name"] = "roberta-base"
+    assert towers_sha256(back) != towers_sha256(model)
+    for words in ("not a readable checkpoint", "'them/theirs': a model of transformers"):
+        name = "facebook/nllb-200-distilled-600M" if words.startswith("not") else "them/theirs"
+        (tmp_path / "config.json").write_text(json.dumps(model.config()).replace('"xlm-roberta-base"', f'"{name}"'))
+        with pytest.raises(UserError, match=words):
+            Model.from_checkpoint(tmp_path)
+
+
+def test_a_command_imports_timm_and_transformers_where_a_tower_of_theirs_is_built():
+    code = """
+import sys, clip4vla.cli, open_clip, torch
+from clip4vla.towers.build import build_clip, import_for_open_clip
+from clip4vla.towers.config import resolve_clip_config
+torch.set_default_device("meta")
+plain = resolve_clip_config("ViT-B-32")
+build_clip(plain)
+assert not sys.modules["timm"] and not sys.modules["transformers"]
+towers = build_clip(plain | {"vision_cfg": resolve_clip_config("convnext_tiny")["vision_cfg"]})
+assert towers.visual.trunk.num_features == 768 and not sys.modules["transformers"]
+transformers = import_for_open_clip("transformers")
+assert open_clip.model.HFTextEncoder.__init__.__globals__["AutoConfig"] is transformers.AutoConfig
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_words_of_a_tower_that_reads_padding_are_cut_to_max_tokens(hub):
     config = shallow("ViT-B-16-SigLIP", SMALL_TEXT) | {"vision_cfg": TINY["vision_cfg"], "embed_dim": 64}
     model = Model(config, ModelConfig(clip="ViT-B-16-SigLIP", head="local_local", max_tokens=8), SpectrogramConfig())
@@ -206,9 +249,9 @@ def siglip(hub, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "how", ["local-dir:{}", "{}/open_clip_model.safetensors", "hf-hub:timm/x", "ViT-tiny/{}/w.pth"]
+    "how", ["local-dir:{}", "local-dir:folder", "{}/open_clip_model.safetensors", "hf-hub:timm/x", "ViT-tiny/{}/w.pth"]
 )
-def test_weights_are_named_in_four_ways(siglip, monkeypatch, how):
+def test_weights_are_named_in_these_ways(siglip, monkeypatch, how):
     folder, config, state = siglip
     monkeypatch.setattr(
         open_clip.pretrained, "download_pretrained_from_hf",
@@ -218,6 +261,8 @@ def test_weights_are_named_in_four_ways(siglip, monkeypatch, how):
         torch.save(state, folder / "w.pth")
         monkeypatch.setattr(open_clip, "list_models", lambda: ["ViT-tiny"])
         monkeypatch.setattr(open_clip, "get_model_config", lambda name: json.loads(json.dumps(config)))
+    (folder / "folder").symlink_to(folder)
+    monkeypatch.chdir(folder)
     clip = how.format(folder)
     assert resolve_clip_config(clip) == config
     with torch.device("meta"):
