@@ -244,7 +244,7 @@ def test_names_of_open_clip_and_timm_give_towers(monkeypatch):
     [
         ({"layers": [1, 1, 1, 1], "width": 16}, "ModifiedResNet"),
         ({"timm_model_name": "test_convnext"}, "ConvNeXt"),
-        ({"timm_model_name": "vit_base_mci_224"}, "ConvStem"),
+        ({"timm_model_name": "vit_base_mci_224"}, "HybridEmbed"),
     ],
 )
 def test_vision_towers_without_patches_are_no_audio_towers(vision, kind):
