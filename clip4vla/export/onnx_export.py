@@ -37,8 +37,8 @@ def export_towers(model: Model, folder: Path) -> None:
         raise UserError(
             "--onnx: the audio tower reads whole clips (model.audio_span=clip): only one of segments is exported"
         )
-    trunk, rows = model.audio.trunk, (model.spectrogram.segment_rows, model.spectrogram.n_mels)
-    channels = 1 if model.spectrogram.channels == "mono" else trunk.conv1.in_channels
+    rows = (model.spectrogram.segment_rows, model.spectrogram.n_mels)
+    channels = 1 if model.spectrogram.channels == "mono" else 3
     audio_inputs = [(torch.randn(s, channels, *rows), torch.rand(1, t, 2)) for s, t in ((3, 2), (1, 1), (5, 3))]
     room, words = model.text.context_length, model.text.vocab_size
     text_inputs = [(torch.randint(0, words, shape),) for shape in ((3, min(9, room)), (1, room), (4, 2))]

@@ -1,6 +1,5 @@
 """Encode text, vision and audio by towers into one space, and pool frames and segments into clips."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -152,8 +151,11 @@ class Model(nn.Module):
                 yield sentence, self._words(words, tokens)
 
     def _words(self, outputs: Tensor, tokens: Tensor) -> fusion.PaddedSequence:
-        """Mark which of the text tower's outputs (B, L, D) are of words of tokens (B, L), which are on the CPU."""
-        mask = token_mask(self.text, tokens)
+        """Mark which of the text tower's outputs (B, L, D) are of words of tokens (B, L), which are on the CPU.
+
+        Those after max_tokens are none: some towers read padding to the end.
+        """
+        outputs, mask = outputs[:, : self.cfg.max_tokens], token_mask(self.text, tokens)[:, : self.cfg.max_tokens]
         return fusion.PaddedSequence(fusion.TEXT, outputs, upload(mask, outputs.device), mask.sum(1))
 
     def encode_texts(self, texts: list[str], tokenize: Callable[[list[str]], Tensor], together: bool = False) -> Tensor:
@@ -322,13 +324,6 @@ class Model(nn.Module):
     def _trains(self, tower: nn.Module) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
 
-    def audio_reading(self) -> list[str]:
-        """List how the audio tower reads clips, where that is not the paper's way: part of the hash of what it computes."""
-        paper = ModelConfig()
-        names = ("audio_span", "audio_pool")
-        own = [json.dumps(self.audio_config, sort_keys=True)] if self.audio_config else []
-        return own + [getattr(self.cfg, name) for name in names if getattr(self.cfg, name) != getattr(paper, name)]
-
     def config(self) -> dict[str, Any]:
         """Collect everything that from_checkpoint needs beside the weights."""
         settings = {"model": self.cfg, "spectrogram": self.spectrogram, "frames": self.frames}
@@ -366,13 +361,6 @@ class Model(nn.Module):
             model = cls(tree["clip"], cfg, spectrogram, frames, tree.get("audio"))
         model.load_state_dict(weights)
         return model
-
-
-def must_have_room(cfg: ModelConfig, fingerprint: dict[str, Any]) -> None:
-    """Raise UserError if a head has too few positions for the frames of shards with this fingerprint."""
-    frames = fingerprint["frames"]["max_frames"]
-    if cfg.head != "global_global" and frames > cfg.max_frames:
-        raise UserError(f"model.max_frames={cfg.max_frames}: the shards have up to {frames} frames in a clip")
 
 
 def uses_head(loss: LossConfig) -> bool:

@@ -7,7 +7,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from released import POSITIONS, checkpoint, imported, reference, same
+from released import POSITIONS, SEGMENTS, checkpoint, imported, reference, same
 from running import ONE_HEAD, run
 from safetensors.torch import load_file, save_file
 
@@ -105,7 +105,7 @@ def test_every_key_is_accounted_for(fusion, tmp_path):
 
 def test_it_is_set_up_as_the_authors_code_runs(tmp_path):
     model, said, origin = model_folder.import_weights(
-        checkpoint(tmp_path, similarity_dense__weight=None, similarity_dense__bias=None), []
+        checkpoint(tmp_path, similarity_dense__weight=None, similarity_dense__bias=None), SEGMENTS
     )
     assert model.cfg.head == "captioner" and model.cfg.head_layers == 2
     assert (model.cfg.audio_type, model.cfg.spectrogram_norm, model.cfg.media_mean) == ("0.5", "padded", "raw")
@@ -113,7 +113,9 @@ def test_it_is_set_up_as_the_authors_code_runs(tmp_path):
     assert model.spectrogram.extra_segment and model.spectrogram.max_segments == 6 and model.clip_config["quick_gelu"]
     assert "pytorch_model.bin.7: 125 keys used" in origin and str(tmp_path) not in origin
     towers_alone = {key: None for key in reference()[1] if not key.startswith(("clip.", "audio."))}
-    model, _, _ = model_folder.import_weights(checkpoint(tmp_path, **towers_alone), ["model.audio_type=both"])
+    model, _, _ = model_folder.import_weights(
+        checkpoint(tmp_path, **towers_alone), ["model.audio_type=both", *SEGMENTS]
+    )
     assert (model.cfg.head, model.spectrogram.max_segments, model.cfg.audio_type) == ("global_global", 10, "both")
 
 
@@ -178,9 +180,9 @@ def test_what_does_not_fit_is_one_clear_line(changes, words, said, tmp_path):
 
 def test_two_heads_and_none_named_are_refused_and_unknown_keys_can_be_left(tmp_path):
     with pytest.raises(UserError, match="several heads: choose model.head=local_local"):
-        model_folder.import_weights(checkpoint(tmp_path), [])
+        model_folder.import_weights(checkpoint(tmp_path), SEGMENTS)
     file = checkpoint(tmp_path, extra__weight=torch.zeros(1), cls_linear__0__weight=torch.zeros(4, 128))
-    _, said, _ = model_folder.import_weights(file, ["model.head=local_local"], allow_unknown=True)
+    _, said, _ = model_folder.import_weights(file, ["model.head=local_local", *SEGMENTS], allow_unknown=True)
     assert "not placed extra.weight" in said and "left       cls_linear.0.weight: the authors' classifier" in said
     assert said.endswith("1 not placed")
 
@@ -222,7 +224,7 @@ def test_a_clip_gets_ears_that_are_copies_of_its_eyes(tmp_path):
 
 def test_the_command_on_both_ways(tmp_path):
     file, ours, back = checkpoint(tmp_path), tmp_path / "deep/ours", tmp_path / "back.bin"
-    done = run("launch/convert.py", file, ours, "model.head=local_local", "--dtype", "bf16")
+    done = run("launch/convert.py", file, ours, "model.head=local_local", *SEGMENTS, "--dtype", "bf16")
     assert done.returncode == 0, done.stderr
     assert "used       similarity_dense.weight -> head.score.weight" in done.stdout and "in bf16" in done.stdout
     assert sorted(path.name for path in ours.iterdir()) == ["README.md", "config.json", "model.safetensors"]

@@ -18,7 +18,8 @@ from clip4vla.towers.build import build_clip
 from clip4vla.towers.text import token_mask
 
 REFERENCE = Path(__file__).parents[1] / "reference/official_small.safetensors"
-POSITIONS = ("model.max_tokens=12", "model.max_frames=3")  # of the reference's heads
+SEGMENTS = ("spectrogram.segment_rows=64", "spectrogram.n_mels=64")  # of the reference's pictures' size
+POSITIONS = ("model.max_tokens=12", "model.max_frames=3", *SEGMENTS)  # of its heads
 
 
 def same(got, want, tolerance=1e-5):
