@@ -7,6 +7,8 @@ words into what the token embeddings are compared with.
 Notation: B clips, R captions, L words, M frames and segments, D width of the encoder, W of the text tower, V tokens.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import TextTransformer
@@ -67,6 +69,7 @@ class CaptionDecoder:
         mask = there[:, None] | torch.eye(there.shape[1], dtype=torch.bool, device=there.device)  # B M M
         self.mask = there.repeat_interleave(copies, 0)
         self.encoded: list[KVCache] = []  # of each of the encoder's blocks
+        block: Any  # a Block
         for block in head.encoder.blocks:
             x, (keys, values) = block.run(x, x.shape[1], mask)
             self.encoded.append((keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0)))
@@ -83,6 +86,7 @@ class CaptionDecoder:
         x = projected(self.text, x).to(encoder.type_embedding.dtype)
         x = x + encoder.positional_embedding[self.length] + encoder.type_embedding[TEXT]
         self.mask = F.pad(self.mask, (0, 1), value=True)
+        block: Any  # a Block
         for i, block in enumerate(encoder.blocks):
             x, self.encoded[i] = block.run(x, 1, self.mask, self.encoded[i])
         self.length += 1

@@ -163,7 +163,8 @@ class FusionTransformer(nn.Module):
             return outputs if first_only else outputs[:, :length]
         mask = _attended_keys(key_mask, attn_mask)
         x = self.dropout(x)
-        *first, last = self.blocks
+        blocks: list[Any] = list(self.blocks)
+        *first, last = blocks
         for block in first:
             x, _ = block.run(x, x.shape[1], mask)
         return last.run(x, 1 if first_only else x.shape[1], mask)[0]
