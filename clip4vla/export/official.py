@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clip4vla.config import ImportConfig
 from clip4vla.config_io import load
 from clip4vla.errors import UserError
 from clip4vla.models.model import Model
+from clip4vla.towers.attention import Attention
 from clip4vla.towers.weights import check_size_claims, infer_config
 
 State = dict[str, Tensor]
@@ -175,7 +176,7 @@ def _must_come_back(model: Model, state: State) -> None:
 
 
 def _heads(model: Model) -> list[int]:
-    return [part.num_heads for part in model.modules() if isinstance(part, nn.MultiheadAttention)]
+    return [part.num_heads for part in model.modules() if isinstance(part, Attention)]
 
 
 def _fitting(theirs: Tensor, shape: torch.Size, key: str, where: str) -> tuple[Tensor, str]:

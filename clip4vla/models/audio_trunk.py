@@ -14,11 +14,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.model import TimmModel
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip4vla.errors import UserError, one_line
+from clip4vla.towers.attention import Block
 from clip4vla.towers.build import build_clip
 from clip4vla.towers.config import resolve_clip_config
 from clip4vla.towers.vision import pooled_places, pools_first
@@ -85,7 +86,7 @@ class OpenClipVit:
 
     def can_hide(self, mean: bool) -> bool:
         """Tell whether padding can be hidden from all blocks, and from the pooling; mean: that is the mean over patches."""
-        plain = all(type(block) is ResidualAttentionBlock for block in self.blocks)
+        plain = all(type(block) is Block for block in self.blocks)
         return plain and self.tower.attn_pool is None and (mean or self.tower.pool_type in ("tok", "avg"))
 
     def drop_pool(self) -> None:

@@ -7,15 +7,18 @@ words into what the token embeddings are compared with.
 Notation: B clips, R captions, L words, M frames and segments, D width of the encoder, W of the text tower, V tokens.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, TextTransformer
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from clip4vla.config import ModelConfig
 from clip4vla.data.batch import upload
 from clip4vla.errors import UserError
 from clip4vla.models.fusion import TEXT, FusionTransformer, PaddedSequence, concat
+from clip4vla.towers.attention import Block, KVCache
 from clip4vla.towers.text import projected
 
 
@@ -39,8 +42,8 @@ class Captioner(nn.Module):
         embedded = concat(self.encoder.embed([words, *parts]))
         length, total = words.mask.shape[1], embedded.mask.shape[1]
         attn_mask = torch.ones(total, total, dtype=torch.bool, device=words.mask.device)
-        attn_mask[:length, :length].triu_(1)
-        attn_mask[:, length:] = False
+        attn_mask[:length, :length].tril_()
+        attn_mask[length:, :length] = False
         x = self.encoder(embedded.vectors, embedded.mask, attn_mask=attn_mask)
         places = upload(chosen.flatten().nonzero()[:, 0], x.device)
         return self.scores(x[:, :length].flatten(0, 1)[places], embedding)
@@ -63,11 +66,12 @@ class CaptionDecoder:
         no_words = PaddedSequence(TEXT, parts[0].vectors[:, :0], parts[0].mask[:, :0])
         media = concat(head.encoder.embed([no_words, *parts]))
         x, there = media.vectors, media.mask
-        key_mask = there[:, None, None] | torch.eye(there.shape[1], dtype=torch.bool, device=there.device)  # B 1 M M
+        mask = there[:, None] | torch.eye(there.shape[1], dtype=torch.bool, device=there.device)  # B M M
         self.mask = there.repeat_interleave(copies, 0)
         self.encoded: list[KVCache] = []  # of each of the encoder's blocks
+        block: Any  # a Block
         for block in head.encoder.blocks:
-            x, (keys, values) = _block_with_cache(block, x, None, key_mask)
+            x, (keys, values) = block.run(x, x.shape[1], mask)
             self.encoded.append((keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0)))
         self.read: list[KVCache | None] = [None] * len(text.transformer.resblocks)  # of each of the text tower's
 
@@ -77,13 +81,14 @@ class CaptionDecoder:
         x = F.embedding(token, embedding)[:, None].to(self.text.transformer.get_cast_dtype())
         x = x + self.text.positional_embedding[self.length].to(x.dtype)
         for i, block in enumerate(self.text.transformer.resblocks):
-            x, self.read[i] = _block_with_cache(block, x, self.read[i], None)
+            x, self.read[i] = block.run(x, 1, None, self.read[i])
         encoder = self.head.encoder
         x = projected(self.text, x).to(encoder.type_embedding.dtype)
         x = x + encoder.positional_embedding[self.length] + encoder.type_embedding[TEXT]
         self.mask = F.pad(self.mask, (0, 1), value=True)
+        block: Any  # a Block
         for i, block in enumerate(encoder.blocks):
-            x, self.encoded[i] = _block_with_cache(block, x, self.encoded[i], self.mask[:, None, None])
+            x, self.encoded[i] = block.run(x, 1, self.mask, self.encoded[i])
         self.length += 1
         return self.head.scores(x[:, 0], embedding)
 
@@ -93,30 +98,10 @@ class CaptionDecoder:
         self.read = [past and (past[0][rows], past[1][rows]) for past in self.read]
 
 
-KVCache = tuple[Tensor, Tensor]  # keys and values (R, heads, T, width of a head)
-
-
-def _block_with_cache(
-    block: ResidualAttentionBlock, x: Tensor, past: KVCache | None, key_mask: Tensor | None
-) -> tuple[Tensor, KVCache]:
-    """Run a block of CLIP's on new positions x (R, q, D) after those of `past`: (its outputs, keys and values of all).
-
-    key_mask (R, 1, q or 1, T) bool: True at positions that are attended to; None: all are.
-    """
-    attn = block.attn
-    parts = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)
-    query, keys, values = (part.unflatten(2, (attn.num_heads, -1)).transpose(1, 2) for part in parts)
-    if past:
-        keys, values = (torch.cat(pair, 2) for pair in zip(past, (keys, values), strict=True))
-    y = F.scaled_dot_product_attention(query, keys, values, attn_mask=key_mask)
-    x = x + block.ls_1(attn.out_proj(y.transpose(1, 2).flatten(2)))
-    return x + block.ls_2(block.mlp(block.ln_2(x))), (keys, values)
-
-
 def _must_be_causal(text: TextTransformer) -> None:
     """Raise UserError for text towers whose words attend to the words after them, or whose blocks are not CLIP's own."""
     own = isinstance(text, TextTransformer) and text.attn_mask is not None and text.cls_emb is None
-    if not own or any(type(block) is not ResidualAttentionBlock for block in text.transformer.resblocks):
+    if not own or any(type(block) is not Block for block in text.transformer.resblocks):
         raise UserError(
             "model.head=captioner: needs a CLIP whose text tower is causal, such as OpenAI's; this one's is not"
         )

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from clip4vla.config import ModelConfig
 from clip4vla.data.batch import unpack, upload
 from clip4vla.errors import UserError
-from clip4vla.towers.attention import run_block
+from clip4vla.towers.attention import own_blocks
 
 TEXT, VISION, AUDIO = range(3)  # rows of the type embedding
 TOKENS = {"cpu": 1 << 12, "cuda": 1 << 17}  # in a tile of caption-clip pairs
@@ -154,18 +154,20 @@ class FusionTransformer(nn.Module):
         """Encode embedded x (B, T, D) to outputs (B, T, D), or (B, 1, D) of the first position alone.
 
         key_mask (B, T) bool: False at padding, which no position attends to.
-        attn_mask (T, T) bool: True where a position (row) does not attend to another (column), as in torch.
+        attn_mask (T, T) bool: True where a position (row) may attend to another (column).
         """
         rows, length = key_mask.shape
         if not rows or not length:  # attention fails on none, and under ZeRO-3 all ranks must run the head
             mask = key_mask.new_zeros(max(1, rows), max(1, length))
             outputs = self.forward(x.new_zeros(*mask.shape, x.shape[2]), mask, first_only, attn_mask)[:rows]
             return outputs if first_only else outputs[:, :length]
-        ignored = _ignored_keys(key_mask, attn_mask)
+        mask = _attended_keys(key_mask, attn_mask)
         x = self.dropout(x)
-        for block in self.blocks[:-1]:
-            x = run_block(block, x, x.shape[1], ignored)
-        return run_block(self.blocks[-1], x, 1 if first_only else x.shape[1], ignored)
+        blocks: list[Any] = list(self.blocks)
+        *first, last = blocks
+        for block in first:
+            x, _ = block.run(x, x.shape[1], mask)
+        return last.run(x, 1 if first_only else x.shape[1], mask)[0]
 
 
 class GlobalToLocal(nn.Module):
@@ -271,18 +273,16 @@ def _pair_up(words: Tensor, media: Tensor) -> Tensor:
     return torch.cat([words, media], 2).flatten(0, 1)
 
 
-def _ignored_keys(key_mask: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """Combine the masks to the keys that are ignored, True: (B, T) by all positions, or with attn_mask (B, T, T).
+def _attended_keys(key_mask: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """Combine the masks to the keys that are attended to, True: (B, T) by all positions, or with attn_mask (B, T, T).
 
     A softmax over no key would be NaN: where all is padding it attends to the padding, with attn_mask each to itself.
     """
     if attn_mask is None:
-        ignored = ~key_mask
-        return ignored & ~ignored.all(-1, keepdim=True)
-    ignored = ~key_mask[:, None] | attn_mask
-    no_key_left = ignored.all(-1, keepdim=True)
+        return key_mask | ~key_mask.any(-1, keepdim=True)
+    attended = key_mask[:, None] & attn_mask
     itself = torch.eye(key_mask.shape[1], dtype=torch.bool, device=key_mask.device)
-    return ignored & ~(no_key_left & itself)
+    return attended | (~attended.any(-1, keepdim=True) & itself)
 
 
 def _fresh_blocks(activation: type[nn.Module], dim: int, layers: int) -> nn.ModuleList:
@@ -293,4 +293,6 @@ def _fresh_blocks(activation: type[nn.Module], dim: int, layers: int) -> nn.Modu
         nn.init.normal_(block.attn.out_proj.weight, std=(2 * dim * layers) ** -0.5)
         nn.init.normal_(block.mlp.c_fc.weight, std=(2 * dim) ** -0.5)
         nn.init.normal_(block.mlp.c_proj.weight, std=(2 * dim * layers) ** -0.5)
-    return nn.ModuleList(blocks)
+    made = nn.ModuleList(blocks)
+    own_blocks(made)
+    return made

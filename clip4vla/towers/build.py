@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from clip4vla.errors import UserError, one_line
+from clip4vla.towers.attention import own_blocks
 from clip4vla.towers.text import HFText
 
 BLOCKS = ("resblocks", "blocks", "stages", "layers", "block", "layer")  # names of the list of a tower's blocks
@@ -50,6 +51,7 @@ def build_clip(config: dict[str, Any]) -> CustomTextCLIP:
         for name, part in module.named_children():
             if type(part) is QuickGELU:
                 setattr(module, name, LeanQuickGELU())
+    own_blocks(model)
     return model
 
 

@@ -5,17 +5,17 @@ set_grad_checkpointing(enable), and image_size (H, W).
 """
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import (
-    ResidualAttentionBlock,
     VisionTransformer,
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clip4vla.towers.attention import run_block
+from clip4vla.towers.attention import Block
 
 
 def encode_images(tower: nn.Module, images: Tensor) -> Tensor:
@@ -51,15 +51,16 @@ def pooled_places(
     first_only = pools_first(tower) and not all_places
     if not first_only and ignored is None:
         return tower.transformer(x)
-    blocks = tower.transformer.resblocks
+    blocks: Any = tower.transformer.resblocks
+    mask = None if ignored is None else ~ignored
     for number, block in enumerate(blocks):
         last = number == len(blocks) - 1 and first_only
-        run = functools.partial(run_block, block, kept=1 if last else x.shape[1], ignored=ignored)
-        x = checkpoint(run, x, use_reentrant=False) if tower.transformer.grad_checkpointing else run(x)
+        run = functools.partial(block.run, kept=1 if last else x.shape[1], mask=mask)
+        x = checkpoint(run, x, use_reentrant=False)[0] if tower.transformer.grad_checkpointing else run(x)[0]
     return x
 
 
 def pools_first(tower: VisionTransformer) -> bool:
     """Tell whether a vision tower's vector is the output at [CLS] alone, so that its last block need not give the others."""
-    plain = isinstance(tower.transformer.resblocks[-1], ResidualAttentionBlock)
+    plain = isinstance(tower.transformer.resblocks[-1], Block)
     return plain and tower.pool_type == "tok" and tower.attn_pool is None

@@ -42,13 +42,13 @@ def test_type_token_masked_out_of_attention_changes_nothing(monkeypatch):
     """The token sits behind all others: hidden from them, the tower is the vision tower."""
     vision = build_clip(TINY).visual.eval()
     tower = AudioEncoder(vision).eval()
-    hide = torch.zeros(51, 51)
-    hide[:50, 50] = -torch.inf
+    seen = torch.ones(51, 51, dtype=torch.bool)
+    seen[:50, 50] = False
     for block in tower.trunk.transformer.resblocks:
         whole = block.attn.forward
 
-        def hidden(queries, keys, values, need_weights, key_padding_mask, whole=whole):
-            return whole(queries, keys, values, need_weights=need_weights, attn_mask=hide[: queries.shape[1]])
+        def hidden(x, kept, mask=None, past=None, whole=whole):
+            return whole(x, kept, seen[:kept].expand(len(x), -1, -1))
 
         monkeypatch.setattr(block.attn, "forward", hidden)
     picture = torch.randn(2, 3, 224, 224)
