@@ -1,0 +1,414 @@
+"""Take text and vision towers from a model of transformers that has get_text_features and get_image_features: `hf:`."""
+
+import contextlib
+import copy
+import functools
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from PIL.Image import Resampling
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.utils.rnn import pad_sequence
+
+from clip4vla.config_io import expand_path, parse_json
+from clip4vla.errors import UserError, one_line
+from clip4vla.io import safe_load
+
+PREFIX = "hf:"
+TEXT = ("text_model", "text_projection")  # the parts of a model that its get_text_features runs
+VISION = ("vision_model", "image_model", "visual_projection", "image_projection")
+SMALL = ["*.json", "*.txt", "*.model"]  # configuration, tokenizer and picture preprocessing
+WEIGHTS = (["model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+FULL_LENGTH = ("siglip", "siglip2")  # trained with captions padded to one length, and no mask: they pool the last place
+NAMES_CODE = (
+    "auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "experts_implementation",
+    "quantization_config", "backbone", "backbone_config", "use_timm_backbone", "use_pretrained_backbone",
+)  # fmt: skip
+DROPPED = ("dtype", "torch_dtype", "_name_or_path", "name_or_path", "transformers_version", "architectures", "return_dict")
+TENSORS, EDGE = 20_000, 4096  # most of a model; of a picture, in pixels
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class TransformersText(nn.Module):
+    """Encodes texts as the get_text_features of a transformers model does; holds that model's text parts alone.
+
+    pad, end: the numbers of the padding token and of the one that ends a text; end None: the tokenizer has none.
+    """
+
+    def __init__(self, model: nn.Module, pad: int, end: int | None, most: int):
+        super().__init__()
+        self.model = _part(model, TEXT)
+        self.pad, self.end = pad, end
+        self.full_length = model.config.model_type in FULL_LENGTH
+        self.context_length = min(most, _positions(self.model.text_model))
+        self.vocab_size: int = model.config.text_config.vocab_size
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Encode token numbers (B, L) to (sentence vectors (B, D), outputs of all tokens (B, L, D) or None).
+
+        None: the model has no linear projection, which could be of each token.
+        """
+        length = tokens.shape[1]
+        if self.full_length:
+            tokens = F.pad(tokens, (0, self.context_length - length), value=self.pad)
+            outputs = self.model.get_text_features(input_ids=tokens)
+        else:
+            outputs = self.model.get_text_features(input_ids=tokens, attention_mask=self.word_mask(tokens).long())
+        project = self.projection()
+        words = project(outputs.last_hidden_state[:, :length]) if project is not None else None
+        return _vectors(outputs), words
+
+    def projection(self) -> nn.Linear | None:
+        """Return the layer that projects a token's output to D, if it is one that can be run on each token."""
+        layer = getattr(self.model, "text_projection", getattr(self.model.text_model, "head", None))
+        return layer if isinstance(layer, nn.Linear) else None
+
+    def word_mask(self, tokens: Tensor) -> Tensor:
+        """Mark which of token numbers (B, L) are words, the first end token included, (B, L) bool."""
+        if self.end is None:
+            return tokens != self.pad
+        ends = tokens == self.end
+        return (ends.cumsum(1) - ends.long() == 0) & ((tokens != self.pad) | ends | ends.any(1, keepdim=True))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass, or keep them."""
+        _checkpoint(self.model, enable)
+
+    def train(self, mode: bool = True) -> "TransformersText":
+        """Set training mode; a frozen tower stays in evaluation mode, without dropout."""
+        return super().train(mode and _trains(self))
+
+
+class TransformersVision(nn.Module):
+    """Encodes pictures as the get_image_features of a transformers model does; holds that model's vision parts alone."""
+
+    def __init__(self, model: nn.Module, image_size: tuple[int, int]):
+        super().__init__()
+        self.model = _part(model, VISION)
+        self.image_size = image_size
+        self.patch = model.config.vision_config.patch_size if model.config.model_type == "siglip2" else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode normalised pictures (F, 3, H, W) to vectors (F, D), not normalised."""
+        if self.patch is None:
+            return _vectors(self.model.get_image_features(pixel_values=images))
+        count, channels, *size = images.shape  # SigLIP 2's of any aspect ratio takes patches, and how many there are
+        rows, columns = (edge // self.patch for edge in size)
+        patches = images.reshape(count, channels, rows, self.patch, columns, self.patch).permute(0, 2, 4, 3, 5, 1)
+        patches = patches.reshape(count, rows * columns, -1)  # F P (patch patch 3)
+        there = torch.ones(patches.shape[:2], dtype=torch.int64, device=images.device)
+        shapes = torch.tensor([[rows, columns]] * count, device=images.device)
+        words = {"pixel_values": patches, "pixel_attention_mask": there, "spatial_shapes": shapes}
+        return _vectors(self.model.get_image_features(**words))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks' activations in the backward pass, or keep them."""
+        _checkpoint(self.model, enable)
+
+    def train(self, mode: bool = True) -> "TransformersVision":
+        """Set training mode; a frozen tower stays in evaluation mode, without dropout and with its batch statistics."""
+        return super().train(mode and _trains(self))
+
+
+class Towers(nn.Module):
+    """Holds both towers of a transformers model, as `.text` and `.visual`."""
+
+    def __init__(self, model: nn.Module, config: dict[str, Any]):
+        super().__init__()
+        height, width = config["pictures"]["size"]
+        self.text = TransformersText(model, **config["tokens"])
+        self.visual = TransformersVision(model, (height, width))
+
+
+def _part(model: nn.Module, names: tuple[str, ...]) -> Any:
+    """Copy a model with those of its parts, which are shared, that are named, and without parameters of its own."""
+    part = copy.copy(model)
+    part._modules = {name: module for name, module in model.named_children() if name in names}
+    part._parameters = {}  # logit_scale, logit_bias
+    return part
+
+
+def _vectors(outputs: Any) -> Tensor:
+    """Return the vectors (n, D) among what get_*_features gives; FLAVA projects all places: its vector is the first."""
+    vectors = outputs.pooler_output
+    return vectors[:, 0] if vectors.ndim == 3 else vectors
+
+
+def _positions(text: nn.Module) -> int:
+    """Count the tokens that a text model has positions for; RoBERTa's begin after its padding number."""
+    for name, module in text.named_modules():
+        if isinstance(module, nn.Embedding) and re.search(r"position_embeddings?$", name):
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return sys.maxsize  # relative positions: the tokenizer's limit alone
+
+
+def _checkpoint(model: Any, enable: bool) -> None:
+    if enable:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def _trains(tower: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in tower.parameters())
+
+
+def names_transformers(clip: str) -> bool:
+    """Tell whether `model.clip` names a folder or hub id of transformers: hf:FOLDER_OR_ID."""
+    return clip.startswith(PREFIX)
+
+
+def resolve(clip: str) -> dict[str, Any]:
+    """Collect all that the towers of hf:FOLDER_OR_ID are built from: its configuration, token numbers, pictures, D."""
+    with _in_one_line(clip):
+        folder = _folder(clip, SMALL)
+        tree = _cleaned(_json(folder, "config.json"))
+        full = _tokenizer(clip)
+        end = full.eos_token_id
+        pad = full.pad_token_id if full.pad_token_id is not None else end
+        if pad is None:
+            raise ValueError("its tokenizer has no padding token")
+        config = {"transformers": tree, "tokens": {"pad": pad, "end": end, "most": full.model_max_length}}
+        config["pictures"] = _pictures(folder)
+        with torch.device("meta"):
+            towers = build(config)
+            if len(full) > towers.text.vocab_size:
+                raise ValueError(f"its tokenizer has {len(full)} tokens, its text tower {towers.text.vocab_size}")
+            config["tokens"]["most"] = towers.text.context_length
+            config["embed_dim"] = _dim(towers.eval())
+        return config
+
+
+def _dim(towers: Towers) -> int:
+    """Run a tower on torch's meta device for D; ValueError if the vectors of texts and pictures differ in size."""
+    text = towers.text.projection()
+    if towers.visual.patch is None:
+        dim = towers.visual(torch.zeros(1, 3, *towers.visual.image_size)).shape[1]
+    else:  # SigLIP 2's of any aspect ratio wants to read how many patches there are, which that device does not hold
+        dim = _vectors(towers.text.model.get_text_features(torch.ones(1, 2, dtype=torch.int64))).shape[1]
+    if text is not None and text.out_features != dim:
+        raise ValueError(f"its vectors of texts have {text.out_features} numbers, of pictures {dim}")
+    return dim
+
+
+def build(config: dict[str, Any]) -> Towers:
+    """Build randomly initialised towers of what `resolve` collected; ValueError for what is no such model."""
+    with _at_most(TENSORS):
+        kind, made = _model_class(config["transformers"])
+        return Towers(kind(made), config)
+
+
+def check_size_claims(config: dict[str, Any], state: dict[str, Tensor], blocks: int = 0, positions: int = 0) -> None:
+    """Raise ValueError for towers of more weights than there are; blocks, positions: of a head of width D."""
+    with torch.device("meta"):
+        towers = build(config)
+    dim = config["embed_dim"]
+    wanted = dim * (12 * dim * blocks + positions) + sum(value.numel() for value in towers.parameters())
+    numbers = sum(value.numel() for value in state.values())
+    if wanted > numbers or blocks > len(state):
+        raise ValueError(f"towers of {wanted} weights, the file has {numbers}")
+
+
+def load_weights(towers: Towers, clip: str) -> None:
+    """Fill towers, which may be on torch's meta device, with the weights of hf:FOLDER_OR_ID; no code in them is run."""
+    with _in_one_line(clip):
+        folder = _folder(clip, SMALL)
+        kind, made = _model_class(_cleaned(_json(folder, "config.json")))
+        model, account = kind.from_pretrained(
+            None, config=made, state_dict=_state(clip), dtype=torch.float32, output_loading_info=True
+        )
+        ours = {*_part(model, TEXT).state_dict(), *_part(model, VISION).state_dict()}
+        missing = sorted(ours & {*account["missing_keys"]})
+        if missing:
+            raise ValueError(f"its weights lack {missing[0]} and {len(missing) - 1} more")
+        towers.text.model.load_state_dict(_part(model, TEXT).state_dict(), assign=True)
+        towers.visual.model.load_state_dict(_part(model, VISION).state_dict(), assign=True)
+
+
+def _state(clip: str) -> dict[str, Tensor]:
+    """Read the weights of a folder or hub id, in fp32: its safetensors, or else torch's files."""
+    for patterns in WEIGHTS:
+        files = sorted(_folder(clip, patterns).glob(patterns[0]))
+        if files:
+            break
+    else:
+        raise ValueError("no weights there: model.safetensors or pytorch_model.bin is required")
+    state = {}
+    for file in files:
+        part, _ = safe_load.read(file)
+        safe_load.must_be_plain(part, file.stat().st_size)
+        state |= {name: value.float() if value.is_floating_point() else value for name, value in part.items()}
+    return state
+
+
+def tokenizer(clip: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
+    """Make a function of B strings to token numbers (B, L), L of the longest, max_tokens at most; cut captions keep the end."""
+    with _in_one_line(clip):
+        full = _tokenizer(clip)
+    pad = full.pad_token_id if full.pad_token_id is not None else full.eos_token_id
+
+    def tokenize(texts: list[str]) -> Tensor:
+        rows = full(texts, truncation=True, max_length=max_tokens)["input_ids"]
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+
+    tokenize([""])  # sets the length to cut at: later calls, from several threads, then change nothing in it
+    return tokenize
+
+
+@functools.cache
+def _tokenizer(clip: str) -> Any:
+    folder = _folder(clip, SMALL)
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        if (folder / name).is_file():
+            break
+    else:
+        raise ValueError("no tokenizer there: tokenizer_config.json is required")
+    _json(folder, "tokenizer_config.json")
+    return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _pictures(folder: Path) -> dict[str, Any]:
+    """Say how pictures are made for a vision tower, by its folder's preprocessor_config.json.
+
+    size (H, W) in pixels, mean and std of RGB in 0..1, interpolation, resize_mode (shortest: of that edge, then the
+    centre; squash). SigLIP 2 of any aspect ratio is given squares of as many patches.
+    """
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            _json(folder, name)
+            break
+    else:
+        raise ValueError("no preprocessor_config.json there, which says how its pictures are made")
+    made = _transformers().AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    size, mode = _picture_size(made)
+    if not all(0 < edge <= EDGE for edge in size):
+        raise ValueError(f"pictures of {size[0]} x {size[1]}, {EDGE} are the most")
+    scale = 255 * (made.rescale_factor if made.do_rescale else 1)
+    mean, std = (made.image_mean, made.image_std) if made.do_normalize else ((0, 0, 0), (1, 1, 1))
+    shift = 1 if getattr(made, "rescale_offset", False) else 0  # EfficientNet's are from -1 to 1 before they are normalised
+    return {
+        "size": list(size),
+        "mean": [(value + shift) / scale for value in mean],
+        "std": [value / scale for value in std],
+        "interpolation": Resampling(int(made.resample)).name.lower(),
+        "resize_mode": mode,
+    }
+
+
+def _picture_size(made: Any) -> tuple[tuple[int, int], str]:
+    """Read ((H, W), how pictures come to it) from an image processor; ValueError for a crop of a part of the picture."""
+    if hasattr(made, "max_num_patches"):
+        edge = made.patch_size * int(made.max_num_patches**0.5)
+        return (edge, edge), "squash"
+    given = {key: value for key, value in dict(made.size).items() if value}
+    crop = dict(made.crop_size) if getattr(made, "do_center_crop", False) else None
+    shortest = given.get("shortest_edge")
+    resized = (given["height"], given["width"]) if shortest is None else (shortest, shortest)
+    cropped = resized if crop is None else (crop["height"], crop["width"])
+    if cropped != resized or (shortest is not None and crop is None) or getattr(made, "do_pad", False):
+        raise ValueError(f"its pictures are resized to {given}, then cropped to {crop} or padded: not supported")
+    return resized, "squash" if shortest is None else "shortest"
+
+
+def _model_class(tree: dict[str, Any]) -> tuple[Any, Any]:
+    """Choose transformers' own (class, configuration) for a config.json; ValueError if it has no text and image features."""
+    library = _transformers()
+    name = tree.get("model_type")
+    if name not in library.CONFIG_MAPPING:
+        raise ValueError(f"transformers {library.__version__} has no model_type {name!r}")
+    config = library.CONFIG_MAPPING[name].from_dict(tree)
+    _must_name_no_code(config.to_dict())  # a class's own defaults may name a backbone
+    kind = library.MODEL_MAPPING.get(type(config), None)
+    if not hasattr(kind, "get_text_features") or not hasattr(kind, "get_image_features"):
+        raise ValueError(f"{name} has not both get_text_features and get_image_features")
+    return kind, config
+
+
+def _cleaned(tree: Any) -> Any:
+    """Leave out of a configuration what says nothing of the towers' structure, in all its parts."""
+    if isinstance(tree, dict):
+        return {key: _cleaned(value) for key, value in tree.items() if key not in DROPPED}
+    return tree
+
+
+def _must_name_no_code(tree: Any) -> None:
+    """Raise ValueError for a configuration that names code, kernels or backbones to fetch."""
+    if isinstance(tree, list):
+        for value in tree:
+            _must_name_no_code(value)
+    elif isinstance(tree, dict):
+        named = next((key for key in NAMES_CODE if tree.get(key)), None)
+        if named or str(tree.get("model_type")).startswith("timm"):
+            raise ValueError(f"{named or tree['model_type']} in its configuration: it may name no code")
+        _must_name_no_code(list(tree.values()))
+
+
+@contextlib.contextmanager
+def _at_most(tensors: int) -> Iterator[None]:
+    """Raise ValueError as soon as more parameters are made in the block: a million blocks would fill the memory."""
+    made = itertools.count(1)
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if next(made) > tensors:
+            raise ValueError(f"more than {tensors} tensors")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def _in_one_line(clip: str) -> Iterator[None]:
+    """Turn what transformers, tokenizers, the hub and torch raise in the block into a UserError that names `clip`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"model.clip={clip}: {one_line(error, 300)}") from None
+
+
+def _folder(clip: str, patterns: list[str]) -> Path:
+    """Return the folder of hf:FOLDER_OR_ID; of a hub id, that with those of its files that match."""
+    name = expand_path(clip.removeprefix(PREFIX), "model.clip")
+    if Path(name).is_dir():
+        return Path(name)
+    if not HUB_ID.fullmatch(name):
+        raise ValueError("no such folder, nor a hub id")
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
+    except Exception as error:  # the hub's libraries raise whatever theirs do
+        raise ValueError(f"no such folder, and the hub does not give it ({one_line(error, 120)})") from None
+
+
+def _json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON file of a folder; ValueError if it is none, or names code."""
+    if not (folder / name).is_file():
+        raise ValueError(f"no {name} there")
+    tree = parse_json((folder / name).read_bytes())
+    if not isinstance(tree, dict):
+        raise ValueError(f"{name} holds no dictionary")
+    _must_name_no_code(tree)
+    return tree
+
+
+def _transformers() -> Any:
+    """Import transformers, which command lines keep out until a tower of its is wanted (cli.py)."""
+    if sys.modules.get("transformers", sys) is None:
+        del sys.modules["transformers"]
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise UserError("model.clip=hf:: transformers is not installed: pip install 'clip4vla[hf]'") from None
+    transformers.logging.set_verbosity_error()  # it prints whole configurations, of token numbers that no tower reads
+    return transformers
