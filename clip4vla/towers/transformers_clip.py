@@ -26,13 +26,24 @@ PREFIX = "hf:"
 TEXT = ("text_model", "text_projection")  # the parts of a model that its get_text_features runs
 VISION = ("vision_model", "image_model", "visual_projection", "image_projection")
 SMALL = ["*.json", "*.txt", "*.model"]  # configuration, tokenizer and picture preprocessing
-WEIGHTS = (["model*.safetensors", "model.safetensors.index.json"], ["pytorch_model*.bin", "pytorch_model.bin.index.json"])
+WEIGHTS = (
+    ["model*.safetensors", "model.safetensors.index.json"],
+    ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
+)
 FULL_LENGTH = ("siglip", "siglip2")  # trained with captions padded to one length, and no mask: they pool the last place
 NAMES_CODE = (
     "auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "experts_implementation",
     "quantization_config", "backbone", "backbone_config", "use_timm_backbone", "use_pretrained_backbone",
 )  # fmt: skip
-DROPPED = ("dtype", "torch_dtype", "_name_or_path", "name_or_path", "transformers_version", "architectures", "return_dict")
+DROPPED = (
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "architectures",
+    "return_dict",
+)
 TENSORS, EDGE = 20_000, 4096  # most of a model; of a picture, in pixels
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -152,16 +163,16 @@ def _positions(text: nn.Module) -> int:
 
 def _checkpoint(model: Any, enable: bool) -> None:
     if enable:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     else:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
 
 
 def _trains(tower: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in tower.parameters())
 
 
-def names_transformers(clip: str) -> bool:
+def is_named(clip: str) -> bool:
     """Tell whether `model.clip` names a folder or hub id of transformers: hf:FOLDER_OR_ID."""
     return clip.startswith(PREFIX)
 
@@ -249,6 +260,7 @@ def _state(clip: str) -> dict[str, Tensor]:
     return state
 
 
+@functools.cache  # one for each length: the tokenizer of a library holds the length that it cuts at
 def tokenizer(clip: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
     """Make a function of B strings to token numbers (B, L), L of the longest, max_tokens at most; cut captions keep the end."""
     with _in_one_line(clip):
@@ -263,14 +275,8 @@ def tokenizer(clip: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
     return tokenize
 
 
-@functools.cache
 def _tokenizer(clip: str) -> Any:
     folder = _folder(clip, SMALL)
-    for name in ("tokenizer_config.json", "tokenizer.json"):
-        if (folder / name).is_file():
-            break
-    else:
-        raise ValueError("no tokenizer there: tokenizer_config.json is required")
     _json(folder, "tokenizer_config.json")
     return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
@@ -293,7 +299,9 @@ def _pictures(folder: Path) -> dict[str, Any]:
         raise ValueError(f"pictures of {size[0]} x {size[1]}, {EDGE} are the most")
     scale = 255 * (made.rescale_factor if made.do_rescale else 1)
     mean, std = (made.image_mean, made.image_std) if made.do_normalize else ((0, 0, 0), (1, 1, 1))
-    shift = 1 if getattr(made, "rescale_offset", False) else 0  # EfficientNet's are from -1 to 1 before they are normalised
+    shift = (
+        1 if getattr(made, "rescale_offset", False) else 0
+    )  # EfficientNet's are from -1 to 1 before they are normalised
     return {
         "size": list(size),
         "mean": [(value + shift) / scale for value in mean],
@@ -411,4 +419,5 @@ def _transformers() -> Any:
     except ModuleNotFoundError:
         raise UserError("model.clip=hf:: transformers is not installed: pip install 'clip4vla[hf]'") from None
     transformers.logging.set_verbosity_error()  # it prints whole configurations, of token numbers that no tower reads
+    transformers.logging.disable_progress_bar()
     return transformers
