@@ -13,13 +13,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clip4vla.errors import UserError, one_line
-from clip4vla.towers import transformers_clip
 
 
-def build_clip(config: dict[str, Any]) -> CustomTextCLIP | transformers_clip.Towers:
-    """Build randomly initialised towers `.visual` and `.text` of an open_clip configuration, or of transformers_clip.resolve's."""
-    if "transformers" in config:
-        return transformers_clip.build(config)
+def build_clip(config: dict[str, Any]) -> CustomTextCLIP:
+    """Build randomly initialised towers `.visual` and `.text` of an open_clip configuration."""
     try:
         _must_be_own(config)
         model = CustomTextCLIP(**config)

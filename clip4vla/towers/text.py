@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 def encode_text(tower: TextTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Encode token numbers (B, L) to (sentence vector at [EOS] (B, D), projected outputs of all tokens (B, L, D))."""
-    if not isinstance(tower, TextTransformer):
-        return tower.encode(tokens)
     x, mask = tower._embeds(tokens)
     length = x.shape[1]
     x = projected(tower, tower.transformer(x, attn_mask=mask[..., :length, :length] if mask is not None else None))
@@ -28,8 +26,6 @@ def projected(tower: TextTransformer, x: Tensor) -> Tensor:
 
 def token_mask(tower: TextTransformer, tokens: Tensor) -> Tensor:
     """Mark which of token numbers (B, L) are words of the captions, [SOS] and [EOS] included, (B, L) bool."""
-    if not isinstance(tower, TextTransformer):
-        return tower.word_mask(tokens)
     if tower.pool_type in ("argmax", "eos"):  # what follows the [EOS] is padding, whatever its number
         end = tokens.argmax(1) if tower.pool_type == "argmax" else (tokens == tower.eos_id).int().argmax(1)
         return torch.arange(tokens.shape[1], device=tokens.device) <= end[:, None]

@@ -305,7 +305,7 @@ def _pictures(folder: Path) -> dict[str, Any]:
     return {
         "size": list(size),
         "mean": [(value + shift) / scale for value in mean],
-        "std": [value / scale for value in std],
+        "std": [value * more / scale for value, more in zip(std, again, strict=True)],
         "interpolation": Resampling(int(made.resample)).name.lower(),
         "resize_mode": mode,
     }

@@ -120,7 +120,9 @@ def test_texts_are_encoded_as_by_get_text_features(folders, name, texts, most):
     theirs = transformers.AutoTokenizer.from_pretrained(folders / name)
     full_length = name in ("siglip", "siglip2")
     inputs = theirs(texts, truncation=True, max_length=most)
-    inputs = theirs.pad(inputs, **({"padding": "max_length", "max_length": 9} if full_length else {}), return_tensors="pt")
+    inputs = theirs.pad(
+        inputs, **({"padding": "max_length", "max_length": 9} if full_length else {}), return_tensors="pt"
+    )
     mask = inputs.pop("attention_mask") if full_length else inputs["attention_mask"]
     tokens = tokenizer(f"hf:{folders / name}", most)(texts)
     length = tokens.shape[1]
