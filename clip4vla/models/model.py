@@ -22,9 +22,9 @@ from clip4vla.models.audio_encoder import AudioEncoder, type_token_weights
 from clip4vla.models.captioner import CaptionDecoder, Captioner
 from clip4vla.models.classifier import Classifier, in_words
 from clip4vla.models.saved_config import FORMAT, upgraded
-from clip4vla.towers.build import Undrawn, build_clip, freeze_first
+from clip4vla.towers.build import Undrawn, build_clip, freeze_first, hold_still
 from clip4vla.towers.pictures import image_statistics
-from clip4vla.towers.text import encode_text, token_mask
+from clip4vla.towers.text import encode_text, gives_words, token_mask
 from clip4vla.towers.vision import encode_images
 from clip4vla.towers.weights import check_size_claims, load_clip_weights
 
@@ -83,6 +83,12 @@ class Model(nn.Module):
         if self.cfg.head == "classifier":
             self.head = Classifier(self.cfg, dim)
             return
+        reads = self.cfg.head == "captioner" or (self.cfg.head == "local_local" and self.cfg.text_tokens == "all")
+        if reads and not gives_words(self.text):
+            raise UserError(
+                f"model.head={self.cfg.head}: needs a text tower with outputs of all words, model.clip's gives sentences "
+                "alone: take global_local, or local_local with model.text_tokens=eos"
+            )
         start = Captioner if self.cfg.head == "captioner" else fusion.build
         self.head = start(self.text, self.cfg, dim, self.spectrogram.max_segments)
 
@@ -110,8 +116,15 @@ class Model(nn.Module):
                 self.audio.type_embedding.requires_grad_(False)
         self.logit_scale.requires_grad_(self.cfg.learn_temperature)
 
-    def encode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode tokens (B, L) to (x^g (B, D) at [EOS], all token outputs (B, L, D)), not normalised."""
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; what may not change by itself stays in evaluation mode (hold_still)."""
+        super().train(mode)
+        for tower in (self.text, self.vision, self.audio.trunk):
+            hold_still(tower)
+        return self
+
+    def encode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Encode tokens (B, L) to (x^g (B, D), all token outputs (B, L, D) or None), not normalised."""
         return encode_text(self.text, tokens)
 
     def encode_texts_chunked(
@@ -126,6 +139,8 @@ class Model(nn.Module):
             some = texts[k * TEXTS : (k + 1) * TEXTS]
             tokens = tokenize(some or [""])
             sentence, words = self.encode_tokens(upload(tokens, self.logit_scale.device))
+            if words is None:  # of a tower that gives none
+                words, tokens = sentence[:, None, :][:, :0], tokens[:, :0]
             if some:
                 yield sentence, self._words(words, tokens)
 
@@ -149,11 +164,11 @@ class Model(nn.Module):
         return F.normalize(sentences.view(len(classes), len(templates), -1).mean(1), dim=-1)
 
     def encode_frames(self, frames: Tensor) -> Tensor:
-        """Encode RGB frames (F, 3, 224, 224) in 0..255 to vectors (F, D), not normalised."""
+        """Encode RGB frames (F, 3, H, W) in 0..255 to vectors (F, D), not normalised."""
         if not len(frames):  # open_clip's tower fails on none, and under ZeRO-3 all ranks must run it
             return self.encode_frames(frames.new_zeros(1, *frames.shape[1:]))[:0]
         mean, std = self.pixel_statistics.view(torch.float32)
-        return encode_images(self.vision, ((frames.float() - mean) / std).to(self.vision.conv1.weight.dtype))
+        return encode_images(self.vision, ((frames.float() - mean) / std).to(next(self.vision.parameters()).dtype))
 
     def encode_segments(self, segments: Tensor, mix: Tensor) -> Tensor:
         """Encode normalised segments (S, C, 224, 224) to vectors (S, D), not normalised; mix: see type_token_weights."""
