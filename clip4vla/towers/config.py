@@ -8,6 +8,7 @@ import open_clip
 
 from clip4vla.config_io import parse_json
 from clip4vla.errors import UserError
+from clip4vla.towers import transformers_clip
 from clip4vla.towers.weights import WEIGHTS, infer_config, read_weights
 
 TOWER_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
@@ -15,6 +16,8 @@ TOWER_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
 
 def resolve_clip_config(clip: str, quick_gelu: str = "auto") -> dict[str, Any]:
     """Find open_clip's configuration of a CLIP named as in `model.clip`; raises UserError if there is no such model."""
+    if transformers_clip.is_named(clip):
+        return transformers_clip.resolve(clip)
     if clip.endswith(WEIGHTS):
         state, jit = read_weights(clip)
         config = infer_config(state, clip)

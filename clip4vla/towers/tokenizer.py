@@ -6,6 +6,7 @@ from collections.abc import Callable
 import open_clip
 from torch import Tensor
 
+from clip4vla.towers import transformers_clip
 from clip4vla.towers.weights import WEIGHTS
 
 WORDS, LETTERS = 1 << 18, 64  # how many, of how many letters, are remembered with their tokens: 0.2 GB at most
@@ -44,6 +45,8 @@ class _FirstWords(dict):
 
 def tokenizer(clip: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
     """Make a function of B strings to token numbers (B, L), L of the longest, max_tokens at most; cut captions keep [EOS]."""
+    if transformers_clip.is_named(clip):
+        return transformers_clip.tokenizer(clip, max_tokens)
     full = get_tokenizer(clip, max_tokens)
     if not isinstance(full, open_clip.SimpleTokenizer):  # other kinds of padding and pooling
         return full

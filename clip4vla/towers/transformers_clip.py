@@ -7,45 +7,31 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
-from PIL.Image import Resampling
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils.rnn import pad_sequence
 
-from clip4vla.config_io import expand_path, parse_json
 from clip4vla.errors import UserError, one_line
-from clip4vla.io import safe_load
+from clip4vla.towers.transformers_folder import (
+    PREFIX,
+    SMALL,
+    cleaned,
+    find_folder,
+    model_class,
+    read_json,
+    read_pictures,
+    read_state,
+    read_tokenizer,
+)
 
-PREFIX = "hf:"
 TEXT = ("text_model", "text_projection")  # the parts of a model that its get_text_features runs
 VISION = ("vision_model", "image_model", "visual_projection", "image_projection")
-SMALL = ["*.json", "*.txt", "*.model"]  # configuration, tokenizer and picture preprocessing
-WEIGHTS = (
-    ["model*.safetensors", "model.safetensors.index.json"],
-    ["pytorch_model*.bin", "pytorch_model.bin.index.json"],
-)
 FULL_LENGTH = ("siglip", "siglip2")  # trained with captions padded to one length, and no mask: they pool the last place
-NAMES_CODE = (
-    "auto_map", "custom_pipelines", "attn_implementation", "_attn_implementation", "experts_implementation",
-    "quantization_config", "backbone", "backbone_config", "use_timm_backbone", "use_pretrained_backbone",
-)  # fmt: skip
-DROPPED = (
-    "dtype",
-    "torch_dtype",
-    "_name_or_path",
-    "name_or_path",
-    "transformers_version",
-    "architectures",
-    "return_dict",
-)
-TENSORS, EDGE = 20_000, 4096  # most of a model; of a picture, in pixels
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+TENSORS = 20_000  # most of a model
 
 
 class TransformersText(nn.Module):
@@ -54,7 +40,7 @@ class TransformersText(nn.Module):
     pad, end: the numbers of the padding token and of the one that ends a text; end None: the tokenizer has none.
     """
 
-    def __init__(self, model: nn.Module, pad: int, end: int | None, most: int):
+    def __init__(self, model: Any, pad: int, end: int | None, most: int):
         super().__init__()
         self.model = _part(model, TEXT)
         self.pad, self.end = pad, end
@@ -77,6 +63,11 @@ class TransformersText(nn.Module):
         words = project(outputs.last_hidden_state[:, :length]) if project is not None else None
         return _vectors(outputs), words
 
+    @property
+    def gives_words(self) -> bool:
+        """Tell whether encode gives the outputs of all tokens."""
+        return self.projection() is not None
+
     def projection(self) -> nn.Linear | None:
         """Return the layer that projects a token's output to D, if it is one that can be run on each token."""
         layer = getattr(self.model, "text_projection", getattr(self.model.text_model, "head", None))
@@ -93,19 +84,15 @@ class TransformersText(nn.Module):
         """Recompute the blocks' activations in the backward pass, or keep them."""
         _checkpoint(self.model, enable)
 
-    def train(self, mode: bool = True) -> "TransformersText":
-        """Set training mode; a frozen tower stays in evaluation mode, without dropout."""
-        return super().train(mode and _trains(self))
-
 
 class TransformersVision(nn.Module):
     """Encodes pictures as the get_image_features of a transformers model does; holds that model's vision parts alone."""
 
-    def __init__(self, model: nn.Module, image_size: tuple[int, int]):
+    def __init__(self, model: Any, image_size: tuple[int, int]):
         super().__init__()
         self.model = _part(model, VISION)
         self.image_size = image_size
-        self.patch = model.config.vision_config.patch_size if model.config.model_type == "siglip2" else None
+        self.patch: int | None = model.config.vision_config.patch_size if model.config.model_type == "siglip2" else None
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode normalised pictures (F, 3, H, W) to vectors (F, D), not normalised."""
@@ -124,15 +111,11 @@ class TransformersVision(nn.Module):
         """Recompute the blocks' activations in the backward pass, or keep them."""
         _checkpoint(self.model, enable)
 
-    def train(self, mode: bool = True) -> "TransformersVision":
-        """Set training mode; a frozen tower stays in evaluation mode, without dropout and with its batch statistics."""
-        return super().train(mode and _trains(self))
-
 
 class Towers(nn.Module):
     """Holds both towers of a transformers model, as `.text` and `.visual`."""
 
-    def __init__(self, model: nn.Module, config: dict[str, Any]):
+    def __init__(self, model: Any, config: dict[str, Any]):
         super().__init__()
         height, width = config["pictures"]["size"]
         self.text = TransformersText(model, **config["tokens"])
@@ -168,10 +151,6 @@ def _checkpoint(model: Any, enable: bool) -> None:
         model.activation_checkpointing_disable()
 
 
-def _trains(tower: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in tower.parameters())
-
-
 def is_named(clip: str) -> bool:
     """Tell whether `model.clip` names a folder or hub id of transformers: hf:FOLDER_OR_ID."""
     return clip.startswith(PREFIX)
@@ -180,15 +159,15 @@ def is_named(clip: str) -> bool:
 def resolve(clip: str) -> dict[str, Any]:
     """Collect all that the towers of hf:FOLDER_OR_ID are built from: its configuration, token numbers, pictures, D."""
     with _in_one_line(clip):
-        folder = _folder(clip, SMALL)
-        tree = _cleaned(_json(folder, "config.json"))
-        full = _tokenizer(clip)
+        folder = find_folder(clip, SMALL)
+        tree = cleaned(read_json(folder, "config.json"))
+        full = read_tokenizer(clip)
         end = full.eos_token_id
         pad = full.pad_token_id if full.pad_token_id is not None else end
         if pad is None:
             raise ValueError("its tokenizer has no padding token")
         config = {"transformers": tree, "tokens": {"pad": pad, "end": end, "most": full.model_max_length}}
-        config["pictures"] = _pictures(folder)
+        config["pictures"] = read_pictures(folder)
         with torch.device("meta"):
             towers = build(config)
             if len(full) > towers.text.vocab_size:
@@ -213,7 +192,7 @@ def _dim(towers: Towers) -> int:
 def build(config: dict[str, Any]) -> Towers:
     """Build randomly initialised towers of what `resolve` collected; ValueError for what is no such model."""
     with _at_most(TENSORS):
-        kind, made = _model_class(config["transformers"])
+        kind, made = model_class(config["transformers"])
         return Towers(kind(made), config)
 
 
@@ -231,10 +210,10 @@ def check_size_claims(config: dict[str, Any], state: dict[str, Tensor], blocks: 
 def load_weights(towers: Towers, clip: str) -> None:
     """Fill towers, which may be on torch's meta device, with the weights of hf:FOLDER_OR_ID; no code in them is run."""
     with _in_one_line(clip):
-        folder = _folder(clip, SMALL)
-        kind, made = _model_class(_cleaned(_json(folder, "config.json")))
+        folder = find_folder(clip, SMALL)
+        kind, made = model_class(cleaned(read_json(folder, "config.json")))
         model, account = kind.from_pretrained(
-            None, config=made, state_dict=_state(clip), dtype=torch.float32, output_loading_info=True
+            None, config=made, state_dict=read_state(clip), dtype=torch.float32, output_loading_info=True
         )
         ours = {*_part(model, TEXT).state_dict(), *_part(model, VISION).state_dict()}
         missing = sorted(ours & {*account["missing_keys"]})
@@ -244,119 +223,23 @@ def load_weights(towers: Towers, clip: str) -> None:
         towers.visual.model.load_state_dict(_part(model, VISION).state_dict(), assign=True)
 
 
-def _state(clip: str) -> dict[str, Tensor]:
-    """Read the weights of a folder or hub id, in fp32: its safetensors, or else torch's files."""
-    for patterns in WEIGHTS:
-        files = sorted(_folder(clip, patterns).glob(patterns[0]))
-        if files:
-            break
-    else:
-        raise ValueError("no weights there: model.safetensors or pytorch_model.bin is required")
-    state = {}
-    for file in files:
-        part, _ = safe_load.read(file)
-        safe_load.must_be_plain(part, file.stat().st_size)
-        state |= {name: value.float() if value.is_floating_point() else value for name, value in part.items()}
-    return state
-
-
 @functools.cache  # one for each length: the tokenizer of a library holds the length that it cuts at
-def tokenizer(clip: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
-    """Make a function of B strings to token numbers (B, L), L of the longest, max_tokens at most; cut captions keep the end."""
+def tokenizer(clip: str, max_tokens: int, fixed: bool = False) -> Callable[[list[str]], Tensor]:
+    """Make a function of B strings to token numbers (B, L); captions are cut to max_tokens, and keep their end token.
+
+    L is that of the longest, or max_tokens if `fixed`.
+    """
     with _in_one_line(clip):
-        full = _tokenizer(clip)
+        full = read_tokenizer(clip)
     pad = full.pad_token_id if full.pad_token_id is not None else full.eos_token_id
 
     def tokenize(texts: list[str]) -> Tensor:
         rows = full(texts, truncation=True, max_length=max_tokens)["input_ids"]
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+        tokens = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+        return F.pad(tokens, (0, (max_tokens - tokens.shape[1]) * fixed), value=pad)
 
     tokenize([""])  # sets the length to cut at: later calls, from several threads, then change nothing in it
     return tokenize
-
-
-def _tokenizer(clip: str) -> Any:
-    folder = _folder(clip, SMALL)
-    _json(folder, "tokenizer_config.json")
-    return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
-def _pictures(folder: Path) -> dict[str, Any]:
-    """Say how pictures are made for a vision tower, by its folder's preprocessor_config.json.
-
-    size (H, W) in pixels, mean and std of RGB in 0..1, interpolation, resize_mode (shortest: of that edge, then the
-    centre; squash). SigLIP 2 of any aspect ratio is given squares of as many patches.
-    """
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            _json(folder, name)
-            break
-    else:
-        raise ValueError("no preprocessor_config.json there, which says how its pictures are made")
-    made = _transformers().AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    size, mode = _picture_size(made)
-    if not all(0 < edge <= EDGE for edge in size):
-        raise ValueError(f"pictures of {size[0]} x {size[1]}, {EDGE} are the most")
-    scale = 255 * (made.rescale_factor if made.do_rescale else 1)
-    mean, std = (made.image_mean, made.image_std) if made.do_normalize else ((0, 0, 0), (1, 1, 1))
-    shift = (
-        1 if getattr(made, "rescale_offset", False) else 0
-    )  # EfficientNet's are from -1 to 1 before they are normalised
-    return {
-        "size": list(size),
-        "mean": [(value + shift) / scale for value in mean],
-        "std": [value * more / scale for value, more in zip(std, again, strict=True)],
-        "interpolation": Resampling(int(made.resample)).name.lower(),
-        "resize_mode": mode,
-    }
-
-
-def _picture_size(made: Any) -> tuple[tuple[int, int], str]:
-    """Read ((H, W), how pictures come to it) from an image processor; ValueError for a crop of a part of the picture."""
-    if hasattr(made, "max_num_patches"):
-        edge = made.patch_size * int(made.max_num_patches**0.5)
-        return (edge, edge), "squash"
-    given = {key: value for key, value in dict(made.size).items() if value}
-    crop = dict(made.crop_size) if getattr(made, "do_center_crop", False) else None
-    shortest = given.get("shortest_edge")
-    resized = (given["height"], given["width"]) if shortest is None else (shortest, shortest)
-    cropped = resized if crop is None else (crop["height"], crop["width"])
-    if cropped != resized or (shortest is not None and crop is None) or getattr(made, "do_pad", False):
-        raise ValueError(f"its pictures are resized to {given}, then cropped to {crop} or padded: not supported")
-    return resized, "squash" if shortest is None else "shortest"
-
-
-def _model_class(tree: dict[str, Any]) -> tuple[Any, Any]:
-    """Choose transformers' own (class, configuration) for a config.json; ValueError if it has no text and image features."""
-    library = _transformers()
-    name = tree.get("model_type")
-    if name not in library.CONFIG_MAPPING:
-        raise ValueError(f"transformers {library.__version__} has no model_type {name!r}")
-    config = library.CONFIG_MAPPING[name].from_dict(tree)
-    _must_name_no_code(config.to_dict())  # a class's own defaults may name a backbone
-    kind = library.MODEL_MAPPING.get(type(config), None)
-    if not hasattr(kind, "get_text_features") or not hasattr(kind, "get_image_features"):
-        raise ValueError(f"{name} has not both get_text_features and get_image_features")
-    return kind, config
-
-
-def _cleaned(tree: Any) -> Any:
-    """Leave out of a configuration what says nothing of the towers' structure, in all its parts."""
-    if isinstance(tree, dict):
-        return {key: _cleaned(value) for key, value in tree.items() if key not in DROPPED}
-    return tree
-
-
-def _must_name_no_code(tree: Any) -> None:
-    """Raise ValueError for a configuration that names code, kernels or backbones to fetch."""
-    if isinstance(tree, list):
-        for value in tree:
-            _must_name_no_code(value)
-    elif isinstance(tree, dict):
-        named = next((key for key in NAMES_CODE if tree.get(key)), None)
-        if named or str(tree.get("model_type")).startswith("timm"):
-            raise ValueError(f"{named or tree['model_type']} in its configuration: it may name no code")
-        _must_name_no_code(list(tree.values()))
 
 
 @contextlib.contextmanager
@@ -384,40 +267,3 @@ def _in_one_line(clip: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"model.clip={clip}: {one_line(error, 300)}") from None
-
-
-def _folder(clip: str, patterns: list[str]) -> Path:
-    """Return the folder of hf:FOLDER_OR_ID; of a hub id, that with those of its files that match."""
-    name = expand_path(clip.removeprefix(PREFIX), "model.clip")
-    if Path(name).is_dir():
-        return Path(name)
-    if not HUB_ID.fullmatch(name):
-        raise ValueError("no such folder, nor a hub id")
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except Exception as error:  # the hub's libraries raise whatever theirs do
-        raise ValueError(f"no such folder, and the hub does not give it ({one_line(error, 120)})") from None
-
-
-def _json(folder: Path, name: str) -> dict[str, Any]:
-    """Read a JSON file of a folder; ValueError if it is none, or names code."""
-    if not (folder / name).is_file():
-        raise ValueError(f"no {name} there")
-    tree = parse_json((folder / name).read_bytes())
-    if not isinstance(tree, dict):
-        raise ValueError(f"{name} holds no dictionary")
-    _must_name_no_code(tree)
-    return tree
-
-
-def _transformers() -> Any:
-    """Import transformers, which command lines keep out until a tower of its is wanted (cli.py)."""
-    if sys.modules.get("transformers", sys) is None:
-        del sys.modules["transformers"]
-    try:
-        import transformers
-    except ModuleNotFoundError:
-        raise UserError("model.clip=hf:: transformers is not installed: pip install 'clip4vla[hf]'") from None
-    transformers.logging.set_verbosity_error()  # it prints whole configurations, of token numbers that no tower reads
-    transformers.logging.disable_progress_bar()
-    return transformers

@@ -6,11 +6,12 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, convert_to_custom_text_state_dict
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
 from clip4vla.errors import UserError, one_line
 from clip4vla.io import safe_load
+from clip4vla.towers import transformers_clip
 from clip4vla.towers.build import build_clip
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
@@ -18,13 +19,20 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 
 def names_weights(clip: str) -> bool:
     """Tell whether `model.clip` names weights, in a file or by a tag, or an architecture alone."""
-    return clip.endswith(WEIGHTS) or (not clip.endswith(".json") and bool(clip.partition("/")[2]))
+    return (
+        transformers_clip.is_named(clip)
+        or clip.endswith(WEIGHTS)
+        or (not clip.endswith(".json") and bool(clip.partition("/")[2]))
+    )
 
 
-def load_clip_weights(model: CustomTextCLIP, clip: str) -> bool:
+def load_clip_weights(model: Any, clip: str) -> bool:
     """Fill the towers, which may be on torch's meta device, with the weights that `model.clip` names; False if none."""
     if not names_weights(clip):
         return False
+    if transformers_clip.is_named(clip):
+        transformers_clip.load_weights(model, clip)
+        return True
     name, _, tag = clip.partition("/")
     if clip.endswith(WEIGHTS):
         state = convert_to_custom_text_state_dict(read_weights(clip)[0])
@@ -80,6 +88,8 @@ def check_size_claims(config: dict[str, Any], state: dict[str, Tensor], blocks: 
 
     blocks, positions: of a head, of the text tower's width.
     """
+    if "transformers" in config:
+        return transformers_clip.check_size_claims(config, state, blocks, positions)
     sizes = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
     if sum(size.layers for size in sizes) + blocks > len(state) or min(size.layers for size in sizes) < 1:
         raise ValueError(f"towers of more blocks than the file's {len(state)} tensors")
