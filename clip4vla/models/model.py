@@ -25,6 +25,7 @@ from clip4vla.models.saved_config import FORMAT, upgraded
 from clip4vla.towers.build import Undrawn, build_clip, freeze_first, hold_still
 from clip4vla.towers.pictures import image_statistics
 from clip4vla.towers.text import encode_text, gives_words, token_mask
+from clip4vla.towers.transformers_folder import source_beside
 from clip4vla.towers.vision import encode_images
 from clip4vla.towers.weights import check_size_claims, load_clip_weights
 
@@ -347,6 +348,7 @@ class Model(nn.Module):
         file, weights = folder / "config.json", load_file(folder / "model.safetensors")
         tree = upgraded({"frames": {}} | parse_json(file.read_bytes()), file)  # version 0.1.0 did not write frames
         cfg = from_tree(ModelConfig, tree["model"], file, "model.")
+        cfg.clip = source_beside(cfg.clip, folder)
         spectrogram = from_tree(SpectrogramConfig, tree["spectrogram"], file, "spectrogram.")
         head = cfg.head not in ("global_global", "classifier")
         positions = cfg.max_tokens + cfg.max_frames + spectrogram.max_segments

@@ -1,6 +1,8 @@
 """Read folders and hub ids of transformers: configuration, weights, tokenizer, pictures. None of them can name code."""
 
+import itertools
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from clip4vla.errors import UserError, one_line
 from clip4vla.io import safe_load
 
 PREFIX = "hf:"
+SOURCE = "clip"  # in a model folder: what its towers were taken from, without weights
 SMALL = ["*.json", "*.txt", "*.model"]  # configuration, tokenizer and picture preprocessing
 WEIGHTS = (
     ["model*.safetensors", "model.safetensors.index.json"],
@@ -147,6 +150,23 @@ def find_folder(clip: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's libraries raise whatever theirs do
         raise ValueError(f"no such folder, and the hub does not give it ({one_line(error, 120)})") from None
+
+
+def copy_source(clip: str, folder: Path) -> None:
+    """Copy configuration, tokenizer and pictures of hf:FOLDER_OR_ID into the new SOURCE of a model folder; UserError if gone."""
+    try:
+        source = find_folder(clip, SMALL)
+    except ValueError as error:
+        raise UserError(f"model.clip={clip}: its tokenizer is to go with the model: {error}") from None
+    (folder / SOURCE).mkdir()
+    for file in itertools.chain(*map(source.glob, SMALL)):
+        if not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / SOURCE / file.name)
+
+
+def source_beside(clip: str, folder: Path) -> str:
+    """Return `clip`, or hf:SOURCE of a model folder if that has one."""
+    return f"{PREFIX}{folder / SOURCE}" if clip.startswith(PREFIX) and (folder / SOURCE).is_dir() else clip
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

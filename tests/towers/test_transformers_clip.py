@@ -3,16 +3,24 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
+from made_batch import batch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 
+from clip4vla.config import LossConfig, MaskConfig, ModelConfig, SpectrogramConfig
 from clip4vla.errors import UserError
+from clip4vla.export.model_folder import save_model_folder
+from clip4vla.models import model as model_file
+from clip4vla.models.model import Model
 from clip4vla.towers import transformers_folder
-from clip4vla.towers.build import build_clip, hold_still
+from clip4vla.towers.build import build_clip, freeze_first, hold_still
 from clip4vla.towers.config import resolve_clip_config
 from clip4vla.towers.text import encode_text, token_mask
 from clip4vla.towers.tokenizer import tokenizer
@@ -213,6 +221,75 @@ def test_towers_are_rebuilt_from_their_configuration_and_weights_alone(folders, 
     other.load_state_dict(state)
     assert torch.equal(other.text.encode(tokens)[0], towers.text.encode(tokens)[0])
     assert torch.equal(other.visual(images), towers.visual(images))
+
+
+class _Sound(nn.Module):
+    """Stands for the audio tower, which has tests of its own."""
+
+    def __init__(self, *_, **__):
+        super().__init__()
+        self.type_embedding = nn.Parameter(torch.zeros(2, 8))
+        self.trunk = nn.Linear(1, 32)
+
+    def forward(self, segments, mix):
+        return self.trunk(segments.mean((1, 2, 3))[:, None])
+
+
+@pytest.fixture
+def make_model(monkeypatch):
+    monkeypatch.setattr(model_file, "AudioEncoder", _Sound)
+
+    def make(folder):
+        cfg = ModelConfig(clip=f"hf:{folder}", max_tokens=9, trainable_towers="text+vision+audio")
+        model = Model(resolve_clip_config(cfg.clip), cfg, SpectrogramConfig())
+        assert model.load_clip()
+        model.freeze()
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip2", "align"])
+def test_a_model_trains_with_these_towers(folders, make_model, name):
+    model = make_model(folders / name)
+    made = batch()
+    made.tokens = tokenizer(model.cfg.clip, 9)(["a dog", "rain in town", "red", "the big dog"])
+    made.frames = made.frames[:, :, :32, :32]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    features = model.train()(made, LossConfig(at=1, tv=1), MaskConfig())
+    ((features["text"] * features["vision"]).sum() + (features["text"] * features["audio"]).sum()).backward()
+    optimizer.step()
+    moved = {key.split(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == {"text", "vision", "audio"}
+
+
+@torch.no_grad()
+def test_a_model_folder_needs_nothing_of_the_folder_that_its_towers_came_from(folders, make_model, tmp_path):
+    source = _copied(folders / "siglip", tmp_path / "source")
+    model = make_model(source).eval()
+    texts, images = ["a dog", LONG], torch.randint(0, 256, (2, 3, 32, 32))
+    expected = model.encode_texts(texts, tokenizer(model.cfg.clip, 9)), model.encode_frames(images)
+    save_model_folder(model, tmp_path / "first", ModelCard(""))
+    shutil.rmtree(source)
+    save_model_folder(Model.from_checkpoint(tmp_path / "first"), tmp_path / "second", ModelCard(""))
+    shutil.rmtree(tmp_path / "first")
+    again = Model.from_checkpoint(tmp_path / "second")
+    assert again.clip_config == model.clip_config and not list(Path(tmp_path, "second", "clip").glob("*.safetensors"))
+    assert torch.equal(again.encode_texts(texts, tokenizer(again.cfg.clip, 9)), expected[0])
+    assert torch.equal(again.encode_frames(images), expected[1])
+
+
+def test_the_first_blocks_are_frozen(folders):
+    towers, _ = _towers(folders / "siglip")
+    for tower, part in ((towers.text, "text_model"), (towers.visual, "vision_model")):
+        freeze_first(tower, 1, "x")
+        frozen = {
+            key.removeprefix(f"model.{part}.") for key, value in tower.named_parameters() if not value.requires_grad
+        }
+        trained = {key.removeprefix(f"model.{part}.") for key, value in tower.named_parameters() if value.requires_grad}
+        assert all(key.startswith(("embeddings.", "encoder.layers.0.")) for key in frozen) and frozen
+        assert any(key.startswith("head.") for key in trained) and "encoder.layers.1.layer_norm1.weight" in trained
 
 
 def test_a_configuration_cannot_claim_more_than_the_weights(folders):
