@@ -26,6 +26,7 @@ from clip4vla.towers.transformers_folder import (
     read_pictures,
     read_state,
     read_tokenizer,
+    weights_bytes,
 )
 
 TEXT = ("text_model", "text_projection")  # the parts of a model that its get_text_features runs
@@ -172,6 +173,9 @@ def resolve(clip: str) -> dict[str, Any]:
             towers = build(config)
             if len(full) > towers.text.vocab_size:
                 raise ValueError(f"its tokenizer has {len(full)} tokens, its text tower {towers.text.vocab_size}")
+            wanted, room = sum(value.numel() for value in towers.parameters()), weights_bytes(folder)
+            if room and wanted > room:
+                raise ValueError(f"its configuration is of {wanted} weights, its files have {room} bytes")
             config["tokens"]["most"] = towers.text.context_length
             config["embed_dim"] = _dim(towers.eval())
         return config

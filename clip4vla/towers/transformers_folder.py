@@ -55,6 +55,11 @@ def read_state(clip: str) -> dict[str, Tensor]:
     return state
 
 
+def weights_bytes(folder: Path) -> int:
+    """Count the bytes of the files of weights in a folder; 0 if there are none, or not yet."""
+    return sum(file.stat().st_size for patterns in WEIGHTS for file in folder.glob(patterns[0]))
+
+
 def read_tokenizer(clip: str) -> Any:
     folder = find_folder(clip, SMALL)
     read_json(folder, "tokenizer_config.json")

@@ -177,6 +177,41 @@ def test_towers_hold_their_own_parameters_alone_and_train(folders, name):
     assert all("pooler" in key for key in without), without  # BERT's, which these models do not use
 
 
+def _others():
+    library, both = transformers, {"text_config": SMALL, "vision_config": PICTURE, "projection_dim": 24}
+    vit, bert = library.ViTConfig(**PICTURE), library.BertConfig(**SMALL)
+    return {
+        "aimv2": (library.Aimv2Config(**both), 32, 24),
+        "blip": (library.BlipConfig(**both), 32, 24),
+        "clipseg": (library.CLIPSegConfig(**both), 32, 24),
+        "flava": (
+            library.FlavaConfig(text_config=SMALL, image_config=PICTURE, hidden_size=32, projection_dim=24),
+            32,
+            24,
+        ),
+        "groupvit": (library.GroupViTConfig(text_config=SMALL, projection_dim=24), 224, 24),
+        "owlvit": (library.OwlViTConfig(**both), 32, 24),
+        "tipsv2": (library.Tipsv2Config(), 448, 768),
+        "dual": (library.VisionTextDualEncoderConfig.from_vision_text_configs(vit, bert, projection_dim=24), 32, 24),
+    }
+
+
+@pytest.mark.parametrize("name", ["aimv2", "blip", "clipseg", "flava", "groupvit", "owlvit", "tipsv2", "dual"])
+def test_other_models_build_and_give_vectors_of_the_stated_size(name):
+    config, edge, dim = _others()[name]
+    tree = {
+        "transformers": transformers_folder.cleaned(json.loads(config.to_json_string())),
+        "tokens": {"pad": 0, "end": None, "most": 20},
+        "pictures": {"size": [edge, edge]},
+    }
+    with torch.device("meta"):
+        towers = build_clip(tree).eval()
+        tokens = torch.ones(2, 5, dtype=torch.int64)
+        texts = towers.text.model.get_text_features(tokens).pooler_output
+        assert texts.shape[-1] == dim and towers.visual(torch.zeros(2, 3, edge, edge)).shape == (2, dim)
+        assert 5 < towers.text.context_length <= 20 and towers.text.gives_words == (name not in ("groupvit", "tipsv2"))
+
+
 def test_frozen_towers_have_no_dropout_and_keep_their_batch_statistics(folders):
     towers, _ = _towers(folders / "align")
     towers.requires_grad_(False)
@@ -312,6 +347,7 @@ def test_a_configuration_cannot_claim_more_than_the_weights(folders):
     ("tokenizer_config.json", lambda tree: tree.update(auto_map={"AutoTokenizer": ["evil.T", None]}), "auto_map .* no code"),
     ("preprocessor_config.json", lambda tree: tree.update(auto_map={"AutoImageProcessor": "evil.P"}), "auto_map .* no code"),
     ("config.json", lambda tree: tree["text_config"].update(num_hidden_layers=10**9), "more than 20000 tensors"),
+    ("config.json", lambda tree: tree["text_config"].update(intermediate_size=10**7), "weights, its files have"),
     ("config.json", lambda tree: tree.update(model_type="clip9"), "no model_type 'clip9'"),
     ("config.json", lambda tree: tree.update(model_type="bert"), "get_text_features and get_image_features"),
     ("config.json", lambda tree: tree["text_config"].update(vocab_size=5), "12 tokens, its text tower 5"),
