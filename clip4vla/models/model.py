@@ -55,9 +55,8 @@ class Model(nn.Module):
         self.text, self.vision = built.text, built.visual
         self.audio = AudioEncoder(built.visual, cfg, spectrogram)
         self.init_head()
-        self.logit_scale = nn.Parameter(
-            torch.tensor([math.log(1 / cfg.temperature)])
-        )  # 1-d: DeepSpeed broadcasts no scalars
+        # 1-d: DeepSpeed broadcasts no scalars
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / cfg.temperature)]))
         self.image_statistics = image_statistics(cfg.clip)
         pixels = 255 * torch.tensor(self.image_statistics).view(2, 3, 1, 1)  # mean and deviation of 0..255
         # the bits of fp32 numbers: .half() and DeepSpeed would round them
@@ -146,8 +145,11 @@ class Model(nn.Module):
                 yield sentence, self._words(words, tokens)
 
     def _words(self, outputs: Tensor, tokens: Tensor) -> fusion.PaddedSequence:
-        """Mark which of the text tower's outputs (B, L, D) are of words of tokens (B, L), which are on the CPU."""
-        mask = token_mask(self.text, tokens)
+        """Mark which of the text tower's outputs (B, L, D) are of words of tokens (B, L), which are on the CPU.
+
+        Those after max_tokens are none: some towers read padding to the end.
+        """
+        outputs, mask = outputs[:, : self.cfg.max_tokens], token_mask(self.text, tokens)[:, : self.cfg.max_tokens]
         return fusion.PaddedSequence(fusion.TEXT, outputs, upload(mask, outputs.device), mask.sum(1))
 
     def encode_texts(self, texts: list[str], tokenize: Callable[[list[str]], Tensor], together: bool = False) -> Tensor:

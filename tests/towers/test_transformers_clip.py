@@ -11,8 +11,8 @@ import transformers
 from huggingface_hub import ModelCard
 from made_batch import batch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
+from transformers_models import equal_to_theirs, made_tokenizer, others
 
 from clip4vla.config import LossConfig, MaskConfig, ModelConfig, SpectrogramConfig
 from clip4vla.errors import UserError
@@ -27,64 +27,8 @@ from clip4vla.towers.tokenizer import tokenizer
 from clip4vla.towers.vision import encode_images
 from clip4vla.towers.weights import check_size_claims, load_clip_weights
 
-WORDS = "a dog barks at the rain in big red town".split()
 LONG = "the big red town in the rain barks at a dog in the rain"
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
-PICTURE = {"image_size": 32, "patch_size": 16} | {k: v for k, v in SMALL.items() if k != "vocab_size"}
-TOKENS = {  # (special tokens, by number; those before and after a text): of OpenAI's, SigLIP 2's, XLM-R's and BERT's kind
-    "openai": (["<s>", "</s>"], "<s>", "</s>"),
-    "gemma": (["<pad>", "</s>", "<unk>"], None, "</s>"),
-    "xlm-r": (["<s>", "<pad>", "</s>"], "<s>", "</s>"),
-    "bert": (["[PAD]", "[CLS]", "[SEP]"], "[CLS]", "[SEP]"),
-}
-
-
-def _configs():
-    both, square = {"text_config": SMALL, "vision_config": PICTURE, "projection_dim": 24}, {"height": 32, "width": 32}
-    siglip = SMALL | {"max_position_embeddings": 9, "projection_size": 32}
-    naflex = {k: v for k, v in PICTURE.items() if k != "image_size"} | {"num_patches": 4}
-    xlm = SMALL | {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
-    align = {"image_size": 32, "width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 32}
-    library = transformers
-    openai = both | {"text_config": SMALL | {"bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 20}}
-    clip = library.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=square)
-    half = library.SiglipImageProcessor(size=square, resample=2)
-    return {
-        "clip": (library.CLIPConfig(**openai), "openai", clip),
-        "siglip": (library.SiglipConfig(text_config=siglip, vision_config=PICTURE), "gemma", half),
-        "siglip2": (
-            library.Siglip2Config(text_config=siglip, vision_config=naflex),
-            "gemma",
-            library.Siglip2ImageProcessor(patch_size=16, max_num_patches=4),
-        ),
-        "metaclip_2": (library.MetaClip2Config(**both | {"text_config": xlm}), "xlm-r", clip),
-        "altclip": (library.AltCLIPConfig(**both | {"text_config": xlm | {"project_dim": 32}}), "xlm-r", clip),
-        "chinese_clip": (library.ChineseCLIPConfig(**both), "bert", clip),
-        "align": (
-            library.AlignConfig(text_config=SMALL, vision_config=align, projection_dim=32),
-            "bert",
-            library.EfficientNetImageProcessor(
-                size=square, do_center_crop=False, rescale_factor=1 / 127.5, rescale_offset=True, do_normalize=False, resample=2
-            ),
-        ),
-    }  # fmt: skip
-
-
-CONFIGS = _configs()
-
-
-def _tokenizer(kind):
-    special, first, last = TOKENS[kind]
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="a"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    single = " ".join(part for part in (first, "$A", last) if part)
-    used = [(token, special.index(token)) for token in (first, last) if token]
-    made.post_processor = processors.TemplateProcessing(single=single, special_tokens=used)
-    pad = "</s>" if kind == "openai" else next(token for token in special if "pad" in token.lower())
-    ends = {"cls_token": first, "sep_token": last} if kind == "bert" else {"bos_token": first, "eos_token": last}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token=pad, model_max_length=20, padding_side="right", **ends
-    )
+CONFIGS = equal_to_theirs()
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +39,7 @@ def folders(tmp_path_factory):
         model = transformers.AutoModel.from_config(config).eval()
         for parameter in model.parameters():  # some begin at nearly 0: no difference would show
             parameter.data += (0.5 if name == "align" else 0.1) * torch.randn_like(parameter)
-        for part in (model, _tokenizer(kind), pictures):
+        for part in (model, made_tokenizer(kind), pictures):
             part.save_pretrained(root / name)
     return root
 
@@ -177,28 +121,9 @@ def test_towers_hold_their_own_parameters_alone_and_train(folders, name):
     assert all("pooler" in key for key in without), without  # BERT's, which these models do not use
 
 
-def _others():
-    library, both = transformers, {"text_config": SMALL, "vision_config": PICTURE, "projection_dim": 24}
-    vit, bert = library.ViTConfig(**PICTURE), library.BertConfig(**SMALL)
-    return {
-        "aimv2": (library.Aimv2Config(**both), 32, 24),
-        "blip": (library.BlipConfig(**both), 32, 24),
-        "clipseg": (library.CLIPSegConfig(**both), 32, 24),
-        "flava": (
-            library.FlavaConfig(text_config=SMALL, image_config=PICTURE, hidden_size=32, projection_dim=24),
-            32,
-            24,
-        ),
-        "groupvit": (library.GroupViTConfig(text_config=SMALL, projection_dim=24), 224, 24),
-        "owlvit": (library.OwlViTConfig(**both), 32, 24),
-        "tipsv2": (library.Tipsv2Config(), 448, 768),
-        "dual": (library.VisionTextDualEncoderConfig.from_vision_text_configs(vit, bert, projection_dim=24), 32, 24),
-    }
-
-
 @pytest.mark.parametrize("name", ["aimv2", "blip", "clipseg", "flava", "groupvit", "owlvit", "tipsv2", "dual"])
 def test_other_models_build_and_give_vectors_of_the_stated_size(name):
-    config, edge, dim = _others()[name]
+    config, edge, dim = others()[name]
     tree = {
         "transformers": transformers_folder.cleaned(json.loads(config.to_json_string())),
         "tokens": {"pad": 0, "end": None, "most": 20},
@@ -261,10 +186,10 @@ def test_towers_are_rebuilt_from_their_configuration_and_weights_alone(folders, 
 class _Sound(nn.Module):
     """Stands for the audio tower, which has tests of its own."""
 
-    def __init__(self, *_, **__):
+    def __init__(self, dim):
         super().__init__()
         self.type_embedding = nn.Parameter(torch.zeros(2, 8))
-        self.trunk = nn.Linear(1, 32)
+        self.trunk = nn.Linear(1, dim)
 
     def forward(self, segments, mix):
         return self.trunk(segments.mean((1, 2, 3))[:, None])
@@ -272,11 +197,12 @@ class _Sound(nn.Module):
 
 @pytest.fixture
 def make_model(monkeypatch):
-    monkeypatch.setattr(model_file, "AudioEncoder", _Sound)
 
-    def make(folder):
-        cfg = ModelConfig(clip=f"hf:{folder}", max_tokens=9, trainable_towers="text+vision+audio")
-        model = Model(resolve_clip_config(cfg.clip), cfg, SpectrogramConfig())
+    def make(folder, **words):
+        cfg = ModelConfig(clip=f"hf:{folder}", max_tokens=9, trainable_towers="text+vision+audio", **words)
+        config = resolve_clip_config(cfg.clip)
+        monkeypatch.setattr(model_file, "AudioEncoder", lambda *_, **__: _Sound(config["embed_dim"]))
+        model = Model(config, cfg, SpectrogramConfig())
         assert model.load_clip()
         model.freeze()
         return model
@@ -313,6 +239,25 @@ def test_a_model_folder_needs_nothing_of_the_folder_that_its_towers_came_from(fo
     assert again.clip_config == model.clip_config and not list(Path(tmp_path, "second", "clip").glob("*.safetensors"))
     assert torch.equal(again.encode_texts(texts, tokenizer(again.cfg.clip, 9)), expected[0])
     assert torch.equal(again.encode_frames(images), expected[1])
+
+
+@pytest.mark.parametrize("head", ["global_local", "local_local"])
+def test_heads_read_frames_and_words_of_these_towers(folders, make_model, head):
+    model = make_model(folders / "clip", head=head, head_layers=1)
+    made = batch()
+    made.tokens = tokenizer(model.cfg.clip, 9)(["a dog", "rain in town", "red", "the big dog"])
+    made.frames = made.frames[:, :, :32, :32]
+    features = model.train()(made, LossConfig(at=0, tm=1), MaskConfig())
+    features.get("scores", features.get("media")).square().sum().backward()
+    trained = {
+        key.split(".")[0] for key, value in model.named_parameters() if value.grad is not None and value.grad.any()
+    }
+    assert {"vision", "audio", "head"} <= trained and ("text" in trained) == (head == "local_local")
+
+
+def test_the_captioner_is_refused_in_one_line(folders, make_model):
+    with pytest.raises(UserError, match="model.head=captioner"):
+        make_model(folders / "clip", head="captioner", head_layers=1)
 
 
 def test_the_first_blocks_are_frozen(folders):
