@@ -29,6 +29,7 @@ from clip4vla.models.audio_encoder import type_token_weights
 from clip4vla.models.classifier import Classifier
 from clip4vla.models.model import Model
 from clip4vla.towers.tokenizer import tokenizer
+from clip4vla.towers.transformers_folder import SMALL, SOURCE
 
 File = str | os.PathLike
 Wave = np.ndarray | Tensor
@@ -251,7 +252,7 @@ def resolve_model_dir(name: File) -> Path | None:
 def _downloaded(name: File, **words: Any) -> Path:
     """Download what the hub has under this name, and return its folder."""
     try:
-        files = ["config.json", "model.safetensors", "README.md"]
+        files = ["config.json", "model.safetensors", "README.md", *(f"{SOURCE}/{pattern}" for pattern in SMALL)]
         return Path(snapshot_download(str(name), allow_patterns=files, **words))
     except Exception as error:  # the hub's library and those below it raise many kinds
         why = one_line(error)

@@ -19,6 +19,7 @@ from clip4vla.io.atomic import atomic_folder
 from clip4vla.io.safe_load import save_tensors
 from clip4vla.models.model import Model
 from clip4vla.towers.config import resolve_clip_config
+from clip4vla.towers.transformers_folder import PREFIX, copy_source
 from clip4vla.towers.weights import read_weights
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -46,6 +47,8 @@ def save_model_folder(
         aside.mkdir()
         save_tensors(weights, aside / "model.safetensors")
         (aside / "config.json").write_text(json.dumps(model.config() | {"step": step}, indent=1))
+        if model.cfg.clip.startswith(PREFIX):
+            copy_source(model.cfg.clip, aside)
         if card or not (folder / "README.md").exists():
             (card or model_card.card(model)).save(aside / "README.md")
         if onnx:

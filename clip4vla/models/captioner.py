@@ -80,13 +80,13 @@ class CaptionDecoder:
         embedding = self.text.token_embedding.weight  # not the module, after which ZeRO-3 would take it away again
         x = F.embedding(token, embedding)[:, None].to(self.text.transformer.get_cast_dtype())
         x = x + self.text.positional_embedding[self.length].to(x.dtype)
+        block: Any  # a Block
         for i, block in enumerate(self.text.transformer.resblocks):
             x, self.read[i] = block.run(x, 1, None, self.read[i])
         encoder = self.head.encoder
         x = projected(self.text, x).to(encoder.type_embedding.dtype)
         x = x + encoder.positional_embedding[self.length] + encoder.type_embedding[TEXT]
         self.mask = F.pad(self.mask, (0, 1), value=True)
-        block: Any  # a Block
         for i, block in enumerate(encoder.blocks):
             x, self.encoded[i] = block.run(x, 1, self.mask, self.encoded[i])
         self.length += 1

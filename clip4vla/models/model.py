@@ -26,6 +26,7 @@ from clip4vla.models.saved_config import FORMAT, upgraded
 from clip4vla.towers.build import Undrawn, build_clip, freeze_first, hold_still
 from clip4vla.towers.pictures import image_statistics
 from clip4vla.towers.text import encode_text, gives_words, token_mask
+from clip4vla.towers.transformers_folder import source_beside
 from clip4vla.towers.vision import encode_images
 from clip4vla.towers.weights import check_size_claims, load_clip_weights
 
@@ -59,9 +60,8 @@ class Model(nn.Module):
         own = build_tower(self.audio_config) if self.audio_config else built.visual
         self.audio = AudioEncoder(own, cfg, spectrogram, clip["embed_dim"])
         self.init_head()
-        self.logit_scale = nn.Parameter(
-            torch.tensor([math.log(1 / cfg.temperature)])
-        )  # 1-d: DeepSpeed broadcasts no scalars
+        # 1-d: DeepSpeed broadcasts no scalars
+        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / cfg.temperature)]))
         self.image_statistics = image_statistics(cfg.clip)
         pixels = 255 * torch.tensor(self.image_statistics).view(2, 3, 1, 1)  # mean and deviation of 0..255
         # the bits of fp32 numbers: .half() and DeepSpeed would round them
@@ -351,6 +351,7 @@ class Model(nn.Module):
         file, weights = folder / "config.json", load_file(folder / "model.safetensors")
         tree = upgraded({"frames": {}} | parse_json(file.read_bytes()), file)  # version 0.1.0 did not write frames
         cfg = from_tree(ModelConfig, tree["model"], file, "model.")
+        cfg.clip = source_beside(cfg.clip, folder)
         spectrogram = from_tree(SpectrogramConfig, tree["spectrogram"], file, "spectrogram.")
         head = cfg.head not in ("global_global", "classifier")
         positions = cfg.max_tokens + cfg.max_frames + spectrogram.max_segments

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from clip4vla.errors import UserError, one_line
+from clip4vla.towers import transformers_clip
 from clip4vla.towers.attention import own_blocks
 from clip4vla.towers.text import HFText
 
@@ -22,8 +23,10 @@ BLOCKS = ("resblocks", "blocks", "stages", "layers", "block", "layer")  # names 
 OWN = TextTransformer | VisionTransformer
 
 
-def build_clip(config: dict[str, Any]) -> CustomTextCLIP:
-    """Build randomly initialised towers `.visual` and `.text` of an open_clip configuration; no weights are fetched."""
+def build_clip(config: dict[str, Any]) -> Any:
+    """Build randomly initialised towers `.visual` and `.text` of a configuration; no weights are fetched."""
+    if "transformers" in config:
+        return transformers_clip.build(config)
     vision, text = config["vision_cfg"], config["text_cfg"]
     hf = text.get("hf_model_name")
     if vision.get("timm_model_name"):

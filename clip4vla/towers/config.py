@@ -8,6 +8,7 @@ import open_clip
 
 from clip4vla.config_io import parse_json
 from clip4vla.errors import UserError, one_line
+from clip4vla.towers import transformers_clip
 from clip4vla.towers.weights import (
     CONFIG,
     HUB,
@@ -26,6 +27,8 @@ PADDED_WITH_EOS = ("timm/ViT-B-16-SigLIP", "timm/ViT-B-16-SigLIP-i18n-256")  # t
 
 def resolve_clip_config(clip: str, quick_gelu: str = "auto") -> dict[str, Any]:
     """Find open_clip's configuration of a CLIP named as in `model.clip`; raises UserError if there is no such model."""
+    if transformers_clip.is_named(clip):
+        return transformers_clip.resolve(clip)
     name, _, tag = clip.partition("/")
     written, path = config_file(clip), weights_file(clip)
     trained_with = None

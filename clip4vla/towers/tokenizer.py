@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clip4vla.config_io import expand_path
 from clip4vla.errors import UserError, one_line
+from clip4vla.towers import transformers_clip
 from clip4vla.towers.build import import_for_open_clip, names_in_open_clip
 from clip4vla.towers.config import text_config
 from clip4vla.towers.weights import FOLDER, HUB
@@ -93,6 +94,8 @@ def tokenizer(
     L is that of the longest, max_tokens if `fixed`, or that of the training of a tower which reads what follows a caption.
     config: the CLIP's, found by its name if not given.
     """
+    if transformers_clip.is_named(clip):
+        return transformers_clip.tokenizer(clip, max_tokens, fixed)
     text = text_config(clip) if config is None else config["text_cfg"]
     full, room = get_tokenizer(clip, max_tokens, config), text.get("context_length", 77)
     simple = isinstance(full, open_clip.SimpleTokenizer)

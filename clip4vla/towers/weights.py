@@ -9,12 +9,13 @@ import torch
 from open_clip import pretrained
 from open_clip.convert import convert_state_dict
 from open_clip.factory import _find_checkpoint_in_dir
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, convert_to_custom_text_state_dict
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
 from clip4vla.config_io import expand_path
 from clip4vla.errors import UserError, one_line
 from clip4vla.io import safe_load
+from clip4vla.towers import transformers_clip
 from clip4vla.towers.build import build_clip
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
@@ -58,15 +59,18 @@ def download(clip: str, name: str | None = None) -> str:
 
 def names_weights(clip: str) -> bool:
     """Tell whether `model.clip` names weights, in a file or by a tag, or an architecture alone."""
-    if clip.startswith((HUB, FOLDER)) or clip.endswith(WEIGHTS):
+    if transformers_clip.is_named(clip) or clip.startswith((HUB, FOLDER)) or clip.endswith(WEIGHTS):
         return True
     return not clip.endswith(".json") and bool(clip.partition("/")[2])
 
 
-def load_clip_weights(model: CustomTextCLIP, clip: str) -> bool:
+def load_clip_weights(model: Any, clip: str) -> bool:
     """Fill the towers, which may be on torch's meta device, with the weights that `model.clip` names; False if none."""
     if not names_weights(clip):
         return False
+    if transformers_clip.is_named(clip):
+        transformers_clip.load_weights(model, clip)
+        return True
     name, _, tag = clip.partition("/")
     if path := weights_file(clip):
         state = convert_to_custom_text_state_dict(convert_state_dict(model, read_weights(path)[0]))
@@ -126,6 +130,8 @@ def check_size_claims(config: dict[str, Any], state: dict[str, Tensor], blocks: 
 
     blocks, positions: of a head, of width D.
     """
+    if "transformers" in config:
+        return transformers_clip.check_size_claims(config, state, blocks, positions)
     sizes = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
     vision = sizes[0].layers if isinstance(sizes[0].layers, list) else [sizes[0].layers]  # a ResNet has four stages
     layers = [*vision] * (not sizes[0].timm_model_name) + [sizes[1].layers] * (not sizes[1].hf_model_name)
