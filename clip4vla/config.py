@@ -99,7 +99,7 @@ class ModelConfig:
 
     clip: str = option(
         "ViT-B-32-quickgelu/openai",
-        "open_clip name, NAME/PRETRAINED tag, weights file (.safetensors, .pt), or .json in open_clip's format",
+        "open_clip name, NAME/PRETRAINED tag, weights file (.safetensors, .pt), .json in open_clip's format, or vectors:NAME",
         path=True,
     )
     quick_gelu: Literal["auto", "yes", "no"] = option(
@@ -119,11 +119,10 @@ class ModelConfig:
     media_mean: Literal["normalized", "raw"] = option(
         "normalized", "mean of vision and audio, brought to unit length, or left as it is (official)"
     )
-    freeze_layers: dict[str, int] = option(
-        {}, "tower: number of its first blocks that stay frozen, with what lies before them"
-    )
+    freeze_layers: dict[str, int] = option({}, "tower: its first blocks that stay frozen, with what lies before them")
     audio_type: str = option("both", "type token when not pre-training: vb, nb, both, none, or the share of NB, 0..1")
     pretrain_audio_type: Literal["data", "none"] = option("data", "token in pre-training: the clip's own type, or none")
+    audio_tower: str = option("vision", "ViT of open_clip that the audio tower is, with model.clip=vectors:NAME")
     audio_init: Literal["vision", "scratch"] = option("vision", "where the audio tower starts")
     audio_patch: list[int] = option(
         [],

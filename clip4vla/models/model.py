@@ -24,9 +24,10 @@ from clip4vla.models.classifier import Classifier, in_words
 from clip4vla.models.saved_config import FORMAT, upgraded
 from clip4vla.towers.build import Undrawn, build_clip, freeze_first
 from clip4vla.towers.pictures import image_statistics
+from clip4vla.towers.space import build_towers, check_space_claims, must_have_text
 from clip4vla.towers.text import encode_text, token_mask
 from clip4vla.towers.vision import encode_images
-from clip4vla.towers.weights import check_size_claims, load_clip_weights
+from clip4vla.towers.weights import check_size_claims, load_clip_weights, names_weights
 
 TEXTS = 256  # of a pass through the text tower
 
@@ -37,6 +38,8 @@ class Model(nn.Module):
     clip: open_clip configuration of the towers; spectrogram, frames: as the shards it is trained on were made.
     """
 
+    text: Any  # towers as model.clip names them, or NoTower
+    vision: Any
     head: Any  # as cfg.head names it: a Classifier, a Captioner, or one of fusion.py's
     pixel_statistics: Tensor
 
@@ -50,9 +53,8 @@ class Model(nn.Module):
         super().__init__()
         self.clip_config, self.cfg, self.spectrogram = clip, cfg, spectrogram
         self.frames = frames or FramesConfig()
-        built = build_clip(clip)
-        self.text, self.vision = built.text, built.visual
-        self.audio = AudioEncoder(built.visual, cfg, spectrogram)
+        self.text, self.vision, start = build_towers(clip)
+        self.audio = AudioEncoder(start, cfg, spectrogram)
         self.init_head()
         self.logit_scale = nn.Parameter(
             torch.tensor([math.log(1 / cfg.temperature)])
@@ -64,6 +66,8 @@ class Model(nn.Module):
 
     def load_clip(self) -> bool:
         """Fill text and vision from the weights that cfg.clip names; False if it names none."""
+        if not names_weights(self.cfg.clip):
+            return False
         with torch.device("meta"):  # shapes alone: random weights would take a second, and the file's take their place
             built = build_clip(self.clip_config)
         loaded = load_clip_weights(built, self.cfg.clip)
@@ -74,12 +78,14 @@ class Model(nn.Module):
 
     def start_audio(self) -> None:
         """Initialise the audio tower from the vision tower (or leave it fresh), as cfg.audio_init says."""
-        if self.cfg.audio_init == "vision":
+        if self.cfg.audio_init == "vision" and "space" not in self.clip_config:
             self.audio = AudioEncoder(self.vision, self.cfg, self.spectrogram)
 
     def init_head(self) -> None:
         """Make the head that cfg.head names; all but the classifier start from the text tower as it is now."""
         dim = self.clip_config["embed_dim"]
+        if self.cfg.head not in ("global_global", "classifier"):
+            must_have_text(self.text, self.cfg.head)
         if self.cfg.head == "classifier":
             self.head = Classifier(self.cfg, dim)
             return
@@ -153,7 +159,8 @@ class Model(nn.Module):
         if not len(frames):  # open_clip's tower fails on none, and under ZeRO-3 all ranks must run it
             return self.encode_frames(frames.new_zeros(1, *frames.shape[1:]))[:0]
         mean, std = self.pixel_statistics.view(torch.float32)
-        return encode_images(self.vision, ((frames.float() - mean) / std).to(self.vision.conv1.weight.dtype))
+        dtype = self.audio.type_embedding.dtype  # of all weights
+        return encode_images(self.vision, ((frames.float() - mean) / std).to(dtype))
 
     def encode_segments(self, segments: Tensor, mix: Tensor) -> Tensor:
         """Encode normalised segments (S, C, 224, 224) to vectors (S, D), not normalised; mix: see type_token_weights."""
@@ -335,7 +342,10 @@ class Model(nn.Module):
         spectrogram = from_tree(SpectrogramConfig, tree["spectrogram"], file, "spectrogram.")
         head = cfg.head not in ("global_global", "classifier")
         positions = cfg.max_tokens + cfg.max_frames + spectrogram.max_segments
-        check_size_claims(tree["clip"], weights, cfg.head_layers * head, positions * head)
+        if "space" in tree["clip"]:
+            check_space_claims(tree["clip"], weights)
+        else:
+            check_size_claims(tree["clip"], weights, cfg.head_layers * head, positions * head)
         with Undrawn():
             model = cls(tree["clip"], cfg, spectrogram, from_tree(FramesConfig, tree["frames"], file, "frames."))
         model.load_state_dict(weights)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 def encode_text(tower: TextTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Encode token numbers (B, L) to (sentence vector at [EOS] (B, D), projected outputs of all tokens (B, L, D))."""
+    if not isinstance(tower, TextTransformer):
+        return tower.encode(tokens)
     x, mask = tower._embeds(tokens)
     length = x.shape[1]
     x = projected(tower, tower.transformer(x, attn_mask=mask[..., :length, :length] if mask is not None else None))

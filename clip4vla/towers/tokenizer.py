@@ -4,8 +4,10 @@ import functools
 from collections.abc import Callable
 
 import open_clip
+import torch
 from torch import Tensor
 
+from clip4vla.data.precomputed_embeddings import SPACE
 from clip4vla.towers.weights import WEIGHTS
 
 WORDS, LETTERS = 1 << 18, 64  # how many, of how many letters, are remembered with their tokens: 0.2 GB at most
@@ -43,7 +45,12 @@ class _FirstWords(dict):
 
 
 def tokenizer(clip: str, max_tokens: int) -> Callable[[list[str]], Tensor]:
-    """Make a function of B strings to token numbers (B, L), L of the longest, max_tokens at most; cut captions keep [EOS]."""
+    """Make a function of B strings to token numbers (B, L), L of the longest, max_tokens at most; cut captions keep [EOS].
+
+    A space of vectors reads no texts: L = 0.
+    """
+    if clip.startswith(SPACE):
+        return lambda texts: torch.zeros(len(texts), 0, dtype=torch.int64)
     full = get_tokenizer(clip, max_tokens)
     if not isinstance(full, open_clip.SimpleTokenizer):  # other kinds of padding and pooling
         return full

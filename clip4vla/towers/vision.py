@@ -16,6 +16,8 @@ from clip4vla.towers.attention import run_block
 
 def encode_images(tower: VisionTransformer, images: Tensor) -> Tensor:
     """Encode normalised pictures (F, 3, H, W) into vectors (F, D), not normalised."""
+    if not isinstance(tower, VisionTransformer):
+        return tower(images)
     x = embed_patches(images, tower.conv1.weight)
     x = torch.cat([tower.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1)
     x = tower.ln_pre(tower.patch_dropout(x + tower.positional_embedding.to(x.dtype)))

@@ -9,6 +9,7 @@ import torch
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
+from clip4vla.data.precomputed_embeddings import SPACE
 from clip4vla.errors import UserError, one_line
 from clip4vla.io import safe_load
 from clip4vla.towers.build import build_clip
@@ -18,6 +19,8 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 
 def names_weights(clip: str) -> bool:
     """Tell whether `model.clip` names weights, in a file or by a tag, or an architecture alone."""
+    if clip.startswith(SPACE):
+        return False
     return clip.endswith(WEIGHTS) or (not clip.endswith(".json") and bool(clip.partition("/")[2]))
 
 

@@ -19,6 +19,7 @@ from clip4vla.distributed import collectives
 from clip4vla.errors import UserError, one_line
 from clip4vla.models.model import Model
 from clip4vla.quick_imports import quick_imports
+from clip4vla.towers.space import NoTower
 from clip4vla.training.zero_optimizer import spare_launches_and_waits
 
 AUTO = "auto"
@@ -151,7 +152,8 @@ def start(model: Model, ds: dict[str, Any], train: TrainConfig) -> Any:
     # fp32 products of the losses: features that were rounded to bf16 or fp16 have no more bits than TF32 keeps
     torch.backends.cuda.matmul.allow_tf32 = ds["bf16"]["enabled"] or ds["fp16"]["enabled"]
     for tower in (model.text, model.vision, model.audio.trunk):
-        tower.transformer.grad_checkpointing = train.activation_checkpointing
+        if not isinstance(tower, NoTower):
+            tower.transformer.grad_checkpointing = train.activation_checkpointing
     try:
         with contextlib.redirect_stdout(None):  # its BF16_Optimizer prints the memory at each of its steps
             engine, *_ = deepspeed.initialize(

@@ -33,6 +33,7 @@ from clip4vla.models.audio_encoder import type_token_weights
 from clip4vla.models.classifier import Classifier
 from clip4vla.models.fusion import GlobalToGlobal, LocalToLocal
 from clip4vla.models.model import Model, needed_towers, uses_head
+from clip4vla.towers.space import NoTower
 from clip4vla.towers.vision import pools_first
 
 Number = TypeVar("Number", float, Tensor)
@@ -76,6 +77,8 @@ class FlopCounter:
         self.batch_parts = cfg.train.gradient_accumulation_steps if cfg.train.negatives == "micro" else 1
         self.trunk, self.channels = model.audio.trunk, 1 if model.spectrogram.channels == "mono" else 3
         self.type_tokens = type_tokens(cfg)
+        if isinstance(model.text, NoTower):
+            return
         self.per_frame = float(_picture(model.vision, 3, torch.tensor(math.prod(model.vision.grid_size)), 0))
         passes = 3 if elements(model.text, trained=True) else 1
         per_token, per_token_pair = _transformer(model.text.transformer.resblocks)
