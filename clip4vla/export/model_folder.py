@@ -49,9 +49,9 @@ def save_model_folder(
         if card or not (folder / "README.md").exists():
             (card or model_card.card(model)).save(aside / "README.md")
         if onnx:
-            from clip4vla.export.onnx_export import export_towers  # its packages are an extra
+            from clip4vla.export.onnx_export import export_model  # its packages are an extra
 
-            export_towers(Model.from_checkpoint(aside), aside)  # of the weights as they are rounded
+            export_model(Model.from_checkpoint(aside), aside)  # of the weights as they are rounded
 
     atomic_folder(folder, fill)
     millions = sum(value.numel() for value in weights.values()) / 1e6
