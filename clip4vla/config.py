@@ -122,12 +122,9 @@ class ModelConfig:
     freeze_layers: dict[str, int] = option({}, "tower: its first blocks that stay frozen, with what lies before them")
     audio_type: str = option("both", "type token when not pre-training: vb, nb, both, none, or the share of NB, 0..1")
     pretrain_audio_type: Literal["data", "none"] = option("data", "token in pre-training: the clip's own type, or none")
-    audio_tower: str = option("vision", "ViT of open_clip that the audio tower is, with model.clip=vectors:NAME")
-    audio_init: Literal["vision", "scratch"] = option("vision", "where the audio tower starts")
-    audio_patch: list[int] = option(
-        [],
-        "[rows, mels] of the audio tower's patches, e.g. [4, 224]; empty: as the vision tower's, 32 x 32 with ViT-B/32",
-    )
+    audio_tower: str = option("vision", "vision: its copy; or a ViT, named as in model.clip, or one of timm", path=True)
+    audio_init: Literal["vision", "scratch"] = option("vision", "start from the weights of audio_tower, or fresh")
+    audio_patch: list[int] = option([], "[rows, mels] of the audio tower's patches, e.g. [4, 224]; empty: its own")
     audio_span: Literal["segment", "clip"] = option(
         "segment",
         "what the audio tower reads at once: a segment, and a clip has the mean of its segments; or a whole clip",

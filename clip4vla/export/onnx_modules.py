@@ -26,7 +26,7 @@ class TextModule(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """Encode the tokens."""
         sentence, words = encode_text(self.tower, tokens)
-        return (sentence, words) if self.all_words else (sentence,)
+        return (sentence,) if words is None or not self.all_words else (sentence, words)
 
 
 class VisionModule(nn.Module):

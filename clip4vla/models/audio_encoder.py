@@ -1,17 +1,16 @@
-"""Encode audio: the vision tower's structure and first weights, an audio type token at the end, one position more."""
+"""Encode audio: a vision tower's structure and first weights, an audio type token at the end, one position more."""
 
 import copy
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from torch import Tensor, nn
 
 from clip4vla.config import ModelConfig, SpectrogramConfig
 from clip4vla.data.batch import unpack, upload
 from clip4vla.errors import UserError
-from clip4vla.towers.vision import embed_patches, pooled_places, pools_first
+from clip4vla.models.audio_trunk import masked_mean, resized_kernel, resized_positions, vit_of
+from clip4vla.towers.vision import embed_patches
 
 DEFAULT, SPECTROGRAM = ModelConfig(), SpectrogramConfig()
 
@@ -42,120 +41,125 @@ def type_token_weights(audio_type: str, own: Tensor | None = None, key: str = "m
 
 
 class AudioEncoder(nn.Module):
-    """Encodes spectrograms by a vision transformer: P patches of a segment (49 with ViT-B/32), W width, T type tokens."""
+    """Encodes spectrograms by a vision transformer: P patches of a segment (49 with ViT-B/32), W width, T type tokens.
+
+    tower: copied, with its weights; dim: of the space, 0: the tower's own.
+    """
 
     def __init__(
-        self, vision: VisionTransformer, cfg: ModelConfig = DEFAULT, spectrogram: SpectrogramConfig = SPECTROGRAM
+        self, tower: nn.Module, cfg: ModelConfig = DEFAULT, spectrogram: SpectrogramConfig = SPECTROGRAM, dim: int = 0
     ):
         super().__init__()
-        self.trunk = copy.deepcopy(vision)
+        vit_of(tower, cfg.audio_tower)  # refuses others before they are copied
+        self.trunk = copy.deepcopy(tower)
+        self.vit = vit_of(self.trunk)
         self.mean_pool = cfg.audio_pool == "mean"
         self.segments = spectrogram.max_segments if cfg.audio_span == "clip" else 1  # that have positions
-        plain = all(type(block) is ResidualAttentionBlock for block in vision.transformer.resblocks)
-        if cfg.audio_span == "clip" and not (plain and (self.mean_pool or pools_first(vision))):
+        if cfg.audio_span == "clip" and not self.vit.can_hide(self.mean_pool):
             raise UserError(
-                "model.audio_span=clip: needs a CLIP with plain blocks, and [CLS] or model.audio_pool=mean: set segment, or mean"
+                "model.audio_span=clip: needs an audio tower whose attention and pooling can leave out padding: set segment, or "
+                "model.audio_pool=mean"
             )
-        positions = vision.positional_embedding.detach()
-        if cfg.audio_patch:
-            self._set_patch(cfg.audio_patch, (spectrogram.segment_rows, spectrogram.n_mels))
-        places = _resized_positions(positions[1:], vision.grid_size, self.trunk.grid_size)
-        own = places + _like(positions, self.segments)[:, None] if self.segments > 1 else places[None]
-        extra = torch.randn_like(positions[:1]) if cfg.position_init == "unit" else _like(positions, 1)
-        self.trunk.positional_embedding = nn.Parameter(torch.cat([positions[:1], own.flatten(0, 1), extra]))
-        self.type_embedding = nn.Parameter(torch.randn(2, positions.shape[1]) * positions.shape[1] ** -0.5)
+        if self.mean_pool:
+            self.vit.drop_pool()
+        old = self.vit.grid
+        self._set_patches(cfg.audio_patch, (spectrogram.segment_rows, spectrogram.n_mels))
+        self._set_positions(old, cfg.position_init)
+        width = self.vit.kernel.out_channels
+        self.type_embedding = nn.Parameter(torch.randn(2, width) * width**-0.5)
+        own = self.vit.dim
+        self.projection = nn.Linear(own, dim, bias=False) if dim and dim != own else nn.Identity()
 
-    def _set_patch(self, patch: list[int], size: tuple[int, int]) -> None:
-        """Give the trunk patches of [rows, mels] of segments of size (rows, mels), its kernels resized."""
-        if len(patch) != 2 or min(patch) < 1 or any(whole % part for whole, part in zip(size, patch, strict=True)):
+    def _set_patches(self, patch: list[int], size: tuple[int, int]) -> None:
+        """Give the trunk patches of [rows, mels], its own if empty, of segments of size (rows, mels); kernels are resized."""
+        kernel = self.vit.kernel
+        height, width = sides = patch if len(patch) == 2 else kernel.kernel_size
+        if len(patch) not in (0, 2) or min(sides) < 1 or any(a % b for a, b in zip(size, sides, strict=True)):
             raise UserError(
-                f"model.audio_patch={patch}: two numbers, of rows and mels, that divide a segment's {size[0]} x {size[1]}"
+                f"model.audio_patch={patch or list(sides)}: two numbers, of rows and mels, that divide a segment's "
+                f"{size[0]} x {size[1]}"
             )
-        old = self.trunk.conv1
-        height, width = patch
-        new = nn.Conv2d(old.in_channels, old.out_channels, (height, width), (height, width), bias=False)
-        new.weight = nn.Parameter(resized_kernel(old.weight.detach(), patch))
-        self.trunk.conv1 = new
-        self.trunk.grid_size = (size[0] // height, size[1] // width)
+        if patch:
+            new = nn.Conv2d(kernel.in_channels, kernel.out_channels, (height, width), (height, width), bias=False)
+            new.weight, new.bias = nn.Parameter(resized_kernel(kernel.weight.detach(), patch)), kernel.bias
+            kernel = new
+        self.vit.set_patches(kernel, (size[0] // height, size[1] // width), self.segments)
+
+    def _set_positions(self, old: tuple[int, int], init: str) -> None:
+        """Resize the position rows of a grid `old`, for each segment of a clip, and append one for the type tokens."""
+        if self.vit.positions is None:
+            return
+        positions, prefix = self.vit.positions.detach(), self.vit.prefix_rows
+        places = resized_positions(positions[prefix:], old, self.vit.grid)
+        own = places + _like(positions, self.segments)[:, None] if self.segments > 1 else places[None]
+        extra = torch.randn_like(positions[:1]) if init == "unit" else _like(positions, 1)
+        self.vit.set_positions(torch.cat([positions[:prefix], own.flatten(0, 1), extra]))
 
     def forward(self, segments: Tensor, mix: Tensor) -> Tensor:
-        """Encode normalised segments (S, C, 224, 224), C = 1 or 3, each alone, to vectors z (S, D), not normalised.
+        """Encode normalised segments (S, C, rows, mels), C = 1 or 3, each alone, to vectors z (S, D), not normalised.
 
         mix: what type_token_weights gives.
         """
         if not len(segments):  # attention on CUDA fails on none, and under ZeRO-3 all ranks must run the tower
             return self.forward(segments.new_zeros(1, *segments.shape[1:]), mix.new_zeros(1, *mix.shape[1:]))[:0]
-        return self._encode(self._patches(segments) + self.trunk.positional_embedding[1:-1], mix)
+        rows = self._patch_rows()
+        x = self._patches(segments)
+        return self._encode(x if rows is None else x + rows, mix, self.vit.rotations())
 
     def encode_clips(self, views: list[Tensor], rows: Tensor, counts: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
-        """Encode each clip's segments as one sequence: vectors z (B, D), not normalised, of each view (S, C, 224, 224).
+        """Encode each clip's segments as one sequence: vectors z (B, D), not normalised, of each view (S, C, rows, mels).
 
         rows (S,) counts valid rows of segments, counts (B,) segments of clips, both on the CPU; mix is of clips. Patches
         without a valid row are ignored. A clip without segments gets a vector that says nothing.
         """
-        (high, columns), clips = self.trunk.grid_size, len(counts)
+        (high, columns), clips = self.vit.grid, len(counts)
         most = max(1, int(counts.max()))
-        tops = torch.arange(high).repeat_interleave(columns) * self.trunk.conv1.kernel_size[0]  # P
+        tops = torch.arange(high).repeat_interleave(columns) * self.vit.kernel.kernel_size[0]  # P
         there = (tops < unpack(rows, counts, most)[..., None]).flatten(1)  # B mP
-        length = int(there.any(0).nonzero().max()) + 1 if there.any() else 1
+        there[:, 0] |= ~there.any(1)  # attention to nothing at all would be NaN
+        length = int(there.any(0).nonzero().max()) + 1
         there = there[:, :length]
         place = torch.arange(most, device=views[0].device).clamp(max=self.segments - 1)
-        own = self.trunk.positional_embedding[1:-1].view(self.segments, high * columns, -1)[place]  # m P W
-        packed = [(unpack(self._patches(view), counts, most) + own).flatten(1, 2)[:, :length] for view in views]
+        own, rotations = self._patch_rows(), self.vit.rotations()
+        if own is not None:
+            own = own.view(self.segments, high * columns, -1)[place]  # m P W
+        if rotations is not None:
+            rotations = rotations.unflatten(-2, (self.segments, high * columns)).index_select(-3, place)
+            rotations = rotations.flatten(-3, -2)[..., :length, :]
+        packed = [unpack(self._patches(view), counts, most) for view in views]
+        packed = [(x if own is None else x + own).flatten(1, 2)[:, :length] for x in packed]
         mix = mix.expand(clips, -1, -1).repeat(len(views), 1, 1)
         ignored = None if bool(there.all()) else upload(~there, views[0].device).repeat(len(views), 1)
-        return self._encode(torch.cat(packed), mix, ignored).chunk(len(views))
+        return self._encode(torch.cat(packed), mix, rotations, ignored).chunk(len(views))
+
+    def _patch_rows(self) -> Tensor | None:
+        """Return the positions (P, W) of the patches; None if they are rotary alone."""
+        return None if self.vit.positions is None else self.vit.positions[self.vit.prefix_rows : -1]
 
     def _patches(self, segments: Tensor) -> Tensor:
-        """Embed the patches of segments (S, C, 224, 224): (S, P, W), in the order of their rows, without positions."""
-        weight = self.trunk.conv1.weight
+        """Embed the patches of segments (S, C, rows, mels): (S, P, W), in the order of their rows, without positions."""
+        weight, bias = self.vit.kernel.weight, self.vit.kernel.bias
         if segments.shape[1] == 1:  # of mono, repeated in three channels, only the sum matters: a third of the work
             weight = weight.sum(1, keepdim=True)
-        return embed_patches(segments, weight)
+        x = embed_patches(segments, weight)
+        return self.vit.patch_norm(x if bias is None else x + bias)
 
-    def _encode(self, x: Tensor, mix: Tensor, ignored: Tensor | None = None) -> Tensor:
+    def _encode(self, x: Tensor, mix: Tensor, rotations: Tensor | None, ignored: Tensor | None = None) -> Tensor:
         """Encode embedded patches (B, L, W), of which those in `ignored` (B, L) are padding, to vectors (B, D)."""
-        trunk, position, count = self.trunk, self.trunk.positional_embedding, len(x)
-        types = (mix.to(x.dtype) @ self.type_embedding).expand(count, -1, -1)  # B T W; both share the last position
-        start = (trunk.class_embedding + position[0]).expand(count, 1, -1)
-        x = torch.cat([start, x, types + position[-1]], 1)
-        hidden = None if ignored is None else F.pad(F.pad(ignored, (1, 0)), (0, types.shape[1]))
-        x = pooled_places(trunk, trunk.ln_pre(x), hidden, self.mean_pool)
+        vit, position, count = self.vit, self.vit.positions, len(x)
+        types = (mix.to(x.dtype) @ self.type_embedding).expand(count, -1, -1)  # B T W; all share the last position
+        start = vit.prefix().expand(count, -1, -1)
+        x = torch.cat([start, x, types if position is None else types + position[-1]], 1)
+        first, extra = start.shape[1], types.shape[1]
+        hidden = None if ignored is None else F.pad(ignored, (first, extra))
+        x = vit.run(vit.norm_pre(x), hidden, rotations, self.mean_pool)
         if self.mean_pool:
-            x = _masked_mean(trunk.ln_post(x[:, 1 : x.shape[1] - types.shape[1]]), ignored)
+            x = vit.mean_norm(masked_mean(vit.norm(x[:, first : x.shape[1] - extra]), ignored))
+        elif vit.first_only:
+            x = vit.pool(x, None)
         else:
-            x = trunk._pool(x[:, : x.shape[1] if pools_first(trunk) else x.shape[1] - types.shape[1]])[0]
-        return x @ trunk.proj if trunk.proj is not None else x
-
-
-def _masked_mean(x: Tensor, ignored: Tensor | None) -> Tensor:
-    """Average x (B, L, W) over the places that are not in `ignored` (B, L): (B, W)."""
-    if ignored is None:
-        return x.mean(1)
-    used = (~ignored)[..., None].to(x.dtype)
-    return (x * used).sum(1) / used.sum(1).clamp(min=1)
-
-
-def resized_kernel(weight: Tensor, patch: Sequence[int]) -> Tensor:
-    """Resize the kernel (W, C, h, w) of a patch embedding to patches of another size, (W, C, *patch).
-
-    It gives a patch what the old kernel gives the patch resized (bilinear, antialiased): the transpose of that resizing.
-    """
-    rows, columns = (_resizing(new, old).to(weight) for new, old in zip(patch, weight.shape[2:], strict=True))
-    return torch.einsum("wcij,ir,js->wcrs", weight, rows, columns)
-
-
-def _resizing(new: int, old: int) -> Tensor:
-    """Make the matrix (old, new) that resizes a line of `new` numbers to `old` numbers."""
-    return F.interpolate(torch.eye(new)[None, None], (old, new), mode="bilinear", antialias=True)[0, 0]
-
-
-def _resized_positions(positions: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
-    """Resize position rows (P, W) of a grid `old` to one of another size (P', W), bicubic, antialiased."""
-    if tuple(old) == tuple(new):
-        return positions
-    grid = positions.reshape(1, *old, -1).permute(0, 3, 1, 2)
-    return F.interpolate(grid, tuple(new), mode="bicubic", antialias=True).flatten(2)[0].T
+            x = vit.pool(x[:, : x.shape[1] - extra], None if ignored is None else F.pad(ignored, (first, 0)))
+        return self.projection(vit.project(x))
 
 
 def _like(positions: Tensor, count: int) -> Tensor:

@@ -119,8 +119,8 @@ def _block_with_cache(
 
 def _must_be_causal(text: TextTransformer) -> None:
     """Raise UserError for text towers whose words attend to the words after them, or whose blocks are not CLIP's own."""
-    plain = all(type(block) is ResidualAttentionBlock for block in text.transformer.resblocks)
-    if text.attn_mask is None or text.cls_emb is not None or not plain:
+    own = isinstance(text, TextTransformer) and text.attn_mask is not None and text.cls_emb is None
+    if not own or any(type(block) is not ResidualAttentionBlock for block in text.transformer.resblocks):
         raise UserError(
             "model.head=captioner: needs a CLIP whose text tower is causal, such as OpenAI's; this one's is not"
         )

@@ -10,7 +10,7 @@ A key mask is True where there is a vector, and False where there is padding.
 
 import copy
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,7 @@ class FusionTransformer(nn.Module):
     Its blocks start as copies of the text tower's first ones if that has the same width and enough of them, else fresh.
     """
 
-    def __init__(self, text: TextTransformer, cfg: ModelConfig, dim: int, segments: int, words: int):
+    def __init__(self, text: Any, cfg: ModelConfig, dim: int, segments: int, words: int):
         super().__init__()
         if dim % 64:
             raise UserError(
@@ -118,12 +118,13 @@ class FusionTransformer(nn.Module):
             )
         self.max_positions = {TEXT: words, VISION: cfg.max_frames, AUDIO: segments}  # of each kind
         total = sum(self.max_positions.values())
-        text_blocks = text.transformer.resblocks
-        if text.transformer.width == dim and len(text_blocks) >= cfg.head_layers:
+        text_blocks = text.transformer.resblocks if isinstance(text, TextTransformer) else []
+        if len(text_blocks) >= cfg.head_layers and text.transformer.width == dim:
             self.blocks = nn.ModuleList(copy.deepcopy(block) for block in text_blocks[: cfg.head_layers])
             copied = text.positional_embedding.detach()[:total]
         else:
-            self.blocks = _fresh_blocks(text_blocks[0], dim, cfg.head_layers)
+            activation = type(text_blocks[0].mlp.gelu) if len(text_blocks) else nn.GELU
+            self.blocks = _fresh_blocks(activation, dim, cfg.head_layers)
             copied = torch.zeros(0, dim)
         fresh = 0.01 * torch.randn(total - len(copied), dim)
         self.positional_embedding = nn.Parameter(torch.cat([copied, fresh]))
@@ -163,7 +164,7 @@ class FusionTransformer(nn.Module):
 class GlobalToLocal(nn.Module):
     """Video Temporal Encoding Module: encodes frames and segments together, and averages the outputs."""
 
-    def __init__(self, text: TextTransformer, cfg: ModelConfig, dim: int, segments: int):
+    def __init__(self, text: Any, cfg: ModelConfig, dim: int, segments: int):
         super().__init__()
         self.how = cfg.media_mean
         self.encoder = FusionTransformer(text, cfg, dim, segments, words=0)
@@ -179,7 +180,7 @@ class GlobalToLocal(nn.Module):
 class LocalToLocal(nn.Module):
     """Fine-grained Cross-modality Fusion Module: scores a caption and a clip by encoding their vectors together."""
 
-    def __init__(self, text: TextTransformer, cfg: ModelConfig, dim: int, segments: int):
+    def __init__(self, text: Any, cfg: ModelConfig, dim: int, segments: int):
         super().__init__()
         self.eos = cfg.text_tokens == "eos"
         self.encoder = FusionTransformer(text, cfg, dim, segments, words=1 if self.eos else cfg.max_tokens)
@@ -240,7 +241,7 @@ class LocalToLocal(nn.Module):
 Head = GlobalToGlobal | GlobalToLocal | LocalToLocal
 
 
-def build(text: TextTransformer, cfg: ModelConfig, dim: int, segments: int) -> Head:
+def build(text: Any, cfg: ModelConfig, dim: int, segments: int) -> Head:
     """Build the head that cfg.head names, for vectors of width `dim` and clips of up to `segments` segments."""
     if cfg.head == "global_global":
         return GlobalToGlobal(cfg)
@@ -277,9 +278,9 @@ def _ignored_keys(key_mask: Tensor, attn_mask: Tensor | None) -> Tensor:
     return ignored & ~(no_key_left & itself)
 
 
-def _fresh_blocks(like: ResidualAttentionBlock, dim: int, layers: int) -> nn.ModuleList:
-    """Make blocks of width `dim` as open_clip initialises them, with the activation of another block."""
-    blocks = [ResidualAttentionBlock(dim, dim // 64, act_layer=type(like.mlp.gelu)) for _ in range(layers)]
+def _fresh_blocks(activation: type[nn.Module], dim: int, layers: int) -> nn.ModuleList:
+    """Make blocks of width `dim` as open_clip initialises them."""
+    blocks = [ResidualAttentionBlock(dim, dim // 64, act_layer=activation) for _ in range(layers)]
     for block in blocks:
         nn.init.normal_(block.attn.in_proj_weight, std=dim**-0.5)
         nn.init.normal_(block.attn.out_proj.weight, std=(2 * dim * layers) ** -0.5)

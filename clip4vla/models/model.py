@@ -1,5 +1,6 @@
 """Encode text, vision and audio by towers into one space, and pool frames and segments into clips."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,13 +20,14 @@ from clip4vla.media.masking import masked_view
 from clip4vla.media.spectrogram import decode, normalise
 from clip4vla.models import fusion
 from clip4vla.models.audio_encoder import AudioEncoder, type_token_weights
+from clip4vla.models.audio_trunk import build_tower, must_be_held, tower_config
 from clip4vla.models.captioner import CaptionDecoder, Captioner
 from clip4vla.models.classifier import Classifier, in_words
 from clip4vla.models.saved_config import FORMAT, upgraded
-from clip4vla.towers.build import Undrawn, build_clip, freeze_first
+from clip4vla.towers.build import Undrawn, build_clip, freeze_first, hold_still
 from clip4vla.towers.pictures import image_statistics
-from clip4vla.towers.space import build_towers, check_space_claims, must_have_text
-from clip4vla.towers.text import encode_text, token_mask
+from clip4vla.towers.space import build_towers, check_space_claims, must_have_audio_tower, must_have_text
+from clip4vla.towers.text import encode_text, gives_words, token_mask
 from clip4vla.towers.vision import encode_images
 from clip4vla.towers.weights import check_size_claims, load_clip_weights, names_weights
 
@@ -35,7 +37,8 @@ TEXTS = 256  # of a pass through the text tower
 class Model(nn.Module):
     """Holds the three towers and the head, and computes what the losses need.
 
-    clip: open_clip configuration of the towers; spectrogram, frames: as the shards it is trained on were made.
+    clip: open_clip configuration of the towers; spectrogram, frames: as the shards it is trained on were made. audio: open_clip
+    configuration of the audio tower, None: as cfg.audio_tower says.
     """
 
     text: Any  # towers as model.clip names them, or NoTower
@@ -49,12 +52,16 @@ class Model(nn.Module):
         cfg: ModelConfig,
         spectrogram: SpectrogramConfig,
         frames: FramesConfig | None = None,
+        audio: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.clip_config, self.cfg, self.spectrogram = clip, cfg, spectrogram
         self.frames = frames or FramesConfig()
-        self.text, self.vision, start = build_towers(clip)
-        self.audio = AudioEncoder(start, cfg, spectrogram)
+        self.text, self.vision = build_towers(clip)
+        must_have_audio_tower(clip, cfg.audio_tower)
+        self.audio_config = audio or tower_config(cfg.audio_tower, clip["embed_dim"])
+        own = build_tower(self.audio_config) if self.audio_config else self.vision
+        self.audio = AudioEncoder(own, cfg, spectrogram, clip["embed_dim"])
         self.init_head()
         self.logit_scale = nn.Parameter(
             torch.tensor([math.log(1 / cfg.temperature)])
@@ -77,9 +84,10 @@ class Model(nn.Module):
         return loaded
 
     def start_audio(self) -> None:
-        """Initialise the audio tower from the vision tower (or leave it fresh), as cfg.audio_init says."""
-        if self.cfg.audio_init == "vision" and "space" not in self.clip_config:
-            self.audio = AudioEncoder(self.vision, self.cfg, self.spectrogram)
+        """Initialise the audio tower from the weights that cfg.audio_tower names (or leave it fresh), as cfg.audio_init says."""
+        if self.cfg.audio_init == "vision":
+            tower = build_tower(self.audio_config, self.cfg.audio_tower) if self.audio_config else self.vision
+            self.audio = AudioEncoder(tower, self.cfg, self.spectrogram, self.clip_config["embed_dim"])
 
     def init_head(self) -> None:
         """Make the head that cfg.head names; all but the classifier start from the text tower as it is now."""
@@ -89,6 +97,12 @@ class Model(nn.Module):
         if self.cfg.head == "classifier":
             self.head = Classifier(self.cfg, dim)
             return
+        reads = self.cfg.head == "captioner" or (self.cfg.head == "local_local" and self.cfg.text_tokens == "all")
+        if reads and not gives_words(self.text):
+            raise UserError(
+                f"model.head={self.cfg.head}: needs a text tower with outputs of all words, model.clip's gives sentences "
+                "alone: take global_local, or local_local with model.text_tokens=eos"
+            )
         start = Captioner if self.cfg.head == "captioner" else fusion.build
         self.head = start(self.text, self.cfg, dim, self.spectrogram.max_segments)
 
@@ -116,8 +130,15 @@ class Model(nn.Module):
                 self.audio.type_embedding.requires_grad_(False)
         self.logit_scale.requires_grad_(self.cfg.learn_temperature)
 
-    def encode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode tokens (B, L) to (x^g (B, D) at [EOS], all token outputs (B, L, D)), not normalised."""
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; what may not change by itself stays in evaluation mode (hold_still)."""
+        super().train(mode)
+        for tower in (self.text, self.vision, self.audio.trunk):
+            hold_still(tower)
+        return self
+
+    def encode_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Encode tokens (B, L) to (x^g (B, D), all token outputs (B, L, D) or None), not normalised."""
         return encode_text(self.text, tokens)
 
     def encode_texts_chunked(
@@ -132,6 +153,8 @@ class Model(nn.Module):
             some = texts[k * TEXTS : (k + 1) * TEXTS]
             tokens = tokenize(some or [""])
             sentence, words = self.encode_tokens(upload(tokens, self.logit_scale.device))
+            if words is None:  # of a tower that gives none
+                words, tokens = sentence[:, None, :][:, :0], tokens[:, :0]
             if some:
                 yield sentence, self._words(words, tokens)
 
@@ -155,7 +178,7 @@ class Model(nn.Module):
         return F.normalize(sentences.view(len(classes), len(templates), -1).mean(1), dim=-1)
 
     def encode_frames(self, frames: Tensor) -> Tensor:
-        """Encode RGB frames (F, 3, 224, 224) in 0..255 to vectors (F, D), not normalised."""
+        """Encode RGB frames (F, 3, H, W) in 0..255 to vectors (F, D), not normalised."""
         if not len(frames):  # open_clip's tower fails on none, and under ZeRO-3 all ranks must run it
             return self.encode_frames(frames.new_zeros(1, *frames.shape[1:]))[:0]
         mean, std = self.pixel_statistics.view(torch.float32)
@@ -311,12 +334,14 @@ class Model(nn.Module):
         """List how the audio tower reads clips, where that is not the paper's way: part of the hash of what it computes."""
         paper = ModelConfig()
         names = ("audio_span", "audio_pool")
-        return [getattr(self.cfg, name) for name in names if getattr(self.cfg, name) != getattr(paper, name)]
+        own = [json.dumps(self.audio_config, sort_keys=True)] if self.audio_config else []
+        return own + [getattr(self.cfg, name) for name in names if getattr(self.cfg, name) != getattr(paper, name)]
 
     def config(self) -> dict[str, Any]:
         """Collect everything that from_checkpoint needs beside the weights."""
         settings = {"model": self.cfg, "spectrogram": self.spectrogram, "frames": self.frames}
-        return {"format": FORMAT, "clip": self.clip_config} | {name: to_dict(cfg) for name, cfg in settings.items()}
+        audio = {"audio": self.audio_config} if self.audio_config else {}
+        return {"format": FORMAT, "clip": self.clip_config} | audio | {k: to_dict(cfg) for k, cfg in settings.items()}
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         if f"{prefix}log_scale" in state_dict:  # its name in format 1
@@ -346,8 +371,10 @@ class Model(nn.Module):
             check_space_claims(tree["clip"], weights)
         else:
             check_size_claims(tree["clip"], weights, cfg.head_layers * head, positions * head)
+        must_be_held(tree.get("audio"), cfg.audio_tower, weights)
+        frames = from_tree(FramesConfig, tree["frames"], file, "frames.")
         with Undrawn():
-            model = cls(tree["clip"], cfg, spectrogram, from_tree(FramesConfig, tree["frames"], file, "frames."))
+            model = cls(tree["clip"], cfg, spectrogram, frames, tree.get("audio"))
         model.load_state_dict(weights)
         return model
 

@@ -1,36 +1,62 @@
-"""Build open_clip's text and vision towers, randomly initialised, from a configuration; freeze parts of them."""
+"""Build text and vision towers, randomly initialised, from a configuration; freeze parts of them."""
 
+import functools
+import importlib
+import sys
 from typing import Any
 
+import open_clip
 import torch
+from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CustomTextCLIP
-from open_clip.transformer import (
-    QuickGELU,
-    TextTransformer,
-    VisionTransformer,
-)
+from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from clip4vla.errors import UserError, one_line
+from clip4vla.towers.text import HFText
+
+BLOCKS = ("resblocks", "blocks", "stages", "layers", "block", "layer")  # names of the list of a tower's blocks
+OWN = TextTransformer | VisionTransformer
 
 
 def build_clip(config: dict[str, Any]) -> CustomTextCLIP:
-    """Build randomly initialised towers `.visual` and `.text` of an open_clip configuration."""
+    """Build randomly initialised towers `.visual` and `.text` of an open_clip configuration; no weights are fetched."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if vision.get("timm_model_name"):
+        import_for_open_clip("timm")
+    if text.get("hf_model_name"):
+        import_for_open_clip("transformers")
     try:
-        _must_be_own(config)
-        model = CustomTextCLIP(**config)
+        _must_be_known(vision, text)
+        own = {
+            "vision_cfg": {**vision, "timm_model_pretrained": False},
+            "text_cfg": {**text, "hf_model_pretrained": False},
+        }
+        model = CustomTextCLIP(**config | own)
     except Exception as error:  # open_clip and torch raise many kinds for sizes that cannot be
-        reason = one_line(error)
-        raise UserError(f"model.clip: open_clip cannot build these towers: {reason}") from None
-    for tower, kind in ((model.visual, VisionTransformer), (model.text, TextTransformer)):
-        if not isinstance(tower, kind):
-            raise UserError(f"model.clip: needs open_clip's {kind.__name__}, this model has a {type(tower).__name__}")
+        raise UserError(f"model.clip: open_clip cannot build these towers: {one_line(error)}") from None
+    if isinstance(model.text, HFTextEncoder):
+        model.text = HFText(model.text, text.get("context_length", 77))
+    if not isinstance(model.visual.image_size, tuple):
+        model.visual.image_size = (model.visual.image_size,) * 2
     for module in list(model.modules()):
         for name, part in module.named_children():
             if type(part) is QuickGELU:
                 setattr(module, name, LeanQuickGELU())
     return model
+
+
+def import_for_open_clip(package: str) -> None:
+    """Import timm or transformers, which cli.py keeps out, and give it to open_clip, which was imported without."""
+    if sys.modules.get(package, sys) is not None:
+        importlib.import_module(package)
+        return
+    del sys.modules[package]
+    importlib.import_module(package)
+    user = {"timm": "open_clip.timm_model", "transformers": "open_clip.hf_model"}[package]
+    importlib.reload(sys.modules[user])  # its classes of before see what it holds now
 
 
 class LeanQuickGELU(QuickGELU):
@@ -55,11 +81,23 @@ class _QuickGELU(torch.autograd.Function):
         )  # silu(u) = u sigmoid(u), of which this is silu(1.702 x) / 1.702
 
 
-def _must_be_own(config: dict[str, Any]) -> None:
-    """Raise ValueError for towers that open_clip has from other libraries, which may fetch and run code that a name asks for."""
-    for cfg, names in (("vision_cfg", ("timm_model_name",)), ("text_cfg", ("hf_model_name", "hf_tokenizer_name"))):
-        if any(config[cfg].get(name) for name in names):
-            raise ValueError(f"{cfg} names a model of another library")
+@functools.cache
+def names_in_open_clip() -> set[str]:
+    """Collect the models and tokenizers of other libraries that open_clip's own configurations name."""
+    texts = [open_clip.get_model_config(name)["text_cfg"] for name in open_clip.list_models()]
+    return {text[key] for text in texts for key in ("hf_model_name", "hf_tokenizer_name") if text.get(key)}
+
+
+def _must_be_known(vision: dict[str, Any], text: dict[str, Any]) -> None:
+    """Raise ValueError for names by which timm or transformers would fetch, or read, what the user has not named."""
+    if name := vision.get("timm_model_name"):
+        import timm
+
+        if not timm.is_model(name) or ":" in name or "/" in name:
+            raise ValueError(f"vision_cfg names {name!r}, which is no architecture of timm {timm.__version__}")
+    for key in ("hf_model_name", "hf_tokenizer_name"):
+        if (name := text.get(key)) and name not in names_in_open_clip():
+            raise ValueError(f"text_cfg names {name!r}, which none of open_clip's own models does")
 
 
 class Undrawn(TorchFunctionMode):
@@ -72,17 +110,50 @@ class Undrawn(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def freeze_first(tower: TextTransformer | VisionTransformer, blocks: int, name: str) -> None:
+def freeze_first(tower: nn.Module, blocks: int, name: str) -> None:
     """Freeze the first `blocks` blocks of a tower and what lies before them."""
-    held = tower.transformer.resblocks
+    path, held = _blocks_of(tower, name)
     if not 0 <= blocks <= len(held):
         raise UserError(f"model.freeze_layers: {name}: {blocks} is not between 0 and its {len(held)} blocks")
-    last = {"ln_post", "proj", "ln_final", "text_projection"}  # what comes after the blocks
-    for part, module in tower.named_children():
-        if part not in last and part != "transformer":
+    part: Any = tower
+    for step in path:
+        for child, module in part.named_children():
+            if child == step:  # what comes after the blocks is defined after them
+                break
             module.requires_grad_(False)
-    for part, parameter in tower.named_parameters(recurse=False):
-        if part not in last:
-            parameter.requires_grad_(False)
+        for own, parameter in part.named_parameters(recurse=False):
+            if own not in ("proj", "text_projection"):
+                parameter.requires_grad_(False)
+        part = getattr(part, step)
     for block in held[:blocks]:
         block.requires_grad_(False)
+
+
+def _blocks_of(tower: nn.Module, name: str) -> tuple[list[str], Any]:
+    """Find (the path to, the modules of) a tower's blocks: its outermost list that is named as such lists are."""
+    lists = [
+        (path.split("."), module)
+        for path, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and path.rpartition(".")[2] in BLOCKS
+    ]
+    if not lists:
+        raise UserError(
+            f"model.freeze_layers: {name}: a {type(tower).__name__} has no list of blocks: freeze it as a whole, by "
+            "model.trainable_towers"
+        )
+    return min(lists, key=lambda path_and_list: len(path_and_list[0]))
+
+
+def hold_still(tower: nn.Module) -> None:
+    """Set to evaluation what must not change by itself in training: frozen towers, and batch norms' statistics.
+
+    Dropout would give frozen towers other vectors than embed.py's. Statistics of a batch would depend on its padding, and on
+    how many ranks share it. Of open_clip's own transformers neither is true.
+    """
+    if isinstance(tower, OWN):
+        return
+    if not any(parameter.requires_grad for parameter in tower.parameters()):
+        tower.eval()
+    for module in tower.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()

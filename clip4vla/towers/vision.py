@@ -1,4 +1,8 @@
-"""Run a vision tower on pictures, or on what the audio encoder embeds as patches."""
+"""Run a vision tower on pictures, or on what the audio encoder embeds as patches.
+
+A tower is open_clip's VisionTransformer, or a module with forward(images (F, 3, H, W), normalised) -> (F, D),
+set_grad_checkpointing(enable), and image_size (H, W).
+"""
 
 import functools
 
@@ -8,13 +12,13 @@ from open_clip.transformer import (
     ResidualAttentionBlock,
     VisionTransformer,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip4vla.towers.attention import run_block
 
 
-def encode_images(tower: VisionTransformer, images: Tensor) -> Tensor:
+def encode_images(tower: nn.Module, images: Tensor) -> Tensor:
     """Encode normalised pictures (F, 3, H, W) into vectors (F, D), not normalised."""
     if not isinstance(tower, VisionTransformer):
         return tower(images)

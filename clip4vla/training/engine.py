@@ -19,12 +19,11 @@ from clip4vla.distributed import collectives
 from clip4vla.errors import UserError, one_line
 from clip4vla.models.model import Model
 from clip4vla.quick_imports import quick_imports
-from clip4vla.towers.space import NoTower
 from clip4vla.training.zero_optimizer import spare_launches_and_waits
 
 AUTO = "auto"
 SHIPPED = Path(__file__).parents[2] / "configs/deepspeed/ds.json"
-NO_DECAY = ("embedding", "token_embedding.weight", "logit_scale")
+NO_DECAY = ("embedding", "token_embedding.weight", "logit_scale", "pos_embed", "cls_token", "reg_token", "latent")
 PARTS = ("text", "vision", "audio", "head")
 BUCKET = 25_000_000  # gradients sent at once: DeepSpeed's 500 million would be all of ViT-B/32's, when the backward pass is over
 SUMMED, REDUCED = 16, 256  # micro-batches, and ranks, from which on gradients are added in fp32: bf16 has 8 bits
@@ -152,8 +151,7 @@ def start(model: Model, ds: dict[str, Any], train: TrainConfig) -> Any:
     # fp32 products of the losses: features that were rounded to bf16 or fp16 have no more bits than TF32 keeps
     torch.backends.cuda.matmul.allow_tf32 = ds["bf16"]["enabled"] or ds["fp16"]["enabled"]
     for tower in (model.text, model.vision, model.audio.trunk):
-        if not isinstance(tower, NoTower):
-            tower.transformer.grad_checkpointing = train.activation_checkpointing
+        tower.set_grad_checkpointing(train.activation_checkpointing)
     try:
         with contextlib.redirect_stdout(None):  # its BF16_Optimizer prints the memory at each of its steps
             engine, *_ = deepspeed.initialize(

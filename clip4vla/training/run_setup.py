@@ -28,14 +28,19 @@ from clip4vla.models.model import Model, must_have_room, needed_towers, uses_hea
 from clip4vla.models.towers_fingerprint import towers_sha256
 from clip4vla.towers.build import Undrawn
 from clip4vla.towers.config import resolve_clip_config
-from clip4vla.towers.space import is_space, with_audio_tower
+from clip4vla.towers.space import is_space
 from clip4vla.towers.tokenizer import tokenizer
 from clip4vla.towers.weights import names_weights
 from clip4vla.training import engine
 from clip4vla.training.flops import towers_run
 
 TOWERS = ("text", "vision", "audio")
-MAKES_AUDIO = ("audio_patch", "audio_span", "audio_pool")  # settings that the audio tower is trained with
+MAKES_AUDIO = (
+    "audio_tower",
+    "audio_patch",
+    "audio_span",
+    "audio_pool",
+)  # settings that the audio tower is trained with
 
 
 class RunSetup(NamedTuple):
@@ -176,13 +181,6 @@ def fingerprint_of(cfg: RunConfig, folder: ShardFolder) -> dict[str, Any]:
     return folder.fingerprint | ({"space": space_of(folder, cfg.model.clip)} if is_space(cfg.model.clip) else {})
 
 
-def _clip_config(cfg: RunConfig, fingerprint: dict[str, Any]) -> dict[str, Any]:
-    """Find the configuration of the towers that model.clip names, with that of the audio tower where it names a space."""
-    if "space" in fingerprint:
-        return with_audio_tower(fingerprint["space"], cfg.model.audio_tower)
-    return resolve_clip_config(cfg.model.clip, cfg.model.quick_gelu)
-
-
 def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None) -> tuple[Model, str]:
     """Build (model, where its weights come from), with weights from the first of:
 
@@ -191,7 +189,7 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
     """
     must_have_room(cfg.model, fingerprint)
     spectrogram = SpectrogramConfig(**fingerprint["spectrogram"])
-    clip = _clip_config(cfg, fingerprint)
+    clip = fingerprint.get("space") or resolve_clip_config(cfg.model.clip, cfg.model.quick_gelu)
     if resume:
         model = Model.from_checkpoint(resume)
         _must_match(model, cfg, clip, spectrogram, resume)
@@ -207,14 +205,8 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
     with Undrawn() if loaded else contextlib.nullcontext():
         model = Model(clip, cfg.model, spectrogram, frames)
     model.must_have_positions()
-    start = model.audio.trunk if "space" in clip else model.vision
-    size, pictures = (spectrogram.segment_rows, spectrogram.n_mels), start.image_size
-    if pictures != size and not cfg.model.audio_patch:
-        raise UserError(
-            f"model.clip: its pictures are {pictures}, segments {size}: take a CLIP of that size, or set model.audio_patch"
-        )
     shown = "space" not in clip and "vision" in needed_towers(cfg.loss, cfg.model.modalities)
-    if pictures != (frames.size, frames.size) and shown:
+    if shown and (pictures := model.vision.image_size) != (frames.size, frames.size):
         raise UserError(
             f"model.clip: its pictures are {pictures}, the shards' frames {frames.size}: make them with frames.size={pictures[0]}"
         )
@@ -226,7 +218,8 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
     if source:
         source = str(_load_initial(model, source, cfg, clip, spectrogram))
     elif "space" in clip:
-        source = f"random numbers, {cfg.model.audio_tower}"
+        model.start_audio()
+        source = f"{cfg.model.audio_tower} for audio"
     elif model.load_clip():
         model.start_audio()
         model.init_head()

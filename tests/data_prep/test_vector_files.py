@@ -72,6 +72,7 @@ def made(sample_shards, tmp_path_factory) -> tuple[Path, list]:
     root = tmp_path_factory.mktemp("space")
     torch.manual_seed(0)
     save_file(build_clip(ONE_HEAD).state_dict(), root / "clip.safetensors")
+    (root / "same.json").write_text(json.dumps(ONE_HEAD))
     (root / "audio.json").write_text(json.dumps(ONE_HEAD | {"embed_dim": 32}))
     for which in ("files", "own"):
         for folder in FOLDERS:
@@ -141,9 +142,8 @@ def test_the_losses_are_those_of_the_clip_that_made_the_vectors(made):
         cfg = load(RunConfig, "configs/pretrain/sample.yaml", [*words(root, which)[1:], f"model.clip={clip}"])
         folders = open_folders(cfg.data.train, "data.train")
         own = which == "own"
-        config = (
-            resolve_clip_config(clip) if own else space_of(folders[0], clip) | {"vision_cfg": ONE_HEAD["vision_cfg"]}
-        )
+        config = resolve_clip_config(clip) if own else space_of(folders[0], clip)
+        cfg.model.audio_tower = "vision" if own else f"{root}/same.json"
         model = Model(config, cfg.model, SpectrogramConfig(**folders[0].fingerprint["spectrogram"]))
         if own:
             model.load_clip()
@@ -262,7 +262,7 @@ def test_another_space_is_refused(made):
         open_vectors(folders, cfg, "audio", lambda: "0" * 64)
     with pytest.raises(UserError, match="has vectors of vectors:tiny: name that"):
         space_of(folders[0], "vectors:other")
-    with pytest.raises(UserError, match="model.audio_tower=vision: vectors:tiny has no vision tower to start from"):
+    with pytest.raises(UserError, match="model.audio_tower=vision: vectors:tiny has no vision tower to copy"):
         build_model(cfg, fingerprint_of(cfg, folders[0]), None)
     with pytest.raises(UserError, match="vectors:tiny: run data_prep/embed.py --from FILES first .no shards found in "):
         space_of(ShardFolder.open(str(root / "files" / FOLDERS[0] / "clip")), "vectors:tiny")
@@ -277,8 +277,9 @@ def test_another_space_is_refused(made):
     for head in ("local_local", "captioner"):
         with pytest.raises(UserError, match=f"model.head={head}: starts from a text tower"):
             Model(
-                space_of(folders[0], "vectors:tiny") | {"vision_cfg": ONE_HEAD["vision_cfg"]},
-                ModelConfig(clip="vectors:tiny", head=head), SpectrogramConfig(),
+                space_of(folders[0], "vectors:tiny"),
+                ModelConfig(clip="vectors:tiny", head=head, audio_tower="ViT-S-32-alt"),
+                SpectrogramConfig(),
             )  # fmt: skip
     with pytest.raises(UserError, match="--from: model.clip=x is computed here"):
         vector_shards.run(load(RunConfig, None, ["model.clip=x"]), ["y.npz"])

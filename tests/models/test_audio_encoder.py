@@ -7,7 +7,8 @@ from running import TINY
 
 from clip4vla.config import ModelConfig, SpectrogramConfig
 from clip4vla.errors import UserError
-from clip4vla.models.audio_encoder import AudioEncoder, resized_kernel, type_token_weights
+from clip4vla.models.audio_encoder import AudioEncoder, type_token_weights
+from clip4vla.models.audio_trunk import resized_kernel
 from clip4vla.towers.build import build_clip
 
 SPECTROGRAM = SpectrogramConfig(max_segments=3)
@@ -110,10 +111,3 @@ def test_the_mean_of_a_segments_patches_is_its_vector(vision):
     tower = AudioEncoder(averaging, ModelConfig(audio_pool="mean")).eval()
     wanted = averaging(segments) if not averaging.final_ln_after_pool else None
     torch.testing.assert_close(tower(segments, type_token_weights("none")), wanted)
-
-
-def test_towers_that_pool_all_places_read_whole_clips_by_their_mean_alone():
-    averaging = build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | {"pool_type": "avg"}}).visual
-    with pytest.raises(UserError, match="model.audio_span=clip: needs a CLIP with plain blocks"):
-        AudioEncoder(averaging, ModelConfig(audio_span="clip"))
-    AudioEncoder(averaging, ModelConfig(audio_span="clip", audio_pool="mean"))

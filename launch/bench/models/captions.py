@@ -56,6 +56,7 @@ class NoCacheDecoder:
         """Scores (R, V) of what may follow."""
         self.words = torch.cat([self.words, token[:, None]], 1)
         _, read = encode_text(self.text, self.words)
+        assert read is not None
         there = torch.ones_like(self.words, dtype=torch.bool)
         last = (torch.arange(there.shape[1]) == there.shape[1] - 1).expand(there.shape)  # on the CPU
         return self.head(PaddedSequence(TEXT, read, there), self.parts, last, self.text.token_embedding.weight)
