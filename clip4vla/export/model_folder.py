@@ -35,7 +35,7 @@ def save_model_folder(
 ) -> str:
     """Write a folder for from_checkpoint aside, sync it, rename it; return what was written, in one line.
 
-    card: default model_card.card(model), unless a card is there; onnx: also audio.onnx and text.onnx, in fp32; replace: the
+    card: default model_card.card(model), unless a card is there; onnx: also *.onnx and onnx.json, in fp32; replace: the
     folder may be there, and keeps its other files. Raises UserError if it may not, and for weights not finite in dtype.
     """
     folder = Path(os.path.abspath(folder))
