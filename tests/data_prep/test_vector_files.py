@@ -184,6 +184,8 @@ def test_the_exported_model_encodes_sounds_alone(made):
     identity = ShardFolder.open(str(root / "files" / FOLDERS[0] / "clip")).fingerprint["clip"]["identity"]
     assert config["space"] == {"name": "vectors:tiny", "identity": identity}
     assert identity == hashlib.sha256(b"tiny@1").hexdigest()
+    card = (root / "model/README.md").read_text()
+    assert identity in card and 'model.encode_audio(["clip.mp4"' in card and "encode_text" not in card
     model = CLIP4VLA.from_pretrained(root / "model")
     sound = model.encode_audio(SOUND)
     assert sound.shape == (1, 64) and float(sound.norm()) == pytest.approx(1, abs=1e-5)

@@ -127,6 +127,17 @@ def test_a_classifier_gives_torchs_logits(tmp_path):
         same(feed(session, frames), model.head([frames]))
 
 
+@torch.no_grad()
+def test_a_vision_tower_of_timm(tmp_path):
+    vision = {"timm_model_name": "resnet18", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64}
+    cfg = ModelConfig(clip="tiny.json", audio_tower="tiny.json")
+    model = Model(SMALLEST | {"vision_cfg": vision}, cfg, SpectrogramConfig(), audio=SMALLEST).eval()
+    onnx_export._export(onnx_export._vision(model), tmp_path / "vision.onnx")
+    frames = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    session = onnxruntime.InferenceSession(tmp_path / "vision.onnx")
+    same(session.run(None, {"images": frames.float().numpy()})[0], model.encode_frames(frames))
+
+
 def test_what_torch_cannot_export_is_one_line(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise torch.onnx.errors.OnnxExporterError("no such\noperator")
