@@ -38,7 +38,7 @@ setup(
     install_requires=[  # inference alone
         "torch>=2.11,<2.12",
         "torchaudio>=2.11,<2.12",
-        "open_clip_torch>=3.3,<4",
+        "open_clip_torch>=3.3,<4",  # tested: 3.3.0, with timm 1.0.31, which it brings
         "huggingface_hub>=1",
         "safetensors>=0.4",
         "numpy>=1.26",
@@ -54,7 +54,8 @@ setup(
         "web": ["faiss-cpu>=1.9", "gradio>=6,<7", "fastapi", "uvicorn", *PAGES],
         "onnx": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.5"],
         "s3": ["s3fs"],  # shards and checkpoints at s3:// URLs; gs:// needs gcsfs, abfs:// adlfs
-        "hf": ["pyarrow>=18", "datasets>=3"],  # tables of media, and data sets of the hub, for data_prep/shard.py
+        # tables and the hub's data sets for data_prep/shard.py; text towers and tokenizers of transformers (tested: 5.24)
+        "hf": ["pyarrow>=18", "datasets>=3", "transformers>=5.24,<6", "sentencepiece>=0.2", "protobuf"],
         "bench": ["clip4vla[train,dali,hf]", *PEERS],
         "dev": [
             "clip4vla[train,dali,eval,web,onnx,s3,hf,bench]",

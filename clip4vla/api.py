@@ -190,7 +190,7 @@ class CLIP4VLA(Model, ModelHubMixin):
             raise UserError(f"caption: the seed is a whole number from 0 on, not {seed!r}")
         words = [f"decode.{name}={value}" for name, value in decode.items()]
         how = generation.resolve_max_tokens(load(RunConfig, None, words).decode, self.cfg.max_tokens)
-        tokens, read = generation.special_tokens(self.cfg.clip)
+        tokens, read = generation.special_tokens(self.cfg.clip, self.clip_config)
         names, written = [_name(clip) for clip in _listed(media)], list[str]()
         for parts in self._parts(media, audio_type):
             some = names[len(written) : len(written) + len(parts[0].mask)]
@@ -233,7 +233,7 @@ class CLIP4VLA(Model, ModelHubMixin):
         return self.clip_config["embed_dim"]
 
     def _tokenize(self, texts: list[str]) -> Tensor:
-        return tokenizer(self.cfg.clip, self.cfg.max_tokens)(texts)
+        return tokenizer(self.cfg.clip, self.cfg.max_tokens, self.clip_config)(texts)
 
     def _token(self, audio_type: str | float | None) -> str:
         """Name the type token as type_token_weights takes it; UserError if it is none."""

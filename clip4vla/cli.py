@@ -34,10 +34,13 @@ EXTRAS = {  # setup.py's, by the names that are imported
     "web": ("faiss", "gradio", "fastapi", "uvicorn", "matplotlib", "soundfile", "cairosvg", "fsspec"),
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "s3": ("s3fs",),
-    "hf": ("pyarrow", "datasets"),
+    "hf": ("pyarrow", "datasets", "transformers", "sentencepiece"),
     "bench": ("librosa", "cv2", "threadpoolctl", "packaging"),
 }
-UNUSED = ("timm", "transformers")  # open_clip imports them where they are installed; no tower of theirs is taken
+UNUSED = (
+    "timm",
+    "transformers",
+)  # open_clip would import them; towers/build.py does, where a tower of theirs is asked for
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 

@@ -99,7 +99,7 @@ class ModelConfig:
 
     clip: str = option(
         "ViT-B-32-quickgelu/openai",
-        "open_clip name, NAME/PRETRAINED tag, weights file (.safetensors, .pt), .json in open_clip's format, or vectors:NAME",
+        "open_clip name, NAME/TAG, FILE of weights or NAME/FILE, hf-hub:ID, local-dir:PATH, open_clip's .json, or vectors:NAME",
         path=True,
     )
     quick_gelu: Literal["auto", "yes", "no"] = option(

@@ -90,7 +90,7 @@ class Batch:
         out: dict[str, Any] = self._grown("segment_clip", SEGMENTS, _round_up(len(self.segment_clip)))
         if self.frame_vectors is None:
             out |= self._grown("frame_clip", ("frames",), _round_up(len(self.frame_clip)))
-            out["tokens"] = torch.nn.functional.pad(self.tokens, (0, tokens - self.tokens.shape[1]))
+            out["tokens"] = torch.nn.functional.pad(self.tokens, (0, max(0, tokens - self.tokens.shape[1])))
         else:
             out |= self._grown("frame_clip", ("frame_vectors",), 1 << len(self.frame_clip).bit_length())
         return dataclasses.replace(self, **out)

@@ -6,7 +6,7 @@ Notation: B clips, K beams, R captions at work (B, or B K, those of a clip next 
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import open_clip
@@ -37,9 +37,9 @@ class GeneratedCaptions(NamedTuple):
     score: Tensor  # B fp32: log-probability; of beam search divided by the length penalty
 
 
-def special_tokens(clip: str) -> tuple[SpecialTokens, Callable[[list[int]], str]]:
+def special_tokens(clip: str, config: dict[str, Any] | None = None) -> tuple[SpecialTokens, Callable[[list[int]], str]]:
     """Find the special tokens of a CLIP's tokenizer, and how it decodes token numbers; UserError if it is not OpenAI's."""
-    known = get_tokenizer(clip)
+    known = get_tokenizer(clip, config=config)
     if not isinstance(known, open_clip.SimpleTokenizer):
         raise UserError(
             f"model.clip={clip}: captions are written with the tokenizer of OpenAI's CLIP, this has another"

@@ -159,8 +159,11 @@ class Model(nn.Module):
                 yield sentence, self._words(words, tokens)
 
     def _words(self, outputs: Tensor, tokens: Tensor) -> fusion.PaddedSequence:
-        """Mark which of the text tower's outputs (B, L, D) are of words of tokens (B, L), which are on the CPU."""
-        mask = token_mask(self.text, tokens)
+        """Mark which of the text tower's outputs (B, L, D) are of words of tokens (B, L), which are on the CPU.
+
+        Those after max_tokens are none: some towers read padding to the end.
+        """
+        outputs, mask = outputs[:, : self.cfg.max_tokens], token_mask(self.text, tokens)[:, : self.cfg.max_tokens]
         return fusion.PaddedSequence(fusion.TEXT, outputs, upload(mask, outputs.device), mask.sum(1))
 
     def encode_texts(self, texts: list[str], tokenize: Callable[[list[str]], Tensor], together: bool = False) -> Tensor:

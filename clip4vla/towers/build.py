@@ -24,17 +24,22 @@ OWN = TextTransformer | VisionTransformer
 def build_clip(config: dict[str, Any]) -> CustomTextCLIP:
     """Build randomly initialised towers `.visual` and `.text` of an open_clip configuration; no weights are fetched."""
     vision, text = config["vision_cfg"], config["text_cfg"]
+    hf = text.get("hf_model_name")
     if vision.get("timm_model_name"):
         import_for_open_clip("timm")
-    if text.get("hf_model_name"):
+    if hf:
         import_for_open_clip("transformers")
     try:
-        _must_be_known(vision, text)
+        _must_be_known(vision.get("timm_model_name"), hf)
+        if hf:
+            _must_be_there(hf)
         own = {
             "vision_cfg": {**vision, "timm_model_pretrained": False},
             "text_cfg": {**text, "hf_model_pretrained": False},
         }
         model = CustomTextCLIP(**config | own)
+    except UserError:
+        raise
     except Exception as error:  # open_clip and torch raise many kinds for sizes that cannot be
         raise UserError(f"model.clip: open_clip cannot build these towers: {one_line(error)}") from None
     if isinstance(model.text, HFTextEncoder):
@@ -48,15 +53,15 @@ def build_clip(config: dict[str, Any]) -> CustomTextCLIP:
     return model
 
 
-def import_for_open_clip(package: str) -> None:
+def import_for_open_clip(package: str) -> Any:
     """Import timm or transformers, which cli.py keeps out, and give it to open_clip, which was imported without."""
-    if sys.modules.get(package, sys) is not None:
-        importlib.import_module(package)
-        return
-    del sys.modules[package]
-    importlib.import_module(package)
     user = {"timm": "open_clip.timm_model", "transformers": "open_clip.hf_model"}[package]
-    importlib.reload(sys.modules[user])  # its classes of before see what it holds now
+    if sys.modules.get(package, sys) is None:
+        del sys.modules[package]
+    module = importlib.import_module(package)
+    if getattr(sys.modules[user], package) is None:
+        importlib.reload(sys.modules[user])  # its classes of before see what it holds now
+    return module
 
 
 class LeanQuickGELU(QuickGELU):
@@ -88,23 +93,43 @@ def names_in_open_clip() -> set[str]:
     return {text[key] for text in texts for key in ("hf_model_name", "hf_tokenizer_name") if text.get(key)}
 
 
-def _must_be_known(vision: dict[str, Any], text: dict[str, Any]) -> None:
-    """Raise ValueError for names by which timm or transformers would fetch, or read, what the user has not named."""
-    if name := vision.get("timm_model_name"):
-        import timm
+def _must_be_known(timm_name: str | None, hf_name: str | None) -> None:
+    """Raise UserError for a name by which timm or transformers would fetch, or read, what the user has not named."""
+    if timm_name:
+        timm = import_for_open_clip("timm")
+        if not timm.is_model(timm_name) or ":" in timm_name or "/" in timm_name:
+            raise UserError(
+                f"model.clip: its vision_cfg names {timm_name!r}: no architecture of timm {timm.__version__}"
+            )
+    if hf_name and hf_name not in names_in_open_clip():
+        raise UserError(
+            f"model.clip: its text_cfg names {hf_name!r}: a model of transformers that open_clip's own do not name"
+        )
 
-        if not timm.is_model(name) or ":" in name or "/" in name:
-            raise ValueError(f"vision_cfg names {name!r}, which is no architecture of timm {timm.__version__}")
-    for key in ("hf_model_name", "hf_tokenizer_name"):
-        if (name := text.get(key)) and name not in names_in_open_clip():
-            raise ValueError(f"text_cfg names {name!r}, which none of open_clip's own models does")
+
+def _must_be_there(name: str) -> None:
+    """Raise UserError if the configuration of a model of transformers is neither on this machine nor to be fetched."""
+    try:
+        import_for_open_clip("transformers").AutoConfig.from_pretrained(name)
+    except Exception as error:  # transformers and the hub's libraries raise many kinds
+        raise UserError(
+            f"model.clip: the configuration of {name} cannot be had ({one_line(error, 200)}); fetch it where there is a "
+            f"network: hf download {name} config.json"
+        ) from None
 
 
 class Undrawn(TorchFunctionMode):
     """Keeps new modules, in the block, at what their memory holds: drawing weights that will be loaded takes a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        draws = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_, Tensor.normal_, Tensor.uniform_)
+        draws = (
+            nn.init.normal_,
+            nn.init.uniform_,
+            nn.init.kaiming_uniform_,
+            Tensor.normal_,
+            Tensor.uniform_,
+            Tensor.erfinv_,
+        )
         if func in draws:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))

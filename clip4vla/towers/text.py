@@ -64,6 +64,8 @@ class HFText(nn.Module):
     def __init__(self, tower: HFTextEncoder, context_length: int):
         super().__init__()
         self.transformer: Any = tower.transformer.float()  # a config may say another type
+        if hasattr(self.transformer, "layerdrop"):
+            self.transformer.layerdrop = 0.0  # each rank would skip other blocks, and ZeRO-3 hang
         self.pooler, self.proj = tower.pooler, tower.proj
         self.pad_id: int = tower.config.pad_token_id
         self.vocab_size, self.context_length = tower.vocab_size, context_length

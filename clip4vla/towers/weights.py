@@ -6,15 +6,55 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip import pretrained
+from open_clip.convert import convert_state_dict
+from open_clip.factory import _find_checkpoint_in_dir
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP, convert_to_custom_text_state_dict
 from torch import Tensor, nn
 
+from clip4vla.config_io import expand_path
 from clip4vla.data.precomputed_embeddings import SPACE
 from clip4vla.errors import UserError, one_line
 from clip4vla.io import safe_load
 from clip4vla.towers.build import build_clip
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+HUB, FOLDER = "hf-hub:", "local-dir:"  # open_clip's own prefixes
+CONFIG = "open_clip_config.json"  # of a model in a folder or on the hub
+NO_TOWER = ("logit_scale", "logit_bias", "text_decoder.", "text.transformer.embeddings.position_ids")
+
+
+def architecture(clip: str) -> str:
+    """Return NAME where `model.clip` is NAME/FILE, weights for an architecture of open_clip's; else ""."""
+    name, _, file = clip.partition("/")
+    known = clip.endswith(WEIGHTS) and not Path(clip).is_file() and name in open_clip.list_models()
+    return name if known and file else ""
+
+
+def weights_file(clip: str) -> str:
+    """Find the file of weights that `model.clip` names, fetched if it is on the hub; "" for a tag or an architecture alone."""
+    if clip.startswith(HUB):
+        return download(clip)
+    if clip.startswith(FOLDER):
+        folder = Path(expand_path(clip.removeprefix(FOLDER), "model.clip"))
+        file = _find_checkpoint_in_dir(folder) if (folder / CONFIG).is_file() else None
+        if not file:
+            raise UserError(f"model.clip={clip}: needs a folder with {CONFIG} and weights, .safetensors or .bin")
+        return file
+    if clip.endswith(WEIGHTS):
+        return clip.partition("/")[2] if architecture(clip) else clip
+    return ""
+
+
+def download(clip: str, name: str | None = None) -> str:
+    """Fetch a file of a CLIP on the Hugging Face hub, its weights if not named, or find it in the hub's cache: its path."""
+    try:
+        return pretrained.download_pretrained_from_hf(clip.removeprefix(HUB), filename=name)
+    except Exception as error:  # the hub's libraries raise many kinds
+        raise UserError(
+            f"model.clip={clip}: cannot be had from the hub ({one_line(error, 200)}); fetch it where there is a network, "
+            f"and give {FOLDER}PATH"
+        ) from None
 
 
 def names_weights(clip: str) -> bool:
@@ -29,8 +69,8 @@ def load_clip_weights(model: CustomTextCLIP, clip: str) -> bool:
     if not names_weights(clip):
         return False
     name, _, tag = clip.partition("/")
-    if clip.endswith(WEIGHTS):
-        state = convert_to_custom_text_state_dict(read_weights(clip)[0])
+    if path := weights_file(clip):
+        state = convert_to_custom_text_state_dict(convert_state_dict(model, read_weights(path)[0]))
     else:
         try:
             state = open_clip.create_model(name, pretrained=tag, force_custom_text=True).state_dict()
@@ -39,7 +79,8 @@ def load_clip_weights(model: CustomTextCLIP, clip: str) -> bool:
                 f"model.clip: cannot get the weights of {clip!r} ({one_line(error)}); "
                 "give a local weights file, or the name alone for random towers"
             ) from None
-    _load(model, {key: value for key, value in state.items() if key != "logit_bias"}, clip)
+    own = {key: value for key, value in state.items() if not key.startswith(NO_TOWER)}
+    _load(model, own | {"logit_scale": model.logit_scale}, clip)
     return True
 
 
@@ -69,7 +110,10 @@ def infer_config(state: dict[str, Tensor], where: str = "weights") -> dict[str, 
         check_size_claims(config, state)
         return config
     except KeyError as error:
-        raise UserError(f"{where}: not the weights of a CLIP with a vision transformer: no {error}") from None
+        raise UserError(
+            f"{where}: not the weights of a CLIP with a vision transformer: no {error}; of another one give the architecture "
+            "too, model.clip=NAME/FILE"
+        ) from None
     except (ValueError, TypeError, IndexError, ArithmeticError) as error:  # tensors of other shapes than a CLIP's
         raise UserError(f"{where}: not the weights of a CLIP with a vision transformer: {error}") from None
 
@@ -81,18 +125,22 @@ def _blocks(state: dict[str, Tensor], prefix: str) -> int:
 def check_size_claims(config: dict[str, Any], state: dict[str, Tensor], blocks: int = 0, positions: int = 0) -> None:
     """Raise ValueError for a configuration of more weights than there are: what is built of it could fill any memory.
 
-    blocks, positions: of a head, of the text tower's width.
+    blocks, positions: of a head, of width D.
     """
     sizes = CLIPVisionCfg(**config["vision_cfg"]), CLIPTextCfg(**config["text_cfg"])
-    if sum(size.layers for size in sizes) + blocks > len(state) or min(size.layers for size in sizes) < 1:
+    vision = sizes[0].layers if isinstance(sizes[0].layers, list) else [sizes[0].layers]  # a ResNet has four stages
+    layers = [*vision] * (not sizes[0].timm_model_name) + [sizes[1].layers] * (not sizes[1].hf_model_name)
+    if sum(layers) + blocks > len(state) or min(layers, default=1) < 1:
         raise ValueError(f"towers of more blocks than the file's {len(state)} tensors")
     with torch.device("meta"):  # counts without memory
         clip = build_clip(config)
-    width = sizes[1].width
-    head = width * (width * (4 + 2 * sizes[1].mlp_ratio) * blocks + positions)
+    width = config["embed_dim"]
+    ratio = sizes[1].mlp_ratio if sizes[1].width == width and not sizes[1].hf_model_name else 4
+    head = width * (width * (4 + 2 * ratio) * blocks + positions)
     wanted = head + sum(value.numel() for value in itertools.chain(clip.parameters(), clip.buffers()))
-    numbers = sum(value.numel() for value in state.values()) + sum(value.numel() for value in clip.buffers())
-    if wanted > numbers:
+    weights, buffers = sum(value.numel() for value in state.values()), [value.numel() for value in clip.buffers()]
+    numbers = weights + sum(buffers)
+    if wanted > numbers or max(buffers, default=0) > weights:
         raise ValueError(f"towers of {wanted:.0f} weights, the file has {numbers}")
 
 

@@ -168,8 +168,9 @@ def train_loader(cfg: RunConfig, folders: list, vectors: list | None, device: to
     order = TrainSampler(sizes, list(cfg.data.train.values()), cfg.train.batch_size, cfg.seed, cfg.data.shuffle_window)
     run = towers_run(cfg, bool(vectors))
     needs = [kind for tower, kind in (("audio", "fbank"), ("vision", "frames")) if tower in run]
+    tokenize = tokenizer(cfg.model.clip, cfg.model.max_tokens, fixed=cfg.train.compile != "off")
     return Loader(
-        folders, order, cfg.data, tokenize=tokenizer(cfg.model.clip, cfg.model.max_tokens), mask=cfg.mask, seed=cfg.seed,
+        folders, order, cfg.data, tokenize=tokenize, mask=cfg.mask, seed=cfg.seed,
         needs=needs, vectors=vectors, device=device, pieces=cfg.train.gradient_accumulation_steps, augment=cfg.augment,
         pad_tokens=(cfg.train.compile != "off") * cfg.model.max_tokens,  # 0: no padding
         damage_log=Path(cfg.run_dir, f"corrupt-{collectives.rank()}.jsonl"),
