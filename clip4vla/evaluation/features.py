@@ -26,6 +26,7 @@ from clip4vla.data.shards import ShardFolder
 from clip4vla.distributed import collectives
 from clip4vla.distributed.watchdog import watch
 from clip4vla.io.safe_load import save_tensors
+from clip4vla.models.audio_encoder import audio_reading
 from clip4vla.models.model import Model
 
 MEDIA = {"v": "frames", "a": "fbank"}
@@ -119,7 +120,7 @@ def _features_sha256(model: Model, cfg: RunConfig) -> str:
     """Compute the sha256 of all that decides the features of given shards."""
     settings = [model.clip_config, model.image_statistics, to_dict(model.spectrogram)]
     settings += [cfg.model.modalities, cfg.model.audio_type, cfg.model.spectrogram_norm, cfg.data.languages]
-    settings += model.audio_reading()
+    settings += audio_reading(model.cfg, model.audio_config)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for kind, tower in (("v", model.vision), ("a", model.audio)):
         for name, value in tower.state_dict().items() if kind in cfg.model.modalities else ():

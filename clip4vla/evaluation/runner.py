@@ -22,7 +22,8 @@ from clip4vla.evaluation import captioning, classification, manifest, retrieval_
 from clip4vla.io.atomic import write_text
 from clip4vla.models import generation
 from clip4vla.models.audio_encoder import type_token_weights
-from clip4vla.models.model import Model, must_have_room
+from clip4vla.models.fusion import must_have_room
+from clip4vla.models.model import Model
 from clip4vla.models.towers_fingerprint import towers_sha256
 from clip4vla.report import evaluations, page
 from clip4vla.report.tracking import read_rows

@@ -161,6 +161,8 @@ def to_official(model: Model, like: State | None = None) -> tuple[State, KeyRepo
 
 
 def _must_come_back(model: Model, state: State) -> None:
+    if model.cfg.audio_tower != "vision":
+        raise UserError("these towers are not as OpenAI's: the authors' code cannot run them")
     if not model.clip_config.get("quick_gelu"):
         raise UserError("the authors' code runs QuickGELU, and this model was trained with GELU")
     head = "global_global" if model.cfg.head == "classifier" else model.cfg.head

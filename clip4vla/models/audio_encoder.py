@@ -1,6 +1,7 @@
 """Encode audio: a vision tower's structure and first weights, an audio type token at the end, one position more."""
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,16 @@ def type_token_weights(audio_type: str, own: Tensor | None = None, key: str = "m
     if not 0 <= ratio <= 1:
         raise UserError(f"{key} must be vb, nb, both, none or a number from 0 to 1, not {audio_type!r}")
     return ((1 - ratio) * vb + ratio * nb)[None, None]
+
+
+def audio_reading(cfg: ModelConfig, tower: dict[str, Any] | None) -> list[Any]:
+    """List how the audio tower reads clips, and of which configuration it is, where that is not the paper's way.
+
+    They are part of the hash of what it computes.
+    """
+    names = ("audio_span", "audio_pool")
+    ways = [getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(DEFAULT, name)]
+    return [*ways, tower] if tower else ways
 
 
 class AudioEncoder(nn.Module):
@@ -150,7 +161,7 @@ class AudioEncoder(nn.Module):
         types = (mix.to(x.dtype) @ self.type_embedding).expand(count, -1, -1)  # B T W; all share the last position
         start = vit.prefix().expand(count, -1, -1)
         x = torch.cat([start, x, types if position is None else types + position[-1]], 1)
-        first, extra = start.shape[1], types.shape[1]
+        first, extra = vit.prefix_tokens, types.shape[1]
         hidden = None if ignored is None else F.pad(ignored, (first, extra))
         x = vit.run(vit.norm_pre(x), hidden, rotations, self.mean_pool)
         if self.mean_pool:

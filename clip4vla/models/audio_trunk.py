@@ -30,7 +30,7 @@ NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 2, "heads": 1, "layers
 class OpenClipVit:
     """Views open_clip's VisionTransformer."""
 
-    prefix_rows = 1  # prefix tokens that have a position
+    prefix_tokens = prefix_rows = 1  # prefix tokens, and those that have a position
 
     def __init__(self, tower: VisionTransformer):
         self.tower = tower
@@ -95,7 +95,7 @@ class OpenClipVit:
                 "model.audio_pool=mean: the attention pooling of this audio tower changes the width: set model.audio_pool=tower"
             )
 
-    def run(self, x: Tensor, hidden: Tensor | None, rotations: None, all_places: bool) -> Tensor:
+    def run(self, x: Tensor, hidden: Tensor | None, rotations: Tensor | None, all_places: bool) -> Tensor:
         """Run the blocks on tokens (B, L, W), of which hidden (B, L) are no keys: (B, L, W), or (B, 1, W) at [CLS] alone."""
         return pooled_places(self.tower, x, hidden, all_places)
 
@@ -123,7 +123,8 @@ class TimmVit:
         self.patch_norm, self.norm_pre = self.vit.patch_embed.norm, self.vit.norm_pre
         self.norm, self.mean_norm = self.vit.norm, self.vit.fc_norm
         self.rope = getattr(self.vit, "rope", None)
-        self.prefix_rows = 0 if self.vit.no_embed_class or self.vit.pos_embed is None else self.vit.num_prefix_tokens
+        self.prefix_tokens: int = self.vit.num_prefix_tokens
+        self.prefix_rows = 0 if self.vit.no_embed_class or self.vit.pos_embed is None else self.prefix_tokens
 
     @property
     def kernel(self) -> nn.Conv2d:
@@ -193,7 +194,7 @@ class TimmVit:
         """Run the blocks on tokens (B, L, W), of which hidden (B, L) are no keys, rotations (.., P, R) of patches: (B, L, W)."""
         mask = None if hidden is None else _additive(hidden, x.dtype)
         if rotations is not None:
-            still = x.shape[1] - self.vit.num_prefix_tokens - rotations.shape[-2]  # type tokens
+            still = x.shape[1] - self.prefix_tokens - rotations.shape[-2]  # type tokens
             rotations = torch.cat([rotations, _no_rotation(rotations, still)], -2)
         for number, block in enumerate(self.blocks):
             run = functools.partial(block, attn_mask=mask)
@@ -204,7 +205,7 @@ class TimmVit:
 
     def pool(self, x: Tensor, hidden: Tensor | None) -> Tensor:
         """Pool outputs (B, L, W), of which hidden (B, L) are padding, as the tower does: (B, W)."""
-        x, start = self.vit.norm(x), self.vit.num_prefix_tokens
+        x, start = self.vit.norm(x), self.prefix_tokens
         if hidden is not None and self.vit.attn_pool is not None:
             x = self.vit.attn_pool(x, attn_mask=_additive(hidden, x.dtype))
         elif hidden is not None and self.vit.global_pool == "avg":
@@ -245,8 +246,7 @@ def tower_config(name: str, dim: int) -> dict[str, Any] | None:
     if name == "vision":
         return None
     if name.endswith((*WEIGHTS, ".json")) or ":" in name or name.partition("/")[0] in open_clip.list_models():
-        found = resolve_clip_config(name)
-        return {key: value for key, value in found.items() if key != "text_cfg"}
+        return {key: value for key, value in resolve_clip_config(name).items() if key != "text_cfg"}
     import timm
 
     if not timm.is_model(name.partition(".")[0]) or "/" in name:

@@ -27,6 +27,13 @@ TEXT, VISION, AUDIO = range(3)  # rows of the type embedding
 TOKENS = {"cpu": 1 << 12, "cuda": 1 << 17}  # in a tile of caption-clip pairs
 
 
+def must_have_room(cfg: ModelConfig, fingerprint: dict[str, Any]) -> None:
+    """Raise UserError if a head has too few positions for the frames of shards with this fingerprint."""
+    frames = fingerprint["frames"]["max_frames"]
+    if cfg.head != "global_global" and frames > cfg.max_frames:
+        raise UserError(f"model.max_frames={cfg.max_frames}: the shards have up to {frames} frames in a clip")
+
+
 class PaddedSequence(NamedTuple):
     """Holds vectors (B, n, D), not normalised, of one kind: the words of captions, or the frames or segments of clips."""
 

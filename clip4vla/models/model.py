@@ -1,6 +1,5 @@
 """Encode text, vision and audio by towers into one space, and pool frames and segments into clips."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,10 +25,10 @@ from clip4vla.models.classifier import Classifier, in_words
 from clip4vla.models.saved_config import FORMAT, upgraded
 from clip4vla.towers.build import Undrawn, build_clip, freeze_first, hold_still
 from clip4vla.towers.pictures import image_statistics
-from clip4vla.towers.space import build_towers, check_space_claims, must_have_audio_tower, must_have_text
+from clip4vla.towers.space import build_towers, check_claims, must_have_text
 from clip4vla.towers.text import encode_text, gives_words, token_mask
 from clip4vla.towers.vision import encode_images
-from clip4vla.towers.weights import check_size_claims, load_clip_weights, names_weights
+from clip4vla.towers.weights import load_clip_weights
 
 TEXTS = 256  # of a pass through the text tower
 
@@ -57,8 +56,7 @@ class Model(nn.Module):
         super().__init__()
         self.clip_config, self.cfg, self.spectrogram = clip, cfg, spectrogram
         self.frames = frames or FramesConfig()
-        self.text, self.vision = build_towers(clip)
-        must_have_audio_tower(clip, cfg.audio_tower)
+        self.text, self.vision = build_towers(clip, cfg.audio_tower)
         self.audio_config = audio or tower_config(cfg.audio_tower, clip["embed_dim"])
         own = build_tower(self.audio_config) if self.audio_config else self.vision
         self.audio = AudioEncoder(own, cfg, spectrogram, clip["embed_dim"])
@@ -73,8 +71,6 @@ class Model(nn.Module):
 
     def load_clip(self) -> bool:
         """Fill text and vision from the weights that cfg.clip names; False if it names none."""
-        if not names_weights(self.cfg.clip):
-            return False
         with torch.device("meta"):  # shapes alone: random weights would take a second, and the file's take their place
             built = build_clip(self.clip_config)
         loaded = load_clip_weights(built, self.cfg.clip)
@@ -333,13 +329,6 @@ class Model(nn.Module):
     def _trains(self, tower: nn.Module) -> bool:
         return torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())
 
-    def audio_reading(self) -> list[str]:
-        """List how the audio tower reads clips, where that is not the paper's way: part of the hash of what it computes."""
-        paper = ModelConfig()
-        names = ("audio_span", "audio_pool")
-        own = [json.dumps(self.audio_config, sort_keys=True)] if self.audio_config else []
-        return own + [getattr(self.cfg, name) for name in names if getattr(self.cfg, name) != getattr(paper, name)]
-
     def config(self) -> dict[str, Any]:
         """Collect everything that from_checkpoint needs beside the weights."""
         settings = {"model": self.cfg, "spectrogram": self.spectrogram, "frames": self.frames}
@@ -370,23 +359,13 @@ class Model(nn.Module):
         spectrogram = from_tree(SpectrogramConfig, tree["spectrogram"], file, "spectrogram.")
         head = cfg.head not in ("global_global", "classifier")
         positions = cfg.max_tokens + cfg.max_frames + spectrogram.max_segments
-        if "space" in tree["clip"]:
-            check_space_claims(tree["clip"], weights)
-        else:
-            check_size_claims(tree["clip"], weights, cfg.head_layers * head, positions * head)
+        check_claims(tree["clip"], weights, cfg.head_layers * head, positions * head)
         must_be_held(tree.get("audio"), cfg.audio_tower, weights)
         frames = from_tree(FramesConfig, tree["frames"], file, "frames.")
         with Undrawn():
             model = cls(tree["clip"], cfg, spectrogram, frames, tree.get("audio"))
         model.load_state_dict(weights)
         return model
-
-
-def must_have_room(cfg: ModelConfig, fingerprint: dict[str, Any]) -> None:
-    """Raise UserError if a head has too few positions for the frames of shards with this fingerprint."""
-    frames = fingerprint["frames"]["max_frames"]
-    if cfg.head != "global_global" and frames > cfg.max_frames:
-        raise UserError(f"model.max_frames={cfg.max_frames}: the shards have up to {frames} frames in a clip")
 
 
 def uses_head(loss: LossConfig) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clip4vla.data.precomputed_embeddings import SPACE
 from clip4vla.errors import UserError
 from clip4vla.towers.build import build_clip
+from clip4vla.towers.weights import check_size_claims
 
 
 def is_space(clip: str) -> bool:
@@ -46,12 +47,15 @@ class NoTower(nn.Module):
         )
 
 
-def build_towers(config: dict[str, Any]) -> tuple[Any, Any]:
-    """Build (text, vision), with random weights; a space has NoTower for both."""
-    if "space" in config:
-        return NoTower("text", config["space"]["name"]), NoTower("vision", config["space"]["name"])
-    built = build_clip(config)
-    return built.text, built.visual
+def build_towers(config: dict[str, Any], audio_tower: str) -> tuple[Any, Any]:
+    """Build (text, vision), with random weights; a space has NoTower for both, so that model.audio_tower must name another."""
+    if "space" not in config:
+        built = build_clip(config)
+        return built.text, built.visual
+    name = config["space"]["name"]
+    if audio_tower == "vision":
+        raise UserError(f"model.audio_tower=vision: {name} has no vision tower to copy: name a ViT, as ViT-B-16")
+    return NoTower("text", name), NoTower("vision", name)
 
 
 def must_have_text(text: nn.Module, head: str) -> None:
@@ -60,15 +64,9 @@ def must_have_text(text: nn.Module, head: str) -> None:
         raise UserError(f"model.head={head}: starts from a text tower, and {text.name} has none: set global_global")
 
 
-def must_have_audio_tower(config: dict[str, Any], audio_tower: str) -> None:
-    """Raise UserError where the audio tower would be a copy of the vision tower of a space."""
-    if "space" in config and audio_tower == "vision":
-        raise UserError(
-            f"model.audio_tower=vision: {config['space']['name']} has no vision tower to copy: name a ViT, as ViT-B-16"
-        )
-
-
-def check_space_claims(config: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Raise ValueError for a width of the space that no weights have: what is built of it could fill any memory."""
-    if not any(config["embed_dim"] in value.shape for value in state.values()):
+def check_claims(config: dict[str, Any], state: dict[str, Tensor], blocks: int, positions: int) -> None:
+    """Raise ValueError for a configuration of more weights than there are (check_size_claims), or of a space of another width."""
+    if "space" not in config:
+        check_size_claims(config, state, blocks, positions)
+    elif not any(config["embed_dim"] in value.shape for value in state.values()):
         raise ValueError(f"a space of width {config['embed_dim']!r:.20}, which none of its weights has")

@@ -150,7 +150,8 @@ def start(model: Model, ds: dict[str, Any], train: TrainConfig) -> Any:
     deepspeed.utils.logging.logger.setLevel("WARNING")
     # fp32 products of the losses: features that were rounded to bf16 or fp16 have no more bits than TF32 keeps
     torch.backends.cuda.matmul.allow_tf32 = ds["bf16"]["enabled"] or ds["fp16"]["enabled"]
-    for tower in (model.text, model.vision, model.audio.trunk):
+    towers: list[Any] = [model.text, model.vision, model.audio.trunk]
+    for tower in towers:
         tower.set_grad_checkpointing(train.activation_checkpointing)
     try:
         with contextlib.redirect_stdout(None):  # its BF16_Optimizer prints the memory at each of its steps

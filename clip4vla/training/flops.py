@@ -22,7 +22,6 @@ import math
 from typing import Any, TypeVar
 
 import torch
-from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from clip4vla.config import RunConfig
@@ -30,11 +29,11 @@ from clip4vla.data.batch import Batch
 from clip4vla.distributed import collectives
 from clip4vla.losses import objective
 from clip4vla.models.audio_encoder import type_token_weights
+from clip4vla.models.audio_trunk import OpenClipVit, TimmVit, vit_of
 from clip4vla.models.classifier import Classifier
 from clip4vla.models.fusion import GlobalToGlobal, LocalToLocal
 from clip4vla.models.model import Model, needed_towers, uses_head
 from clip4vla.towers.space import NoTower
-from clip4vla.towers.vision import pools_first
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -75,11 +74,12 @@ class FlopCounter:
         self.dim = model.clip_config["embed_dim"]
         # parts of a global batch that are compared each on its own; 1: the whole batch is
         self.batch_parts = cfg.train.gradient_accumulation_steps if cfg.train.negatives == "micro" else 1
-        self.trunk, self.channels = model.audio.trunk, 1 if model.spectrogram.channels == "mono" else 3
+        self.audio, self.channels = model.audio, 1 if model.spectrogram.channels == "mono" else 3
         self.type_tokens = type_tokens(cfg)
         if isinstance(model.text, NoTower):
             return
-        self.per_frame = float(_picture(model.vision, 3, torch.tensor(math.prod(model.vision.grid_size)), 0))
+        vision = vit_of(model.vision)
+        self.per_frame = float(_picture(vision, 3, torch.tensor(math.prod(vision.grid)), 0))
         passes = 3 if elements(model.text, trained=True) else 1
         per_token, per_token_pair = _transformer(model.text.transformer.resblocks)
         self.per_token, self.per_token_pair = passes * per_token, passes * per_token_pair
@@ -90,15 +90,17 @@ class FlopCounter:
 
     def _sound_flops(self, micro: Batch) -> float:
         """Count the FLOPs of the audio tower in all views: of each segment, or of the valid patches of each clip at once."""
+        vit = self.audio.vit
         if self.cfg.model.audio_span == "segment":
-            patches = torch.full((_count_owned(micro.segment_clip, micro),), math.prod(self.trunk.grid_size))
+            patches = torch.full((_count_owned(micro.segment_clip, micro),), math.prod(vit.grid))
         else:
-            used = (micro.segment_rows / self.trunk.conv1.kernel_size[0]).ceil().long() * self.trunk.grid_size[1]
+            used = (micro.segment_rows / vit.kernel.kernel_size[0]).ceil().long() * vit.grid[1]
             patches = used.new_zeros(len(micro) + 1).index_add(0, micro.segment_clip, used)[:-1]
             patches = patches[patches > 0]
         whole = self.cfg.model.audio_pool == "mean"
-        views = (_picture(self.trunk, self.channels, patches.double(), extra, whole) for extra in self.type_tokens)
-        return sum(float(view.sum()) for view in views)
+        views = (_picture(vit, self.channels, patches.double(), extra, whole) for extra in self.type_tokens)
+        projection = 2 * elements(self.audio.projection) * len(patches) * len(self.type_tokens)
+        return sum(float(view.sum()) for view in views) + 3 * projection
 
     def flops(self, micros: list[Batch]) -> float:
         """Count the useful FLOPs of one step's micro-batches on this rank."""
@@ -162,38 +164,50 @@ def _count_owned(owner: Tensor, micro: Batch) -> int:
     return int((owner < len(micro)).sum())
 
 
-def _transformer(blocks: nn.ModuleList) -> tuple[float, float]:
+def _transformer(blocks: nn.ModuleList | nn.Sequential) -> tuple[float, float]:
     """Count forward FLOPs of a sequence: (for each token, for each pair of tokens)."""
     weights = sum(math.prod(shape(p)) for p in blocks.parameters() if len(shape(p)) == 2)
     each: list[Any] = list(blocks)
-    return 2 * weights, 4 * sum(block.attn.embed_dim for block in each)
+    return 2 * weights, 4 * sum(block.attn.num_heads * block.attn.head_dim for block in each)
 
 
-def _first_place(blocks: nn.ModuleList, tokens: Number) -> Number:
+def _first_place(blocks: Any, tokens: Number) -> Number:
     """Count forward FLOPs of sequences of `tokens` tokens, of which the last block computes the first one's output alone."""
     per_token, per_pair = _transformer(blocks[:-1])
     last: Any = blocks[-1]
-    width = last.attn.embed_dim
+    width = last.attn.num_heads * last.attn.head_dim
     keys_and_values = 4 * width * (width + 1) * tokens
     return per_token * tokens + per_pair * tokens**2 + keys_and_values + _transformer(blocks[-1:])[0] - 4 * width**2
 
 
-def _picture(tower: VisionTransformer, channels: int, patches: Tensor, extra: int, whole: bool = False) -> Tensor:
+def _picture(vit: OpenClipVit | TimmVit, channels: int, patches: Tensor, extra: int, whole: bool = False) -> Tensor:
     """Count FLOPs of each of n pictures of `channels` channels and patches (n,), with `extra` tokens after them.
 
     With gradients if the tower trains. whole: all outputs of the last block are needed, not [CLS] alone.
     """
-    width, _, *patch = shape(tower.conv1.weight)
+    width, _, *patch = shape(vit.kernel.weight)
     first = 2 * patches * width * channels * math.prod(patch)
-    blocks, tokens = tower.transformer.resblocks, patches + 1 + extra
+    blocks, tokens = vit.blocks, patches + vit.prefix_tokens + extra
     per_token, per_pair = _transformer(blocks)
-    if pools_first(tower) and not whole:
+    if vit.first_only and not whole:
         rest = _first_place(blocks, tokens)
     else:
         rest = per_token * tokens + per_pair * tokens**2
-    if tower.proj is not None:
-        rest = rest + 2 * math.prod(shape(tower.proj))
-    return 2 * first + 3 * rest if elements(tower, trained=True) else first + rest
+    rest = rest + _pooled(vit, tokens - extra)
+    return 2 * first + 3 * rest if elements(vit.tower, trained=True) else first + rest
+
+
+def _pooled(vit: OpenClipVit | TimmVit, tokens: Tensor) -> Tensor:
+    """Count forward FLOPs of what comes after the blocks: attention pooling of `tokens` tokens, if there is one, projection."""
+    if isinstance(vit, OpenClipVit):
+        return 0 * tokens + (0 if vit.tower.proj is None else 2 * math.prod(shape(vit.tower.proj)))
+    weights = {
+        n: shape(m.weight) for n, m in vit.tower.named_modules() if isinstance(m, nn.Linear) and ".blocks." not in n
+    }
+    keys = sum(2 * math.prod(size) + 4 * size[1] for name, size in weights.items() if name.endswith("attn_pool.kv"))
+    return keys * tokens + 2 * sum(
+        math.prod(size) for name, size in weights.items() if not name.endswith("attn_pool.kv")
+    )
 
 
 def bytes_sent(model: Model, cfg: RunConfig, stage: int, width: int, sent_width: int, vectors: bool) -> int:

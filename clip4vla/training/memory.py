@@ -22,11 +22,11 @@ from clip4vla.config import RunConfig
 from clip4vla.data.batch import Batch
 from clip4vla.distributed import collectives
 from clip4vla.losses import contrastive, objective
+from clip4vla.models.audio_trunk import OpenClipVit, TimmVit, vit_of
 from clip4vla.models.classifier import Classifier
 from clip4vla.models.fusion import GlobalToGlobal, LocalToLocal
 from clip4vla.models.model import uses_head
 from clip4vla.towers.text import token_mask
-from clip4vla.towers.vision import pools_first
 from clip4vla.training import engine, flops, train_step
 from clip4vla.training.run_setup import RunSetup
 
@@ -238,28 +238,27 @@ def _text(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
 
 def _vision(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     """Count of frames (F, 3, 224, 224): normalised in fp32, twice at once, before they have a weight's width."""
-    tower, numbers = setup.model.vision, math.prod(micro.frames.shape)
-    first_only = pools_first(tower)
-    tokens = len(micro.frames) * (math.prod(tower.grid_size) + 1)
-    blocks = _blocks(cfg, setup, tower, tokens, first_only)
+    vit, numbers = vit_of(setup.model.vision), math.prod(micro.frames.shape)
+    tokens = len(micro.frames) * (math.prod(vit.grid) + vit.prefix_tokens)
+    blocks = _blocks(cfg, setup, vit, tokens, vit.first_only)
     pixels = numbers * setup.width
-    patches = pixels * tower.conv1.weight.requires_grad  # kept for its gradient
+    patches = pixels * vit.kernel.weight.requires_grad  # kept for its gradient
     return blocks._replace(kept=blocks.kept + patches, forward=max(8 * numbers, blocks.forward + pixels + patches))
 
 
 def _audio(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     """Count of segments (S, C, 224, 224) in all views: decibels, views, and views side by side, fp32, outlast the blocks."""
-    tower, extra = setup.model.audio.trunk, flops.type_tokens(cfg)
-    patches = math.prod(tower.grid_size)
+    vit, extra = setup.model.audio.vit, flops.type_tokens(cfg)
+    patches = math.prod(vit.grid)
     sequences, length = len(micro.segments), patches
     if cfg.model.audio_span == "clip":
         sequences, length = len(micro), patches * _longest(micro.segment_clip, micro)
-    tokens = sequences * sum(length + 1 + count for count in extra)
-    first_only = pools_first(tower) and cfg.model.audio_pool == "tower"
-    blocks = _blocks(cfg, setup, tower, tokens, first_only, masked=cfg.model.audio_span == "clip")
+    tokens = sequences * sum(length + vit.prefix_tokens + count for count in extra)
+    first_only = vit.first_only and cfg.model.audio_pool == "tower"
+    blocks = _blocks(cfg, setup, vit, tokens, first_only, masked=cfg.model.audio_span == "clip")
     numbers = math.prod(micro.segments.shape)
     pixels = numbers * len(extra) * setup.width
-    kept = pixels * tower.conv1.weight.requires_grad
+    kept = pixels * vit.kernel.weight.requires_grad
     forward = blocks.forward + kept + pixels + 4 * numbers * (1 + 2 * len(extra))
     return blocks._replace(kept=blocks.kept + kept, forward=forward)
 
@@ -271,11 +270,14 @@ def _blocks(
 
     first_only: the last block gives each sequence's first output alone. masked: attention's output is there twice.
     """
-    blocks = tower.encoder.blocks if tower is setup.model.head else tower.transformer.resblocks
+    if isinstance(tower, OpenClipVit | TimmVit):
+        tower, blocks = tower.tower, tower.blocks
+    else:
+        blocks = tower.encoder.blocks if tower is setup.model.head else tower.transformer.resblocks
     learning = [block for block in blocks if flops.elements(block, trained=True)]
     trained = flops.elements(tower, trained=True)
     first: Any = blocks[0]
-    one = float(first.attn.embed_dim * setup.width * tokens)  # one width
+    one = float(first.attn.num_heads * first.attn.head_dim * setup.width * tokens)  # one width
     if not learning:
         return Pass(0.0, FORWARD * one, 0.0, trained)
     quick = any(isinstance(module, QuickGELU) for module in first.modules())

@@ -24,7 +24,8 @@ from clip4vla.evaluation import manifest
 from clip4vla.evaluation.runner import check_evaluation
 from clip4vla.losses.objective import TERMS
 from clip4vla.models.classifier import label_of
-from clip4vla.models.model import Model, must_have_room, needed_towers, uses_head
+from clip4vla.models.fusion import must_have_room
+from clip4vla.models.model import Model, needed_towers, uses_head
 from clip4vla.models.towers_fingerprint import towers_sha256
 from clip4vla.towers.build import Undrawn
 from clip4vla.towers.config import resolve_clip_config
