@@ -28,6 +28,7 @@ from clip4vla.models import fusion, generation
 from clip4vla.models.audio_encoder import type_token_weights
 from clip4vla.models.classifier import Classifier
 from clip4vla.models.model import Model
+from clip4vla.towers.space import NoTower
 from clip4vla.towers.tokenizer import tokenizer
 from clip4vla.towers.transformers_folder import SMALL, SOURCE
 
@@ -115,12 +116,16 @@ class CLIP4VLA(Model, ModelHubMixin):
         A video is encoded by frames spread over it, at most 12 with the defaults. Frames in an array are taken as they are,
         spread if there are more.
         """
+        if isinstance(self.vision, NoTower):
+            self.vision(torch.zeros(0))
         inputs = (_video_input(video, self.frames) for video in _listed(videos))
         return upload(self.encode(inputs, [])["v"], self.device)
 
     @torch.no_grad()
     def encode(self, clips: Iterable[ClipInput], audio_types: Sequence[str], vision: bool = True) -> dict[str, Tensor]:
         """Encode clips to unit vectors (N, D), on the CPU: "v" y^g, and z^g under each type token; zero without that medium.
+
+        "v" is zero where the model has no vision tower (model.clip=vectors:NAME).
 
         Clips are read ahead in a thread, and few of them are in memory at a time.
         """
@@ -132,7 +137,11 @@ class CLIP4VLA(Model, ModelHubMixin):
         for batch in preprocessing.batches(whole, self.spectrogram, self.frames):
             batch = batch.to(self.device)
             for name, vectors in chunks.items():
-                pooled = self.pooled_frames(batch) if name == "v" else self.pooled_segments(batch, name)
+                if name == "v":
+                    unseen = isinstance(self.vision, NoTower)
+                    pooled = torch.zeros(len(batch), self.dim) if unseen else self.pooled_frames(batch)
+                else:
+                    pooled = self.pooled_segments(batch, name)
                 vectors.append(pooled.cpu())
         return {name: torch.cat(vectors) for name, vectors in chunks.items()}
 

@@ -60,7 +60,7 @@ def path_word(text: str) -> str:
 
 
 def parse_args(
-    cls: type[Config], default: str | None, about: str, dry_run: bool = False
+    cls: type[Config], default: str | None, about: str, dry_run: bool = False, files_from: bool = False
 ) -> tuple[Config, argparse.Namespace]:
     """Parse `[CONFIG.yaml] [KEY=VALUE ...]` and what the launchers add; --help lists every setting."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -74,6 +74,10 @@ def parse_args(
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     if dry_run:
         parser.add_argument("--dry-run", action="store_true", help="check everything with one real step; write nothing")
+    if files_from:
+        parser.add_argument(
+            "--from", dest="files", nargs="+", type=path_word, metavar="FILE", help="vectors computed elsewhere"
+        )
     args = parser.parse_intermixed_args()
     files = [word for word in args.words if "=" not in word]
     if len(files) > 1:

@@ -99,7 +99,7 @@ class ModelConfig:
 
     clip: str = option(
         "ViT-B-32-quickgelu/openai",
-        "open_clip name, NAME/PRETRAINED tag, FILE of weights or NAME/FILE, hf-hub:ID, local-dir:PATH, or open_clip's .json",
+        "open_clip name, NAME/TAG, FILE of weights or NAME/FILE, hf-hub:ID, local-dir:PATH, open_clip's .json, or vectors:NAME",
         path=True,
     )
     quick_gelu: Literal["auto", "yes", "no"] = option(
@@ -119,9 +119,7 @@ class ModelConfig:
     media_mean: Literal["normalized", "raw"] = option(
         "normalized", "mean of vision and audio, brought to unit length, or left as it is (official)"
     )
-    freeze_layers: dict[str, int] = option(
-        {}, "tower: number of its first blocks that stay frozen, with what lies before them"
-    )
+    freeze_layers: dict[str, int] = option({}, "tower: its first blocks that stay frozen, with what lies before them")
     audio_type: str = option("both", "type token when not pre-training: vb, nb, both, none, or the share of NB, 0..1")
     pretrain_audio_type: Literal["data", "none"] = option("data", "token in pre-training: the clip's own type, or none")
     audio_tower: str = option("vision", "vision: its copy; or a ViT, named as in model.clip, or one of timm", path=True)

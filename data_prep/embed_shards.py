@@ -28,6 +28,7 @@ from clip4vla.io.atomic import write_json
 from clip4vla.io.out_folder import OutFolder, open_out
 from clip4vla.models.model import Model
 from clip4vla.models.towers_fingerprint import embeddings_fingerprint
+from clip4vla.towers.space import is_space
 from clip4vla.towers.tokenizer import tokenizer
 from clip4vla.training.run_setup import build_model
 
@@ -76,6 +77,10 @@ class EmbeddingTask:
 
 def run(cfg: RunConfig) -> None:
     """Embed what is not embedded yet of the folders of data.train and data.val; rank 0 prints counts of each folder."""
+    if is_space(cfg.model.clip):
+        raise UserError(
+            f"model.clip={cfg.model.clip}: its vectors are computed elsewhere: name their files, --from FILES"
+        )
     device = collectives.setup()
     torch.backends.cuda.matmul.allow_tf32 = True  # its 11 bits are those of float16, in which vectors are kept
     folders = open_folders(cfg.data.train | cfg.data.val, "data.train")
@@ -176,12 +181,17 @@ def make_loader(cfg: RunConfig, folder: ShardFolder, device: torch.device, damag
 
 def make(unit: EmbeddingTask, model: Model, loader: Loader, bar: tqdm) -> None:
     """Write the tar of one shard, then its note."""
-    unit.note.parent.mkdir(parents=True, exist_ok=True)
     sizes = [shard.samples if i == unit.number else 0 for i, shard in enumerate(unit.folder.shards)]
     loader.order = EvalSampler([sizes], CLIPS)
     note = {"identity": unit.identity, "captions": 0, "frames": 0, "corrupt": []}
+    write(unit, note, _members(unit.keys(), model, loader, note, bar))
+
+
+def write(unit: EmbeddingTask, note: dict[str, Any], members: Iterator[tuple[str, dict[str, bytes]]]) -> None:
+    """Write the tar of one shard from (key, its one member) of all its samples, then its note, in which members has counted."""
+    unit.note.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    entry = write_shard(unit.tar, _members(unit.keys(), model, loader, note, bar))
+    entry = write_shard(unit.tar, members)
     assert [key for key, _ in entry["entries"]] == unit.keys(), unit.tar
     unit.out.publish(unit.tar, keep=False)
     seconds = time.perf_counter() - start

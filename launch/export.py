@@ -2,7 +2,7 @@
 
 local     python launch/export.py runs/stamps exported/stamps-300 --step 300 --dtype fp16
 remote    python launch/export.py s3://bucket/run exported/run          (a train.mirror)
-ONNX      python launch/export.py runs/stamps exported/stamps --onnx    also audio.onnx and text.onnx, fp32, checked
+ONNX      python launch/export.py runs/stamps exported/stamps --onnx    also *.onnx of towers and head, fp32, checked
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("out", type=path_word, help="new folder")
     parser.add_argument("--step", type=int, help="default: the newest")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), default="fp32")
-    parser.add_argument("--onnx", action="store_true", help="the audio and the text tower for onnxruntime too")
+    parser.add_argument("--onnx", action="store_true", help="towers and head for onnxruntime too")
     args = parser.parse_args()
     args.out = Path(args.out)
     with quick_imports():

@@ -50,6 +50,7 @@ class Batch:
     meta: list[dict]  # the json of each clip
     text_vectors: Tensor | None = None  # B D float16: of the captions
     frame_vectors: Tensor | None = None  # F D float16
+    caption_vectors: Tensor | None = None  # C D float16: of every caption of every clip, in an evaluation
     others: list[dict] = field(default_factory=list)  # the json of the clip that each one's sound is mixed with, if any
     share: Tensor | None = None  # B float32: of the own sound in what was mixed
     host: "Batch | None" = None  # what this was copied from, if it was; see on_host

@@ -159,10 +159,15 @@ class Loader:
         captions = [c["captions"][j] if c["captions"] else "" for c, j in zip(clips, drawn, strict=True)]
         fields = self._clip_fields(clips, keys, _owners(samples, "fbank")) | {"captions": captions}
         if self.vectors:
-            vectors = [sample.members.get("clip", b"") for sample in samples]
+            vectors, counts = (
+                [sample.members.get("clip", b"") for sample in samples],
+                [len(c["captions"]) for c in clips],
+            )
             width = self.vectors[0].fingerprint["clip"]["dim"]
-            no_tokens = {"tokens": torch.zeros(len(samples), 0, dtype=torch.int64)}
-            return fields | no_tokens | embeddings.packed(vectors, [len(c["captions"]) for c in clips], drawn, width)
+            fields["tokens"] = torch.zeros(len(samples), 0, dtype=torch.int64)
+            if isinstance(self.order, EvalSampler):
+                fields["caption_vectors"] = embeddings.every_caption(vectors, counts, width)
+            return fields | embeddings.packed(vectors, counts, drawn, width)
         return fields | {"tokens": self.tokenize(captions), "frame_clip": _owners(samples, "frames")}
 
     def _clip_fields(self, clips: list[dict], keys, segment_clip: Tensor) -> dict[str, Any]:
@@ -226,8 +231,9 @@ class Loader:
         if clip["n_rows"] > clip["n_segments"] * self.spectrogram.segment_rows:
             raise ValueError(f"json: n_rows is {clip['n_rows']}, n_segments {clip['n_segments']}")
         if self.vectors:
-            rows, width = len(clip["captions"]) + clip["n_frames"], self.vectors[0].fingerprint["clip"]["dim"]
-            if reason := embeddings.damage(vectors.get("clip", b""), rows, width):
+            made = self.vectors[0].fingerprint["clip"]
+            clip = embeddings.described(clip, made)
+            if reason := embeddings.damage(vectors.get("clip", b""), clip, made):
                 raise ValueError(reason)
         return keep_languages(clip, self.cfg.languages), sample | vectors
 

@@ -3,10 +3,13 @@
 FOLDER/clip/ is a shard folder itself: a tar for each shard, of the same name, with the same keys in the same order. Its only
 member KEY.clip.f16 is little-endian float16, (captions + n_frames) x D: every caption's vector, then every frame's, of unit
 length. index.json names the towers (their identity) and, for each tar, the shard it belongs to (`of`, that one's sha256).
+Vectors from elsewhere (embed.py --from) are of a space, model.clip=vectors:NAME, and of the `kinds` that index.json names:
+without text the captions' are left out; those of vision are any number, of frames or of the clip as a whole.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +21,23 @@ from clip4vla.errors import UserError
 from clip4vla.io import remote
 
 FOLDER = "clip"
+UNNEEDED = "no loss needs text or vision"
+SPACE = "vectors:"  # before the name of a space in model.clip
 MEMBER = "clip.f16"
 INFINITY = 0x7C00  # bits of the least float16 that is not finite
 REMEDY = "run data_prep/embed.py again, or set data.precomputed_embeddings=off"
 
 
-def damage(vectors: bytes, rows: int, width: int) -> str:
-    """Say what is wrong with a clip's vectors (rows, width), or ""."""
+def described(clip: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """Return a clip's json without what its vectors, of fingerprint `made`, leave out: captions, where there is no text."""
+    return clip if "text" in made.get("kinds", ["text"]) else clip | {"captions": [], "caption_langs": []}
+
+
+def damage(vectors: bytes, clip: dict[str, Any], made: dict[str, Any]) -> str:
+    """Say what is wrong with the vectors, of fingerprint `made`, of a clip with this json, or ""."""
+    rows, width = len(clip["captions"]) + clip["n_frames"], made["dim"]
+    if "kinds" in made:  # of pictures any number
+        rows = max(len(clip["captions"]), len(vectors) // (2 * width), 1)
     if len(vectors) != 2 * rows * width:
         return f"clip: {len(vectors)} bytes, not {rows} vectors of {2 * width}"
     magnitudes = (
@@ -52,6 +65,26 @@ def packed(vectors: Sequence[bytes], captions: Sequence[int], drawn: Sequence[in
     }
 
 
+def every_caption(vectors: Sequence[bytes], captions: Sequence[int], width: int) -> Tensor:
+    """Collect the vectors of all captions of B clips, clip by clip: (C, D) float16; captions: how many each clip has."""
+    parts = (part[: 2 * count * width] for part, count in zip(vectors, captions, strict=True))
+    return torch.from_numpy(np.frombuffer(bytearray().join(parts), "<f2").astype(np.float16).reshape(-1, width))
+
+
+def space_of(folder: ShardFolder, clip: str) -> dict[str, Any]:
+    """Read from a folder's vectors the space that model.clip=vectors:NAME names: `embed_dim`, and its name and identity."""
+    try:
+        made = ShardFolder.open(f"{folder.url}/{FOLDER}", folder.cfg).fingerprint.get("clip", {})
+    except UserError as error:
+        raise UserError(f"model.clip={clip}: run data_prep/embed.py --from FILES first ({error})") from None
+    if made.get("name") != clip:
+        raise UserError(
+            f"model.clip={clip}: {folder.url}/{FOLDER} has vectors of {made.get('name')}: name that, or run data_prep/embed.py "
+            "--from FILES"
+        )
+    return {"embed_dim": made["dim"], "space": {"name": clip, "identity": made["identity"]}}
+
+
 def open_vectors(
     folders: list[ShardFolder], cfg: RunConfig, trained: str, towers_sha256: Callable[[], str]
 ) -> list[ShardFolder] | None:
@@ -61,14 +94,26 @@ def open_vectors(
     Raises UserError for vectors of other towers or of other shards.
     """
     reason = obstacle(folders, cfg, trained)
+    if reason and cfg.model.clip.startswith(SPACE) and reason != UNNEEDED:
+        raise UserError(f"model.clip={cfg.model.clip}: its vectors are needed, and cannot be used: {reason}")
     if reason and cfg.data.precomputed_embeddings == "require":
         raise UserError(f"data.precomputed_embeddings=require: {reason}, or take auto")
     if reason:
         return None
+    opened = open_fitting(folders, towers_sha256())
+    for name, kind in (("at", "text"), ("tm", "text"), ("av", "vision")):
+        if getattr(cfg.loss, name) and kind not in opened[0].fingerprint["clip"].get("kinds", [kind]):
+            raise UserError(
+                f"loss.{name}={getattr(cfg.loss, name):g}: {opened[0].url} has no {kind} vectors: set it to 0"
+            )
+    return opened
+
+
+def open_fitting(folders: list[ShardFolder], identity: str) -> list[ShardFolder]:
+    """Open the vectors of each folder; UserError unless they are of towers, or a space, of this identity, and of its shards."""
     opened = [ShardFolder.open(f"{folder.url}/{FOLDER}", folder.cfg) for folder in folders]
-    ours = towers_sha256()
     for folder, vectors in zip(folders, opened, strict=True):
-        _must_fit(folder, vectors, ours)
+        _must_fit(folder, vectors, identity)
     return opened
 
 
@@ -86,7 +131,7 @@ def obstacle(folders: list[ShardFolder], cfg: RunConfig, trained: str) -> str:
     if cfg.loss.tm and (cfg.model.head, cfg.model.text_tokens) == ("local_local", "all"):
         return "model.head=local_local reads every word, and vectors are of whole captions"
     if not (cfg.loss.at or cfg.loss.av or cfg.loss.tv or cfg.loss.tm):
-        return "no loss needs text or vision"
+        return UNNEEDED
     for folder in folders:
         try:
             there = remote.exists(folder.fs, f"{folder.path}/{FOLDER}/{INDEX}", folder.cfg)
@@ -105,7 +150,7 @@ def _must_fit(folder: ShardFolder, vectors: ShardFolder, ours: str) -> None:
     if theirs["identity"] != ours:
         raise UserError(
             f"{vectors.url}: vectors of other towers: {theirs['identity'][:8]} ({theirs['name']}, max_tokens "
-            f"{theirs['max_tokens']}) there and {ours[:8]} in this run; {REMEDY}"
+            f"{theirs.get('max_tokens', '-')}) there and {ours[:8]} in this run; {REMEDY}"
         )
     for shard, made in itertools.zip_longest(folder.shards, vectors.shards):
         if not shard or not made or (shard.name, shard.sha256) != (made.name, made.of):

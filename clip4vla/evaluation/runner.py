@@ -14,6 +14,7 @@ import torch
 from clip4vla.checkpoints import best
 from clip4vla.config import RunConfig
 from clip4vla.data.loader import Loader, check_fingerprint, open_folders
+from clip4vla.data.precomputed_embeddings import open_fitting
 from clip4vla.data.sampler import EvalSampler
 from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
@@ -23,8 +24,10 @@ from clip4vla.models import generation
 from clip4vla.models.audio_encoder import type_token_weights
 from clip4vla.models.fusion import must_have_room
 from clip4vla.models.model import Model
+from clip4vla.models.towers_fingerprint import towers_sha256
 from clip4vla.report import evaluations, page
 from clip4vla.report.tracking import read_rows
+from clip4vla.towers.space import is_space
 from clip4vla.towers.tokenizer import tokenizer
 
 Say = Callable[[str], None]
@@ -98,6 +101,8 @@ def run_inference(
     check_fingerprint(model.config(), folders[0].fingerprint, "the model", folders[0].url)
     must_have_room(cfg.model, folders[0].fingerprint)
     loader = eval_loader(cfg, folders, next(model.parameters()).device, most)
+    if "space" in model.clip_config and cfg.eval.task == "zero_shot":
+        loader.vectors, loader.needs = open_fitting(folders, towers_sha256(model)), ["fbank"]
     training = model.training
     with torch.no_grad():
         outputs = _task(cfg).embed(model.eval(), loader, cfg)
@@ -142,6 +147,10 @@ def check_evaluation(cfg: RunConfig) -> None:
     media = cfg.model.modalities
     if (cfg.eval.task == "captioning") != (cfg.model.head == "captioner"):
         raise UserError(f"eval.task={cfg.eval.task}, model.head={cfg.model.head}: captioning and captioner go together")
+    if is_space(cfg.model.clip) and cfg.eval.task not in ("zero_shot", "classification"):
+        raise UserError(
+            f"eval.task={cfg.eval.task}: {cfg.model.clip} has no towers for it: take zero_shot, or classification"
+        )
     if cfg.model.head == "classifier" and cfg.eval.task != "classification":
         raise UserError(
             f"eval.task={cfg.eval.task}, model.head=classifier: a classifier is evaluated by classification"

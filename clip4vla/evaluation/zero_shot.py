@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clip4vla.config import RunConfig
+from clip4vla.data.batch import Batch
 from clip4vla.data.loader import Loader, stable_hash63
 from clip4vla.distributed import collectives
 from clip4vla.distributed.watchdog import watch
@@ -69,7 +71,7 @@ def embed(model: Model, loader: Loader, cfg: RunConfig) -> ZeroShotOutputs:
         batch, index = batch.to(loader.device), loader.sample_numbers(k)
         captions = [c["captions"][:1] if cfg.eval.captions == "first" else c["captions"] for c in batch.meta]
         flat = [(i, j) for i, texts in zip(index, captions, strict=True) for j in range(len(texts))]
-        read = model.encode_texts([text for texts in captions for text in texts], loader.tokenize, together=True)
+        read = _caption_vectors(model, batch, captions, loader)
         mine["clips"] |= {i: meta for i, meta in zip(index, batch.meta, strict=True) if meta["id"]}
         mine["text"] |= {name: vector.clone() for name, vector in zip(flat, read.cpu(), strict=True)}
         mine["video"] |= _where(batch.has_frames, index, model.pooled_frames(batch))
@@ -77,6 +79,16 @@ def embed(model: Model, loader: Loader, cfg: RunConfig) -> ZeroShotOutputs:
             mine[f"audio/{audio_type}"] |= _where(batch.has_audio, index, model.pooled_segments(batch, audio_type))
     gathered = collectives.all_gather_dicts(mine)
     return ZeroShotOutputs({}, {}) if collectives.rank() else ZeroShotOutputs(gathered.pop("clips"), gathered)
+
+
+def _caption_vectors(model: Model, batch: Batch, captions: list[list[str]], loader: Loader) -> Tensor:
+    """Encode these captions of a batch's clips, the first ones of each, to unit vectors (C, D), or take embed.py's."""
+    if batch.caption_vectors is None:
+        return model.encode_texts([text for texts in captions for text in texts], loader.tokenize, together=True)
+    rows = zip(
+        batch.caption_vectors.float().split([len(clip["captions"]) for clip in batch.meta]), captions, strict=True
+    )
+    return F.normalize(torch.cat([vectors[: len(texts)] for vectors, texts in rows]), dim=-1)
 
 
 def directions(

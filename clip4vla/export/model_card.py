@@ -33,6 +33,9 @@ CALLS = {
     "classifier": 'model.classify("clip.mp4")          # probabilities of model.cfg.labels',
 }
 OTHER = 'model.similarity(["a dog barks"], ["clip.mp4", "sound.wav"])'
+SOUNDS = (
+    'model.encode_audio(["clip.mp4", "sound.wav"])  # texts and pictures: vectors of the model that the space is of'
+)
 # of no use to a reader, or in sections of their own; evaluations have their command
 OMITTED = (
     "run_dir",
@@ -64,7 +67,10 @@ def card(model: Model, run: str | Path | None = None, step: int | None = None, o
         tags=["clip", "clip4vla", "audio", "video", "text", head.replace("_", "-")],
     )
     parts = [f"# {escaped(run.resolve().name if run else 'CLIP4VLA')}", _model(model), escaped(origin)]
-    parts += ["## How to load it", f"```python\n{LOADING}{CALLS.get(head, OTHER)}\n```"]
+    parts += [
+        "## How to load it",
+        f"```python\n{LOADING}{SOUNDS if 'space' in model.clip_config else CALLS.get(head, OTHER)}\n```",
+    ]
     with _readable(f"{run}/config.yaml"):
         settings = _settings(model, tree)
         trained = {section: {**tree.get(section, {})} for section in EVALUATED}
@@ -113,6 +119,8 @@ def _model(model: Model) -> str:
         ("width of the common space", model.clip_config["embed_dim"]),
         ("towers, as open_clip names them", model.cfg.clip),
         *_architectures(model.clip_config),
+        *(("sha256 of the space", space["identity"]) for space in [model.clip_config.get("space")] if space),
+        *(("audio tower", name) for name in [model.cfg.audio_tower] if name != "vision"),
         ("trained", model.cfg.trainable_towers),
         ("head", model.cfg.head),
         (
@@ -122,6 +130,8 @@ def _model(model: Model) -> str:
         ("pictures", f"{model.frames.fps:g} a second, {model.frames.max_frames} at most"),
     ]
     about = "CLIP with an audio tower, made with clip4vla: text, pictures and sounds as vectors of one space."
+    if "space" in model.clip_config:
+        about = f"An audio tower for the space {escaped(model.cfg.clip)}, made with clip4vla: sounds as vectors of that space."
     return f"{about}\n\n{table(('model', ''), rows)}"
 
 

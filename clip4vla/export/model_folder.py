@@ -36,7 +36,7 @@ def save_model_folder(
 ) -> str:
     """Write a folder for from_checkpoint aside, sync it, rename it; return what was written, in one line.
 
-    card: default model_card.card(model), unless a card is there; onnx: also audio.onnx and text.onnx, in fp32; replace: the
+    card: default model_card.card(model), unless a card is there; onnx: also *.onnx and onnx.json, in fp32; replace: the
     folder may be there, and keeps its other files. Raises UserError if it may not, and for weights not finite in dtype.
     """
     folder = Path(os.path.abspath(folder))
@@ -52,9 +52,9 @@ def save_model_folder(
         if card or not (folder / "README.md").exists():
             (card or model_card.card(model)).save(aside / "README.md")
         if onnx:
-            from clip4vla.export.onnx_export import export_towers  # its packages are an extra
+            from clip4vla.export.onnx_export import export_model  # its packages are an extra
 
-            export_towers(Model.from_checkpoint(aside), aside)  # of the weights as they are rounded
+            export_model(Model.from_checkpoint(aside), aside)  # of the weights as they are rounded
 
     atomic_folder(folder, fill)
     millions = sum(value.numel() for value in weights.values()) / 1e6

@@ -39,17 +39,21 @@ class Captioner(nn.Module):
 
         words: outputs of the text tower; parts: of the frames and segments of their clips.
         """
+        x = self.encode_words(words, parts)
+        places = upload(chosen.flatten().nonzero()[:, 0], x.device)
+        return self.scores(x.flatten(0, 1)[places], embedding)
+
+    def encode_words(self, words: PaddedSequence, parts: list[PaddedSequence]) -> Tensor:
+        """Encode the words (B, L, D) with the media of their clips to the encoder's outputs at the words, (B, L, D)."""
         embedded = concat(self.encoder.embed([words, *parts]))
         length, total = words.mask.shape[1], embedded.mask.shape[1]
         attn_mask = torch.ones(total, total, dtype=torch.bool, device=words.mask.device)
         attn_mask[:length, :length].tril_()
         attn_mask[length:, :length] = False
-        x = self.encoder(embedded.vectors, embedded.mask, attn_mask=attn_mask)
-        places = upload(chosen.flatten().nonzero()[:, 0], x.device)
-        return self.scores(x[:, :length].flatten(0, 1)[places], embedding)
+        return self.encoder(embedded.vectors, embedded.mask, attn_mask=attn_mask)[:, :length]
 
     def scores(self, outputs: Tensor, embedding: Tensor) -> Tensor:
-        """Score all tokens (n, V), fp32, from the encoder's outputs at words (n, D)."""
+        """Score all tokens (..., V), fp32, from the encoder's outputs at words (..., D)."""
         x = self.norm(self.activation(self.dense(outputs)))
         return F.linear(x, embedding.to(x.dtype), self.bias.to(x.dtype)).float()
 

@@ -237,14 +237,14 @@ class LocalToLocal(nn.Module):
             return self._score_tile(words, parts)
         return checkpoint(self._score_tile, words, parts, use_reentrant=False)
 
-    def _score_tile(self, words: PaddedSequence, parts: list[PaddedSequence]) -> Tensor:
-        """Score all pairs of c captions and b clips at once: (c, b)."""
+    def _score_tile(self, words: PaddedSequence, parts: list[PaddedSequence], first_only: bool = True) -> Tensor:
+        """Score all pairs of c captions and b clips at once: (c, b); first_only: the last block gives the first place alone."""
         words, *parts = self.encoder.embed([words, *parts])
         media = concat(parts)
         x = _pair_up(words.vectors, media.vectors)  # cb T D
         key_mask = _pair_up(words.mask, media.mask)  # cb T
-        first = self.encoder(x, key_mask, first_only=True)[:, 0]
-        return self.score(first).float().view(len(words.mask), len(media.mask))
+        first = self.encoder(x, key_mask, first_only)[:, 0]
+        return self.score(first).float().view(words.mask.shape[0], media.mask.shape[0])
 
 
 Head = GlobalToGlobal | GlobalToLocal | LocalToLocal
@@ -267,7 +267,7 @@ def concat(parts: list[PaddedSequence]) -> PaddedSequence:
 
 def _pair_up(words: Tensor, media: Tensor) -> Tensor:
     """Concatenate each of (c, L, ...) with each of (b, M, ...) to (c * b, L + M, ...); the clip changes fastest."""
-    c, b = len(words), len(media)
+    c, b = words.shape[0], media.shape[0]  # len() would be a constant in an exported graph
     words = words[:, None].expand(c, b, *words.shape[1:])
     media = media[None].expand(c, b, *media.shape[1:])
     return torch.cat([words, media], 2).flatten(0, 1)

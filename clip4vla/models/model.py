@@ -25,10 +25,11 @@ from clip4vla.models.classifier import Classifier, in_words
 from clip4vla.models.saved_config import FORMAT, upgraded
 from clip4vla.towers.build import Undrawn, build_clip, freeze_first, hold_still
 from clip4vla.towers.pictures import image_statistics
+from clip4vla.towers.space import build_towers, check_claims, must_have_text
 from clip4vla.towers.text import encode_text, gives_words, token_mask
 from clip4vla.towers.transformers_folder import source_beside
 from clip4vla.towers.vision import encode_images
-from clip4vla.towers.weights import check_size_claims, load_clip_weights
+from clip4vla.towers.weights import load_clip_weights
 
 TEXTS = 256  # of a pass through the text tower
 
@@ -40,6 +41,8 @@ class Model(nn.Module):
     configuration of the audio tower, None: as cfg.audio_tower says.
     """
 
+    text: Any  # towers as model.clip names them, or NoTower
+    vision: Any
     head: Any  # as cfg.head names it: a Classifier, a Captioner, or one of fusion.py's
     pixel_statistics: Tensor
 
@@ -54,10 +57,9 @@ class Model(nn.Module):
         super().__init__()
         self.clip_config, self.cfg, self.spectrogram = clip, cfg, spectrogram
         self.frames = frames or FramesConfig()
-        built = build_clip(clip)
-        self.text, self.vision = built.text, built.visual
+        self.text, self.vision = build_towers(clip, cfg.audio_tower)
         self.audio_config = audio or tower_config(cfg.audio_tower, clip["embed_dim"])
-        own = build_tower(self.audio_config) if self.audio_config else built.visual
+        own = build_tower(self.audio_config) if self.audio_config else self.vision
         self.audio = AudioEncoder(own, cfg, spectrogram, clip["embed_dim"])
         self.init_head()
         # 1-d: DeepSpeed broadcasts no scalars
@@ -86,6 +88,8 @@ class Model(nn.Module):
     def init_head(self) -> None:
         """Make the head that cfg.head names; all but the classifier start from the text tower as it is now."""
         dim = self.clip_config["embed_dim"]
+        if self.cfg.head not in ("global_global", "classifier"):
+            must_have_text(self.text, self.cfg.head)
         if self.cfg.head == "classifier":
             self.head = Classifier(self.cfg, dim)
             return
@@ -177,7 +181,8 @@ class Model(nn.Module):
         if not len(frames):  # open_clip's tower fails on none, and under ZeRO-3 all ranks must run it
             return self.encode_frames(frames.new_zeros(1, *frames.shape[1:]))[:0]
         mean, std = self.pixel_statistics.view(torch.float32)
-        return encode_images(self.vision, ((frames.float() - mean) / std).to(next(self.vision.parameters()).dtype))
+        dtype = self.audio.type_embedding.dtype  # of all weights
+        return encode_images(self.vision, ((frames.float() - mean) / std).to(dtype))
 
     def encode_segments(self, segments: Tensor, mix: Tensor) -> Tensor:
         """Encode normalised segments (S, C, 224, 224) to vectors (S, D), not normalised; mix: see type_token_weights."""
@@ -355,7 +360,7 @@ class Model(nn.Module):
         spectrogram = from_tree(SpectrogramConfig, tree["spectrogram"], file, "spectrogram.")
         head = cfg.head not in ("global_global", "classifier")
         positions = cfg.max_tokens + cfg.max_frames + spectrogram.max_segments
-        check_size_claims(tree["clip"], weights, cfg.head_layers * head, positions * head)
+        check_claims(tree["clip"], weights, cfg.head_layers * head, positions * head)
         must_be_held(tree.get("audio"), cfg.audio_tower, weights)
         frames = from_tree(FramesConfig, tree["frames"], file, "frames.")
         with Undrawn():

@@ -16,7 +16,12 @@ def embeddings_fingerprint(model: Model) -> dict[str, Any]:
 
 
 def towers_sha256(model: Model) -> str:
-    """Hash all that decides the vectors, by sha256: both towers' structure and weights (fp32), image statistics, max_tokens."""
+    """Hash all that decides the vectors, by sha256: both towers' structure and weights (fp32), image statistics, max_tokens.
+
+    Of a space of vectors it is the identity that data_prep/embed.py --from gave it.
+    """
+    if "space" in model.clip_config:
+        return model.clip_config["space"]["identity"]
     settings = [model.clip_config, model.image_statistics, model.cfg.max_tokens]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for tower in (model.text, model.vision):

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import open_clip
+import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 
 from clip4vla.config_io import expand_path
+from clip4vla.data.precomputed_embeddings import SPACE
 from clip4vla.errors import UserError, one_line
 from clip4vla.towers import transformers_clip
 from clip4vla.towers.build import import_for_open_clip, names_in_open_clip
@@ -92,10 +94,12 @@ def tokenizer(
     """Make a function of B strings to token numbers (B, L); captions are cut to max_tokens, and keep their [EOS].
 
     L is that of the longest, max_tokens if `fixed`, or that of the training of a tower which reads what follows a caption.
-    config: the CLIP's, found by its name if not given.
+    config: the CLIP's, found by its name if not given. A space of vectors reads no texts: L = 0.
     """
     if transformers_clip.is_named(clip):
         return transformers_clip.tokenizer(clip, max_tokens, fixed)
+    if clip.startswith(SPACE):
+        return lambda texts: torch.zeros(len(texts), 0, dtype=torch.int64)
     text = text_config(clip) if config is None else config["text_cfg"]
     full, room = get_tokenizer(clip, max_tokens, config), text.get("context_length", 77)
     simple = isinstance(full, open_clip.SimpleTokenizer)

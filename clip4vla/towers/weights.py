@@ -13,6 +13,7 @@ from open_clip.model import CLIPTextCfg, CLIPVisionCfg, convert_to_custom_text_s
 from torch import Tensor, nn
 
 from clip4vla.config_io import expand_path
+from clip4vla.data.precomputed_embeddings import SPACE
 from clip4vla.errors import UserError, one_line
 from clip4vla.io import safe_load
 from clip4vla.towers import transformers_clip
@@ -61,7 +62,7 @@ def names_weights(clip: str) -> bool:
     """Tell whether `model.clip` names weights, in a file or by a tag, or an architecture alone."""
     if transformers_clip.is_named(clip) or clip.startswith((HUB, FOLDER)) or clip.endswith(WEIGHTS):
         return True
-    return not clip.endswith(".json") and bool(clip.partition("/")[2])
+    return not clip.endswith(".json") and not clip.startswith(SPACE) and bool(clip.partition("/")[2])
 
 
 def load_clip_weights(model: Any, clip: str) -> bool:

@@ -33,6 +33,7 @@ from clip4vla.models.audio_trunk import OpenClipVit, TimmVit, vit_of
 from clip4vla.models.classifier import Classifier
 from clip4vla.models.fusion import GlobalToGlobal, LocalToLocal
 from clip4vla.models.model import Model, needed_towers, uses_head
+from clip4vla.towers.space import NoTower
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -75,6 +76,8 @@ class FlopCounter:
         self.batch_parts = cfg.train.gradient_accumulation_steps if cfg.train.negatives == "micro" else 1
         self.audio, self.channels = model.audio, 1 if model.spectrogram.channels == "mono" else 3
         self.type_tokens = type_tokens(cfg)
+        if isinstance(model.text, NoTower):
+            return
         vision = vit_of(model.vision)
         self.per_frame = float(_picture(vision, 3, torch.tensor(math.prod(vision.grid)), 0))
         passes = 3 if elements(model.text, trained=True) else 1

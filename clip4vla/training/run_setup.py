@@ -13,7 +13,7 @@ from clip4vla.checkpoints.manager import checkpoint_to_resume
 from clip4vla.config import FramesConfig, ModelConfig, RunConfig, SpectrogramConfig
 from clip4vla.config_io import to_dict
 from clip4vla.data.loader import Loader, check_fingerprint, open_folders
-from clip4vla.data.precomputed_embeddings import open_vectors
+from clip4vla.data.precomputed_embeddings import open_vectors, space_of
 from clip4vla.data.sample_metadata import parse
 from clip4vla.data.sampler import TrainSampler
 from clip4vla.data.shards import CorruptSample, ShardFolder
@@ -29,6 +29,7 @@ from clip4vla.models.model import Model, needed_towers, uses_head
 from clip4vla.models.towers_fingerprint import towers_sha256
 from clip4vla.towers.build import Undrawn
 from clip4vla.towers.config import resolve_clip_config
+from clip4vla.towers.space import is_space
 from clip4vla.towers.tokenizer import tokenizer
 from clip4vla.towers.weights import names_weights
 from clip4vla.training import engine
@@ -86,7 +87,7 @@ def prepare(cfg: RunConfig, ds_config: str | None) -> RunSetup:
     resume = checkpoint_to_resume(cfg)
     if cfg.model.head == "classifier" and not cfg.model.labels:
         cfg.model.labels = labels_of(folders)
-    model, origin = build_model(cfg, folders[0].fingerprint, resume)
+    model, origin = build_model(cfg, fingerprint_of(cfg, folders[0]), resume)
     towers_hash = functools.partial(towers_sha256, model)  # before the engine rounds the weights
     vectors = open_vectors(folders, cfg, model.cfg.trainable_towers, towers_hash)
     return RunSetup(device, folders, ds, resume, model, origin, vectors)
@@ -177,17 +178,23 @@ def train_loader(cfg: RunConfig, folders: list, vectors: list | None, device: to
     )  # fmt: skip
 
 
+def fingerprint_of(cfg: RunConfig, folder: ShardFolder) -> dict[str, Any]:
+    """Return the fingerprint of a folder's shards; with model.clip=vectors:NAME also the `space` of their vectors."""
+    return folder.fingerprint | ({"space": space_of(folder, cfg.model.clip)} if is_space(cfg.model.clip) else {})
+
+
 def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None) -> tuple[Model, str]:
     """Build (model, where its weights come from), with weights from the first of:
 
     1. the newest complete checkpoint of this run, here or at train.mirror; 2. init_from;
-    3. the CLIP weights that model.clip names; 4. scratch.
+    3. the CLIP weights that model.clip names; 4. scratch. fingerprint: see fingerprint_of.
     """
     must_have_room(cfg.model, fingerprint)
     spectrogram = SpectrogramConfig(**fingerprint["spectrogram"])
+    clip = fingerprint.get("space") or resolve_clip_config(cfg.model.clip, cfg.model.quick_gelu)
     if resume:
         model = Model.from_checkpoint(resume)
-        _must_match(model, cfg, spectrogram, resume)
+        _must_match(model, cfg, clip, spectrogram, resume)
         _same_head(model, cfg, resume)
         for name in ("trainable_towers", "freeze_layers"):  # the optimizer's state is of these
             setattr(cfg.model, name, getattr(model.cfg, name))
@@ -196,13 +203,12 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
         model.freeze()
         return model.train(), str(resume)
     frames = FramesConfig(**fingerprint["frames"])
-    clip = resolve_clip_config(cfg.model.clip, cfg.model.quick_gelu)
     loaded = names_weights(cfg.model.clip) and cfg.model.audio_init == "vision"
     with Undrawn() if loaded else contextlib.nullcontext():
         model = Model(clip, cfg.model, spectrogram, frames)
     model.must_have_positions()
-    pictures = model.vision.image_size
-    if pictures != (frames.size, frames.size) and "vision" in needed_towers(cfg.loss, cfg.model.modalities):
+    shown = "space" not in clip and "vision" in needed_towers(cfg.loss, cfg.model.modalities)
+    if shown and (pictures := model.vision.image_size) != (frames.size, frames.size):
         raise UserError(
             f"model.clip: its pictures are {pictures}, the shards' frames {frames.size}: make them with frames.size={pictures[0]}"
         )
@@ -212,7 +218,10 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
             f"init_from: no checkpoint in {', '.join(cfg.init_from)}; add `scratch` to the list to start without"
         )
     if source:
-        source = str(_load_initial(model, source, cfg, spectrogram))
+        source = str(_load_initial(model, source, cfg, clip, spectrogram))
+    elif "space" in clip:
+        model.start_audio()
+        source = f"{cfg.model.audio_tower} for audio"
     elif model.load_clip():
         model.start_audio()
         model.init_head()
@@ -242,7 +251,7 @@ def load_eval_model(cfg: RunConfig) -> tuple[Model, dict[str, Any]]:
                 "train.max_steps=0, model.head=classifier: a fresh classifier knows nothing: train it first"
             )
         torch.manual_seed(cfg.seed)  # what is fresh is the same each time
-        fingerprint = open_folders(cfg.data.test, "data.test", cfg.data)[0].fingerprint
+        fingerprint = fingerprint_of(cfg, open_folders(cfg.data.test, "data.test", cfg.data)[0])
         model, origin = build_model(cfg, fingerprint, None)
         there = Path(origin, "model.safetensors").is_file()
         return model.eval(), manifest.of_checkpoint(Path(origin)) if there else {"folder": origin, "step": 0}
@@ -266,13 +275,15 @@ def _checkpoint_in(place: str) -> Path | None:
     return newest_checkpoint(place) or (Path(place) if Path(place, "model.safetensors").is_file() else None)
 
 
-def _load_initial(model: Model, source: str, cfg: RunConfig, spectrogram: SpectrogramConfig) -> Path:
+def _load_initial(
+    model: Model, source: str, cfg: RunConfig, clip: dict[str, Any], spectrogram: SpectrogramConfig
+) -> Path:
     """Load the weights of another run or checkpoint, its audio tower only if it was trained there; returns their folder."""
     folder = _checkpoint_in(source)
     assert folder
     other = Model.from_checkpoint(folder)
     audio_trained = "audio" in other.cfg.trainable_towers
-    _must_match(other, cfg, spectrogram if audio_trained else None, folder)
+    _must_match(other, cfg, clip, spectrogram if audio_trained else None, folder)
     for name in ("text", "vision", *(["audio"] if audio_trained else [])):
         getattr(model, name).load_state_dict(getattr(other, name).state_dict())
     if cfg.model.learn_temperature:
@@ -314,9 +325,10 @@ def _must_equal(model: Model, cfg: RunConfig, names: Iterable[str], folder: Path
             )
 
 
-def _must_match(model: Model, cfg: RunConfig, spectrogram: SpectrogramConfig | None, folder: Path) -> None:
-    """Raise UserError if a checkpoint's towers or spectrograms are not those of this run."""
-    ours = resolve_clip_config(cfg.model.clip, cfg.model.quick_gelu)
+def _must_match(
+    model: Model, cfg: RunConfig, ours: dict[str, Any], spectrogram: SpectrogramConfig | None, folder: Path
+) -> None:
+    """Raise UserError if a checkpoint's towers or spectrograms are not those of this run, whose clip_config is `ours`."""
     if model.clip_config != ours:
         key = next(k for k in {**ours, **model.clip_config} if ours.get(k) != model.clip_config.get(k))
         raise UserError(
