@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clip4vla.errors import UserError, one_line
 from clip4vla.towers.attention import Block
-from clip4vla.towers.build import build_clip
+from clip4vla.towers.build import build_clip, import_for_open_clip
 from clip4vla.towers.config import resolve_clip_config
 from clip4vla.towers.vision import pooled_places, pools_first
 from clip4vla.towers.weights import WEIGHTS, check_size_claims, load_clip_weights, names_weights
@@ -249,8 +249,7 @@ def tower_config(name: str, dim: int) -> dict[str, Any] | None:
         return None
     if name.endswith((*WEIGHTS, ".json")) or ":" in name or name.partition("/")[0] in open_clip.list_models():
         return {key: value for key, value in resolve_clip_config(name).items() if key != "text_cfg"}
-    import timm
-
+    timm = import_for_open_clip("timm")
     if not timm.is_model(name.partition(".")[0]) or "/" in name:
         near = difflib.get_close_matches(name, [*open_clip.list_models(), *timm.list_models()], n=1, cutoff=0)
         raise UserError(
