@@ -17,7 +17,7 @@ def embeddings_fingerprint(model: Model) -> dict[str, Any]:
 
 def towers_sha256(model: Model) -> str:
     """Hash all that decides the vectors, by sha256: both towers' structure and weights (fp32), image statistics, max_tokens."""
-    settings = [model.clip_config, model.image_statistics, model.cfg.max_tokens]
+    settings = [model.clip_config, model.pictures.identity(), model.cfg.max_tokens]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for tower in (model.text, model.vision):
         for name, value in tower.state_dict().items():

@@ -23,6 +23,7 @@ from clip4vla.errors import UserError
 from clip4vla.evaluation import manifest
 from clip4vla.evaluation.runner import check_evaluation
 from clip4vla.losses.objective import TERMS
+from clip4vla.media.images import Fit
 from clip4vla.models.classifier import label_of
 from clip4vla.models.model import Model, must_have_room, needed_towers, uses_head
 from clip4vla.models.towers_fingerprint import towers_sha256
@@ -156,15 +157,20 @@ def _label(sample: dict[str, bytes] | CorruptSample) -> str:
     return label_of(clip)
 
 
-def train_loader(cfg: RunConfig, folders: list, vectors: list | None, device: torch.device) -> Loader:
-    """Make the loader of endless training batches; it reads no spectrograms without a loss for them, nor frames with vectors."""
+def train_loader(
+    cfg: RunConfig, folders: list, vectors: list | None, device: torch.device, fit: Fit | None = None
+) -> Loader:
+    """Make the loader of endless training batches; it reads no spectrograms without a loss for them, nor frames with vectors.
+
+    fit: Model.pictures, to which frames are resized.
+    """
     sizes = [[shard.samples for shard in folder.shards] for folder in folders]
     order = TrainSampler(sizes, list(cfg.data.train.values()), cfg.train.batch_size, cfg.seed, cfg.data.shuffle_window)
     run = towers_run(cfg, bool(vectors))
     needs = [kind for tower, kind in (("audio", "fbank"), ("vision", "frames")) if tower in run]
     return Loader(
         folders, order, cfg.data, tokenize=tokenizer(cfg.model.clip, cfg.model.max_tokens), mask=cfg.mask, seed=cfg.seed,
-        needs=needs, vectors=vectors, device=device, pieces=cfg.train.gradient_accumulation_steps, augment=cfg.augment,
+        needs=needs, vectors=vectors, device=device, pieces=cfg.train.gradient_accumulation_steps, augment=cfg.augment, fit=fit,
         pad_tokens=(cfg.train.compile != "off") * cfg.model.max_tokens,  # 0: no padding
         damage_log=Path(cfg.run_dir, f"corrupt-{collectives.rank()}.jsonl"),
     )  # fmt: skip
@@ -198,10 +204,6 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
     if pictures != size and not cfg.model.audio_patch:
         raise UserError(
             f"model.clip: its pictures are {pictures}, segments {size}: take a CLIP of that size, or set model.audio_patch"
-        )
-    if pictures != (frames.size, frames.size) and "vision" in needed_towers(cfg.loss, cfg.model.modalities):
-        raise UserError(
-            f"model.clip: its pictures are {pictures}, the shards' frames {frames.size}: make them with frames.size={pictures[0]}"
         )
     source = next((place for place in cfg.init_from if _checkpoint_in(place)), None)
     if cfg.init_from and not source and "scratch" not in cfg.init_from:
