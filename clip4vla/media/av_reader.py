@@ -45,14 +45,14 @@ def read_clip(
     Raises ValueError for a file that is absent, corrupt or truncated, and for an interval that begins beyond its end.
     """
     try:
-        return _read(path, start, end, frames, longest, fit, skip=True)
+        return _read(path, start, end, frames, longest, True, fit)
     except Skipped:  # some files cannot be entered anywhere but at their start
-        return _read(path, start, end, frames, longest, fit, skip=False)
+        return _read(path, start, end, frames, longest, False, fit)
 
 
-def _read(path, start, end, frames, longest, fit, skip) -> MediaClip:
+def _read(path, start, end, frames, longest, skip, fit=None) -> MediaClip:
     with open_medium(path) as medium:
-        return _interval(medium, start or 0.0, end, frames, longest, fit, skip)
+        return _interval(medium, start or 0.0, end, frames, longest, skip, fit)
 
 
 def iter_audio_windows(
@@ -111,7 +111,7 @@ def _sounds(medium: Medium, bounds: Iterator[tuple[float, float]], begin: float,
     yield sound
 
 
-def _interval(medium: Medium, start, end, frames, longest, fit, skip) -> MediaClip:
+def _interval(medium: Medium, start, end, frames, longest, skip, fit) -> MediaClip:
     video, sound = medium.video if frames else None, medium.audio
     if not video and not sound:
         raise ValueError("neither pictures nor sound in it" if frames else "no sound in it")

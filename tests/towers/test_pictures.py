@@ -11,6 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from loading import loader
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
@@ -162,3 +163,15 @@ def test_a_dry_run_says_how_frames_come_to_the_tower():
         "frames resized 224 -> 256 by DALI, bilinear; stored as shortest, this CLIP wants squash; "
         "set frames.resize_mode=squash in data_prep/shard.py"
     )
+
+
+def test_frames_are_resized_for_a_tower_of_another_size_in_the_same_order(sample_shards):
+    plain, large = loader(sample_shards), loader(sample_shards)
+    large.fit = Pictures((256, 256), "bilinear", "squash")
+    batches = list(large.batches(0, 2))
+    for k, resized in enumerate(batches):
+        stored, alone = plain.batch(k), large.batch(k)  # alone: as after a resume
+        assert resized.ids == stored.ids and torch.equal(resized.frame_clip, stored.frame_clip)
+        assert torch.equal(resized.segments, stored.segments) and torch.equal(resized.frames, alone.frames)
+        want = preprocessing.of_frames(stored.frames.permute(0, 2, 3, 1).numpy(), large.fit).frames
+        assert len(want) and (resized.frames.int() - want.int()).abs().max() <= 1
