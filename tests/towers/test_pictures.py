@@ -169,9 +169,9 @@ def test_frames_are_resized_for_a_tower_of_another_size_in_the_same_order(sample
     plain, large = loader(sample_shards), loader(sample_shards)
     large.fit = Pictures((256, 256), "bilinear", "squash")
     batches = list(large.batches(0, 2))
-    for k, resized in enumerate(batches):
+    for k, large_batch in enumerate(batches):
         stored, alone = plain.batch(k), large.batch(k)  # alone: as after a resume
-        assert resized.ids == stored.ids and torch.equal(resized.frame_clip, stored.frame_clip)
-        assert torch.equal(resized.segments, stored.segments) and torch.equal(resized.frames, alone.frames)
+        assert large_batch.ids == stored.ids and torch.equal(large_batch.frame_clip, stored.frame_clip)
+        assert torch.equal(large_batch.segments, stored.segments) and torch.equal(large_batch.frames, alone.frames)
         want = preprocessing.of_frames(stored.frames.permute(0, 2, 3, 1).numpy(), large.fit).frames
-        assert len(want) and (resized.frames.int() - want.int()).abs().max() <= 1
+        assert len(want) and (large_batch.frames.int() - want.int()).abs().max() <= 1
