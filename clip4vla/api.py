@@ -118,7 +118,7 @@ class CLIP4VLA(Model, ModelHubMixin):
         """
         if isinstance(self.vision, NoTower):
             self.vision(torch.zeros(0))
-        inputs = (_video_input(video, self.frames) for video in _listed(videos))
+        inputs = (_video_input(video, self) for video in _listed(videos))
         return upload(self.encode(inputs, [])["v"], self.device)
 
     @torch.no_grad()
@@ -134,7 +134,7 @@ class CLIP4VLA(Model, ModelHubMixin):
         names = ["v", *audio_types] if vision else audio_types
         chunks: dict[str, list[Tensor]] = {name: [torch.zeros(0, self.dim)] for name in names}
         whole = (_whole(clip, self) for clip in _several(clips))
-        for batch in preprocessing.batches(whole, self.spectrogram, self.frames):
+        for batch in preprocessing.batches(whole, self.spectrogram, self.pictures):
             batch = batch.to(self.device)
             for name, vectors in chunks.items():
                 if name == "v":
@@ -245,7 +245,7 @@ class CLIP4VLA(Model, ModelHubMixin):
     def _parts(self, media: Clip | list[Clip], audio_type: str | float | None) -> Iterator[list[fusion.PaddedSequence]]:
         """Yield what the head reads of the clips, batch by batch: sequences (B, n, D) of frames and of segments."""
         token, clips = self._token(audio_type), (_fitting(_clip(clip, self), self) for clip in _listed(media))
-        for batch in preprocessing.batches(clips, self.spectrogram, self.frames):
+        for batch in preprocessing.batches(clips, self.spectrogram, self.pictures):
             yield [fusion.ensure_nonempty(part) for part in self.media(batch.to(self.device), audio_type=token)]
 
 
@@ -319,9 +319,9 @@ def _whole(clip: ClipInput, model: Model) -> ClipInput:
     """Return the clip; UserError unless it is one, of the model's sizes."""
     if not isinstance(clip, ClipInput):
         raise UserError(f"a clip is a ClipInput, not {type(clip).__name__}")
-    spec, size = model.spectrogram, model.frames.size
+    spec = model.spectrogram
     channels = 1 if spec.channels == "mono" else 3
-    sizes = {"frames": (3, size, size), "segments": (channels, spec.segment_rows, spec.n_mels)}
+    sizes = {"frames": (3, *model.pictures.size), "segments": (channels, spec.segment_rows, spec.n_mels)}
     for name, wanted in sizes.items():
         part = getattr(clip, name)
         if part is not None and not (
@@ -345,7 +345,7 @@ def _fitting(clip: ClipInput, model: Model) -> ClipInput:
 
 def _read(path: File, model: Model, kinds: str) -> ClipInput:
     with _naming(path):
-        return preprocessing.read(path, model.spectrogram, model.frames, kinds)
+        return preprocessing.read(path, model.spectrogram, model.frames, kinds, fit=model.pictures)
 
 
 @contextmanager
@@ -378,17 +378,17 @@ def _windows(sound: Sound, rate: int | None, whole: bool, spec: SpectrogramConfi
             yield preprocessing.read(sound, spec, FramesConfig(), "a")
 
 
-def _video_input(video: Pictures, frames: FramesConfig) -> ClipInput:
+def _video_input(video: Pictures, model: Model) -> ClipInput:
     with _naming(video if isinstance(video, File) else "a picture"):
         if isinstance(video, Image.Image) and 0 in video.size:
             raise ValueError("a picture without pixels")
         if isinstance(video, Image.Image):
-            return preprocessing.of_image(video, frames.size)
+            return preprocessing.of_image(video, model.pictures)
         if isinstance(video, File):
-            return preprocessing.read(video, SpectrogramConfig(), frames, "v")
+            return _read(video, model, "v")
         if not isinstance(video, Wave):
             raise ValueError(f"neither a file, a picture nor frames, but {type(video).__name__}")
         if isinstance(video, Tensor):
             video = (video.detach() if video.dtype == torch.uint8 else video.detach().float()).cpu().numpy()
-        pixels = preprocessing.sample_uniformly(np.atleast_1d(video), frames.max_frames)
-        return preprocessing.of_frames(pixels, frames.size)
+        pixels = preprocessing.sample_uniformly(np.atleast_1d(video), model.frames.max_frames)
+        return preprocessing.of_frames(pixels, model.pictures)

@@ -34,17 +34,18 @@ class SpectrogramConfig:
     max_segments: int = option(10, "longer clips keep their contiguous centre", low=1)
     db_min: float = option(-95.0, "dB stored as 0")
     db_max: float = option(32.5, "dB stored as 255 (steps of 0.5 dB with the default range)")
-    codec: Literal["png", "jpg"] = option(
-        "jpg", "png is lossless after the 8-bit code; jpg 95 takes 3/4 of it and errs by 0.9 dB rms"
-    )
+    codec: Literal["png", "jpg"] = option("jpg", "png is lossless after the 8-bit code; jpg 95: 3/4 of it, 0.9 dB rms")
     quality: int = option(95, "JPEG quality of spectrograms", low=1)
 
 
 @dataclass
 class FramesConfig:
-    """Sets the film strip: frames of a clip, resized and cropped as CLIP does, stacked vertically in one JPEG."""
+    """Sets the film strip: frames of a clip, all of one size, stacked vertically in one JPEG."""
 
     size: int = option(224, "pixels, both sides", low=32)
+    resize_mode: Literal["shortest", "squash"] = option(
+        "shortest", "keep proportions and the centre, stills padded; or squash (SigLIP)"
+    )
     fps: float = option(1.0, "frames per second; 0: max_frames of every clip", low=0)
     max_frames: int = option(12, "longer clips are sampled uniformly", low=1)
     quality: int = option(90, "JPEG quality of the film strip", low=1)
@@ -156,9 +157,7 @@ class DataSources:
     decode_threads: int = option(2, "DALI threads of a rank", low=1)
     prefetch: int = option(2, "batches prepared ahead", low=0)
     max_corrupt_fraction: float = option(0.01, "share of samples read that may be corrupt before the run stops", low=0)
-    request_timeout: float = option(
-        60.0, "seconds for one answer of a remote storage (s3://, gs://, https://)", low=0.1
-    )
+    request_timeout: float = option(60.0, "seconds for an answer of a remote storage (s3://, https://)", low=0.1)
     retries: int = option(5, "further attempts after a failed request to a remote storage", low=0)
     cache: str = option(
         "", "folder on a local disk of the node that keeps what was read remotely; empty: none", path=True

@@ -21,7 +21,7 @@ from clip4vla.io.out_folder import OutFolder, open_out
 from clip4vla.io.walk import is_hidden
 from clip4vla.media.av_reader import MediaClip, PastEndError, duration, read_clip
 from clip4vla.media.containers import SLACK
-from clip4vla.media.images import jpeg, png, read_picture
+from clip4vla.media.images import Fit, jpeg, png, read_picture, stored
 from clip4vla.media.source import VIDEOS, Source, suffix_of
 from clip4vla.media.spectrogram import crop, encode, is_silent, log_mel
 from clip4vla.media.worker_pool import NO_ITEM, WorkerStatus, run_units
@@ -225,7 +225,7 @@ def sample(cfg: DataConfig, row: ManifestRow) -> tuple[dict[str, Any], dict[str,
     counts, members = fbank(cfg, clip)
     if row.picture and is_still:
         with open_media(cfg, row, row.picture) as still:
-            members["frames.jpg"] = film_strip(still, cfg.frames.size, cfg.frames.quality)
+            members["frames.jpg"] = film_strip(still, stored(cfg.frames), cfg.frames.quality)
     elif clip.frames:
         members["frames.jpg"] = jpeg(np.concatenate(clip.frames), cfg.frames.quality)
     if not members:
@@ -305,9 +305,9 @@ def fbank(cfg: DataConfig, clip: MediaClip) -> tuple[dict[str, Any], dict[str, b
 
 
 @functools.lru_cache(4096)
-def film_strip(picture: Source, size: int, quality: int) -> bytes:
+def film_strip(picture: Source, fit: Fit, quality: int) -> bytes:
     """Return a JPEG of one frame: the picture (cached, since many recordings share one)."""
-    return jpeg(read_picture(picture, size), quality)
+    return jpeg(read_picture(picture, fit), quality)
 
 
 def finish(cfg: DataConfig, out: OutFolder, units: list[ShardPlan]) -> None:

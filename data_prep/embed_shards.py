@@ -26,6 +26,7 @@ from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.io.atomic import write_json
 from clip4vla.io.out_folder import OutFolder, open_out
+from clip4vla.media.images import Fit
 from clip4vla.models.model import Model
 from clip4vla.models.towers_fingerprint import embeddings_fingerprint
 from clip4vla.towers.space import is_space
@@ -143,7 +144,7 @@ def embed(cfg: RunConfig, model: Model, places: list[Place], fingerprint: dict[s
     with tqdm(total=sum(unit.shard.samples for unit in mine), unit="clip", disable=hide) as bar, torch.no_grad():
         for place in places:
             with _damage_log(place.out) as log:
-                loader = make_loader(cfg, place.folder, next(model.parameters()).device, log)
+                loader = make_loader(cfg, place.folder, next(model.parameters()).device, log, model.pictures)
                 for unit in (unit for unit in mine if unit.folder is place.folder):
                     make(unit, model, loader, bar)
     dist.barrier(together)
@@ -171,11 +172,13 @@ def _damage_log(out: OutFolder) -> Iterator[Path]:
             out.publish(log)
 
 
-def make_loader(cfg: RunConfig, folder: ShardFolder, device: torch.device, damage_log: Path) -> Loader:
+def make_loader(
+    cfg: RunConfig, folder: ShardFolder, device: torch.device, damage_log: Path, fit: Fit | None = None
+) -> Loader:
     """Make the loader of captions and frames; every rank for itself, in the order that make() gives it."""
     return Loader(
         [folder], None, cfg.data, tokenize=tokenizer(cfg.model.clip, cfg.model.max_tokens), mask=cfg.mask, seed=cfg.seed,
-        needs=("frames",), device=device, damage_log=damage_log, whole=True,
+        needs=("frames",), device=device, damage_log=damage_log, whole=True, fit=fit,
     )  # fmt: skip
 
 

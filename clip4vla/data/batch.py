@@ -35,7 +35,7 @@ class Batch:
     ids: list[str]
     captions: list[str]
     tokens: Tensor  # B L int64
-    frames: Tensor  # F 3 224 224 uint8
+    frames: Tensor  # F 3 H W uint8, of the vision tower's size
     frame_clip: Tensor  # F int64: the clip that each frame belongs to
     segments: Tensor  # S C 224 224 uint8 code of dB, rows = time
     segment_clip: Tensor  # S int64

@@ -1,4 +1,4 @@
-"""Decode the bytes of JPEG and PNG pictures to tensors, by DALI."""
+"""Decode the bytes of JPEG and PNG pictures to tensors, and resize frames, by DALI."""
 
 from typing import Any
 
@@ -7,13 +7,19 @@ import torch
 from torch import Tensor
 
 from clip4vla.errors import UserError
+from clip4vla.media.images import Fit
 from clip4vla.quick_imports import quick_imports
 
 
 class Decoder:
-    """Decodes JPEG and PNG bytes to uint8 pictures by a DALI graph; on a GPU decoding is `mixed`."""
+    """Decodes JPEG and PNG bytes to uint8 pictures by a DALI graph; on a GPU decoding is `mixed`.
 
-    def __init__(self, most: int, channels: int, threads: int, device: torch.device):
+    stored, fit: strips of square frames of `stored` pixels are cut into them, and each is resized as a tower wants it.
+    """
+
+    def __init__(
+        self, most: int, channels: int, threads: int, device: torch.device, stored: int = 0, fit: Fit | None = None
+    ):
         try:
             with quick_imports():
                 from nvidia.dali import fn, types
@@ -27,17 +33,21 @@ class Decoder:
         with self.pipe:
             kind = types.RGB if channels == 3 else types.GRAY
             source = fn.external_source(name="bytes")
-            self.pipe.set_outputs(fn.decoders.image(source, device="mixed" if cuda else "cpu", output_type=kind))
+            strips = fn.decoders.image(source, device="mixed" if cuda else "cpu", output_type=kind)
+            self.pipe.set_outputs(strips, *([_resized(fn, types, strips, stored, fit)] if fit else []))
         self.pipe.build()
 
-    def run(self, pictures: list[bytes]) -> Any:
-        """Decode to DALI's list of pictures (height, width, channels); on a GPU it is good until the next run."""
+    def run(self, pictures: list[bytes]) -> tuple[Any, Any]:
+        """Decode to DALI's lists of pictures (height, width, channels) and, of these, of what is wanted.
+
+        That is the same, or with a fit their frames (F, H, W, channels). On a GPU they are good until the next run.
+        """
         self.pipe.feed_input("bytes", [np.frombuffer(picture, np.uint8) for picture in pictures])
-        (out,) = self.pipe.run()
-        return out
+        out = self.pipe.run()
+        return out[0], out[-1]
 
     def joined(self, pictures: Any) -> Tensor:
-        """Concatenate the pictures' rows to (rows, width, channels), in memory of their own."""
+        """Concatenate pictures, or frames, along their first axis, in memory of their own."""
         if self.stream:  # not the training's stream: the copy must be over before the next run, and training may lag
             with torch.cuda.stream(self.stream):
                 rows = torch.cat([torch.from_dlpack(pictures[i]) for i in range(len(pictures))])
@@ -46,3 +56,12 @@ class Decoder:
             return rows
         shapes = pictures.shape()  # each run has memory of its own, where the pictures lie one after the other
         return torch.from_dlpack(pictures.as_reshaped_tensor([sum(shape[0] for shape in shapes), *shapes[0][1:]]))
+
+
+def _resized(fn: Any, types: Any, strips: Any, stored: int, fit: Fit) -> Any:
+    """Cut strips into square frames and resize each with antialiasing, so that no frame's edge mixes with the next frame's."""
+    mode = {"shortest": "not_smaller", "longest": "not_larger", "squash": "stretch"}[fit.resize_mode]
+    kernel = types.INTERP_LINEAR if fit.interpolation == "bilinear" else types.INTERP_CUBIC
+    frames = fn.reshape(strips, shape=[-1, stored, stored, 3], layout="FHWC")
+    frames = fn.resize(frames, size=fit.size, mode=mode, interp_type=kernel, antialias=True)
+    return frames if fit.size[0] == fit.size[1] else fn.crop(frames, crop=fit.size, out_of_bounds_policy="pad")

@@ -32,6 +32,7 @@ from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.io.remote import DEFAULT
 from clip4vla.media import augmentation, masking
+from clip4vla.media.images import Fit
 
 AUGMENT, MIX = 2, 3  # end the keys of what is drawn for augmentation
 MIN_READS = 1000  # over which, at least, the share of corrupt samples is taken
@@ -43,18 +44,22 @@ class Loader:
     needs: which pictures to read, of "frames" and "fbank". order: TrainSampler or EvalSampler over the same folders.
     vectors: folders of frozen vectors (precomputed_embeddings.py), one for each folder: captions and frames come as these.
     whole: this rank takes whole batches, not its part of them. pieces: micro-batches that a global batch is cut into, the
-    same on any ranks. pad_tokens: if set, batches are Batch.padded to it.
+    same on any ranks. pad_tokens: if set, batches are Batch.padded to it. fit: size and interpolation that the vision tower
+    wants, to which frames are resized if they are stored in another size; None: as they are.
     """
 
     def __init__(self, folders, order, cfg: DataSources, *, tokenize, mask: MaskConfig, seed: int, needs: Sequence[str],
                  device: torch.device, damage_log: Path, vectors: Sequence[ShardFolder] | None = None,
-                 whole: bool = False, pieces: int = 1, pad_tokens: int = 0, augment: AugmentConfig | None = None):  # fmt: skip
+                 whole: bool = False, pieces: int = 1, pad_tokens: int = 0, augment: AugmentConfig | None = None,
+                 fit: Fit | None = None):  # fmt: skip
         self.folders, self.order, self.cfg, self.tokenize, self.mask = folders, order, cfg, tokenize, mask
         self.seed, self.needs, self.device, self.damage_log = seed, needs, device, damage_log
         self.vectors, self.pieces, self.pad_tokens = vectors, pieces, pad_tokens
         self.augment = augment if augment and augmentation.is_on(augment) else None
         self.rank, self.world = (0, 1) if whole else (collectives.rank(), collectives.world_size())
         self.spectrogram = SpectrogramConfig(**folders[0].fingerprint["spectrogram"])
+        size = folders[0].fingerprint["frames"]["size"]
+        self.fit = fit if fit and fit.size != (size, size) else None
         self.reads = self.corrupt = 0
         self.counting = threading.Lock()
         self.decoders: dict[str, Decoder] = {}
@@ -65,7 +70,7 @@ class Loader:
         """Make a loader of other folders that is like this one otherwise."""
         return Loader(
             folders, order, self.cfg, tokenize=self.tokenize, mask=self.mask, seed=self.seed, needs=needs,
-            device=self.device, damage_log=self.damage_log,
+            device=self.device, damage_log=self.damage_log, fit=self.fit,
         )  # fmt: skip
 
     def sample_numbers(self, k: int) -> list[int]:
@@ -253,25 +258,26 @@ class Loader:
         """Decode the strips that are there to tiles (n, channels, size, width) uint8; _Undecodable if some are corrupt."""
         strips = {i: sample.members[kind] for i, sample in enumerate(samples) if kind in sample.members}
         size, width, channels = self._tile(kind)
+        wanted = self.fit.size if self.fit and kind == "frames" else (size, width)
         if not strips:
-            return torch.zeros(0, channels, size, width, dtype=torch.uint8)
+            return torch.zeros(0, channels, *wanted, dtype=torch.uint8)
         if kind not in self.decoders:
             self.decoders[kind] = self._decoder(kind, len(samples))
-        wanted = [(samples[i].clip[COUNTS[kind]] * size, width, channels) for i in strips]
+        stored = [(samples[i].clip[COUNTS[kind]] * size, width, channels) for i in strips]
         try:
-            decoded = self.decoders[kind].run(list(strips.values()))
+            decoded, pictures = self.decoders[kind].run(list(strips.values()))
         except RuntimeError as error:
             del self.decoders[kind]  # which is of no more use
             reasons = self._undecodable(kind, strips)
             raise _Undecodable(samples, reasons) if reasons else error from None
         turned = {
             i: f"{kind} is {tuple(shape)} once decoded, by its json {due}"
-            for i, shape, due in zip(strips, decoded.shape(), wanted, strict=True)
+            for i, shape, due in zip(strips, decoded.shape(), stored, strict=True)
             if tuple(shape) != due
         }
         if turned:
             raise _Undecodable(samples, turned)
-        return self.decoders[kind].joined(decoded).view(-1, size, width, channels).permute(0, 3, 1, 2)
+        return self.decoders[kind].joined(pictures).view(-1, *wanted, channels).permute(0, 3, 1, 2)
 
     def _undecodable(self, kind: str, strips: dict[int, bytes]) -> dict[int, str]:
         """Find the strips that cannot be decoded, each tried alone; none if something else is wrong."""
@@ -286,10 +292,12 @@ class Loader:
         return reasons
 
     def _decoder(self, kind: str, most: int) -> Decoder:
-        return Decoder(most, self._tile(kind)[2], self.cfg.decode_threads, self.device)
+        size, _, channels = self._tile(kind)
+        fit = self.fit if kind == "frames" else None
+        return Decoder(most, channels, self.cfg.decode_threads, self.device, size, fit)
 
     def _tile(self, kind: str) -> tuple[int, int, int]:
-        """Return height, width and channels of a frame or segment."""
+        """Return height, width and channels of a frame or segment as it is stored."""
         if kind == "frames":
             return (*[self.folders[0].fingerprint["frames"]["size"]] * 2, 3)
         return self.spectrogram.segment_rows, self.spectrogram.n_mels, 1 if self.spectrogram.channels == "mono" else 3

@@ -23,7 +23,7 @@ from clip4vla.config import FramesConfig, SpectrogramConfig
 from clip4vla.data.batch import Batch
 from clip4vla.media.av_reader import iter_audio_windows, read_clip, window_bounds
 from clip4vla.media.av_streams import check_sampling_rate
-from clip4vla.media.images import check_aspect_ratio, fitted, read_picture
+from clip4vla.media.images import Fit, check_aspect_ratio, fitted, read_picture, resized, stored
 from clip4vla.media.source import PICTURES
 from clip4vla.media.spectrogram import crop, encode, is_silent, log_mel
 
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass
 class ClipInput:
-    """Holds a clip: frames (F, 3, 224, 224) uint8 RGB; segments (S, C, 224, 224), uint8 code of dB; their valid rows in all.
+    """Holds a clip: frames (F, 3, H, W) uint8 RGB; segments (S, C, 224, 224), uint8 code of dB; their valid rows in all.
 
     None: it has no pictures, no sound, or digital silence.
     """
@@ -56,23 +56,25 @@ def _segment(spec: SpectrogramConfig) -> float:
 
 def read(
     path: str | os.PathLike[str], spec: SpectrogramConfig, frames: FramesConfig, kinds: str = "av",
-    start: float | None = None, end: float | None = None,
+    start: float | None = None, end: float | None = None, fit: Fit | None = None,
 ) -> ClipInput:  # fmt: skip
     """Read the interval [start, end) of a medium as shard.py does: frames, and the central max_clip_seconds of sound.
+
+    fit: of the frames, Model.pictures for a model; None: as shards have them.
 
     kinds: v, a or av, what is wanted of it. A still picture has one frame. Raises ValueError for a corrupt or absent file,
     and for one with nothing of these kinds.
     """
-    path = Path(path)
+    path, fit = Path(path), fit or stored(frames)
     if path.suffix.lower() in PICTURES:
         if "v" not in kinds:
             raise ValueError("a picture has no sound")
-        return of_frames(read_picture(path, frames.size)[None], frames.size)
-    clip = read_clip(path, start, end, frames if "v" in kinds else None, max_clip_seconds(spec))
+        return of_frames(read_picture(path, fit)[None], fit)
+    clip = read_clip(path, start, end, frames if "v" in kinds else None, max_clip_seconds(spec), fit)
     if kinds == "v" and not clip.frames:
         raise ValueError("no pictures in it")
     audio = of_wave(clip.wave, clip.rate, spec) if clip.wave is not None and "a" in kinds else ClipInput()
-    visual = of_frames(np.stack(clip.frames), frames.size) if clip.frames else ClipInput()
+    visual = of_frames(np.stack(clip.frames), fit) if clip.frames else ClipInput()
     return ClipInput(visual.frames, audio.segments, audio.rows)
 
 
@@ -135,13 +137,13 @@ def of_wave(wave: Tensor, rate: int, spec: SpectrogramConfig) -> ClipInput:
     return ClipInput(segments=_tiles(code, spec.segment_rows), rows=decibels.shape[1])
 
 
-def of_frames(frames: np.ndarray, size: int) -> ClipInput:
-    """Turn RGB frames (F, H, W, 3) uint8 into (F, 3, size, size), as CLIP does: shorter side to `size`, bicubic, the centre."""
+def of_frames(frames: np.ndarray, fit: Fit) -> ClipInput:
+    """Turn RGB frames (F, h, w, 3) uint8 into (F, 3, H, W) as the CLIP with this fit does."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
         raise ValueError(f"frames are (F, H, W, 3) uint8, not {frames.shape} {frames.dtype}")
     check_aspect_ratio(frames.shape[2], frames.shape[1])
-    if frames.shape[1:3] != (size, size):
-        frames = np.stack([_cropped(Image.fromarray(frame), size) for frame in frames])
+    if frames.shape[1:3] != fit.size:
+        frames = np.stack([resized(Image.fromarray(frame), fit) for frame in frames])
     return ClipInput(torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2))
 
 
@@ -152,17 +154,23 @@ def sample_uniformly(frames: np.ndarray, most: int) -> np.ndarray:
     return frames[((np.arange(most) + 0.5) * len(frames) / most).astype(int)]
 
 
-def of_image(image: Image.Image, size: int) -> ClipInput:
-    """Turn a still picture into one frame (1, 3, size, size), padded to a square with white, as one in a file is."""
-    return of_frames(fitted(image, size)[None], size)
+def of_image(image: Image.Image, fit: Fit) -> ClipInput:
+    """Turn a still picture into one frame (1, 3, H, W), as one in a file is."""
+    return of_frames(fitted(image, fit)[None], fit)
 
 
-def of_shard(meta: dict[str, Any], members: dict[str, bytes], spec: SpectrogramConfig) -> ClipInput:
-    """Decode a sample of a shard; meta: its json, members: what ShardFolder.read gives of "frames" and "fbank"."""
+def of_shard(
+    meta: dict[str, Any], members: dict[str, bytes], spec: SpectrogramConfig, fit: Fit | None = None
+) -> ClipInput:
+    """Decode a sample of a shard, its frames resized as the fit says; None: as they are.
+
+    meta: its json, members: what ShardFolder.read gives of "frames" and "fbank".
+    """
     sample = ClipInput()
     if "frames" in members:
         strip = _decoded(members["frames"], "RGB", meta["n_frames"], 1)  # F*224 224 3
-        sample.frames = _tiles(strip, strip.shape[1])
+        size = strip.shape[1]
+        sample.frames = of_frames(strip.view(-1, size, size, 3).numpy(), fit or Fit((size, size))).frames
     if "fbank" in members:
         shape = spec.segment_rows / spec.n_mels
         code = _decoded(members["fbank"], "L" if spec.channels == "mono" else "RGB", meta["n_segments"], shape)
@@ -189,33 +197,25 @@ def _tiles(strip: Tensor, height: int) -> Tensor:
     return strip.view(-1, height, *strip.shape[1:]).permute(0, 3, 1, 2)
 
 
-def _cropped(image: Image.Image, size: int) -> np.ndarray:
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    left, top = (round((side - size) / 2) for side in (width, height))
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def batches(clips: Iterable[ClipInput], spec: SpectrogramConfig, frames: FramesConfig) -> Iterator[Batch]:
+def batches(clips: Iterable[ClipInput], spec: SpectrogramConfig, fit: Fit) -> Iterator[Batch]:
     """Yield batches of consecutive clips, none larger than CLIPS and TILES unless a single clip is; clips are read AHEAD."""
     some: list[ClipInput] = []
     tiles = 0
     for clip in prefetch(clips, AHEAD):
         own = sum(len(part) for part in (clip.frames, clip.segments) if part is not None)
         if some and (len(some) == CLIPS or tiles + own > TILES):
-            yield batch(some, spec, frames)
+            yield batch(some, spec, fit)
             some, tiles = [], 0
         some.append(clip)
         tiles += own
     if some:
-        yield batch(some, spec, frames)
+        yield batch(some, spec, fit)
 
 
-def batch(clips: list[ClipInput], spec: SpectrogramConfig, frames: FramesConfig) -> Batch:
+def batch(clips: list[ClipInput], spec: SpectrogramConfig, fit: Fit) -> Batch:
     """Pack these clips into a Batch without text, of both audio types."""
     channels = 1 if spec.channels == "mono" else 3
-    sizes = {"frames": (3, frames.size, frames.size), "segments": (channels, spec.segment_rows, spec.n_mels)}
+    sizes = {"frames": (3, *fit.size), "segments": (channels, spec.segment_rows, spec.n_mels)}
     packs, owners = {}, {}
     for name, size in sizes.items():
         parts = [torch.zeros(0, *size, dtype=torch.uint8) if (x := getattr(c, name)) is None else x for c in clips]

@@ -113,8 +113,14 @@ class _Range(NamedTuple):
 def fingerprint(cfg: DataConfig) -> dict[str, Any]:
     """Collect every setting that shaped the pixels, and the versions of the libraries that made them."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchaudio", "pillow")}
-    settings = {"spectrogram": dataclasses.asdict(cfg.spectrogram), "frames": dataclasses.asdict(cfg.frames)}
+    settings = {"spectrogram": dataclasses.asdict(cfg.spectrogram), "frames": frames_settings(cfg.frames)}
     return settings | {"versions": versions}
+
+
+def frames_settings(frames: FramesConfig) -> dict[str, Any]:
+    """List the settings of frames, resize_mode only where it is not the default: hashes from before it was there stay valid."""
+    settings = dataclasses.asdict(frames)
+    return {key: settings[key] for key in settings if (key, settings[key]) != ("resize_mode", FramesConfig.resize_mode)}
 
 
 def write_shard(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _computed(model: Model, loader: Loader, folder: ShardFolder, cfg: RunConfig)
 
 def _features_sha256(model: Model, cfg: RunConfig) -> str:
     """Compute the sha256 of all that decides the features of given shards."""
-    settings = [model.clip_config, model.image_statistics, to_dict(model.spectrogram)]
+    settings = [model.clip_config, model.pictures.identity(), to_dict(model.spectrogram)]
     settings += [cfg.model.modalities, cfg.model.audio_type, cfg.model.spectrogram_norm, cfg.data.languages]
     settings += audio_reading(model.cfg, model.audio_config)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())

@@ -38,7 +38,7 @@ class VisionModule(nn.Module):
     def __init__(self, model: Model):
         super().__init__()
         self.tower = model.vision
-        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in model.image_statistics)
+        mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (model.pictures.mean, model.pictures.std))
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from clip4vla.config import FramesConfig
 from clip4vla.media.av_streams import AudioReader, Skipped, VideoReader
 from clip4vla.media.containers import SLACK, STILL, Medium
+from clip4vla.media.images import Fit, stored
 from clip4vla.media.layouts import open_medium
 from clip4vla.media.source import Source
 
@@ -28,28 +29,30 @@ class MediaClip:
     """Holds the frames and the waveform of an interval of a file."""
 
     seconds: float  # its length, no further than the file's end
-    # (size, size, 3) uint8 RGB each; none without a video stream
+    # (H, W, 3) uint8 RGB each; none without a video stream
     frames: list[np.ndarray] = field(default_factory=list)
     wave: Tensor | None = None  # (channels, T) float32 in [-1, 1]; one or two channels; None without an audio stream
     rate: int = 0  # Hz, 0 where there is no sound
 
 
 def read_clip(
-    path: Path | Source, start: float | None, end: float | None, frames: FramesConfig | None, longest: float = math.inf
-) -> MediaClip:
+    path: Path | Source, start: float | None, end: float | None, frames: FramesConfig | None, longest: float = math.inf,
+    fit: Fit | None = None,
+) -> MediaClip:  # fmt: skip
     """Read frames (none if `frames` is None) and sound of [start, end) seconds; of sound, the central `longest` seconds.
 
+    fit: of the frames; None: as shards with these settings have them.
     Raises ValueError for a file that is absent, corrupt or truncated, and for an interval that begins beyond its end.
     """
     try:
-        return _read(path, start, end, frames, longest, skip=True)
+        return _read(path, start, end, frames, longest, True, fit)
     except Skipped:  # some files cannot be entered anywhere but at their start
-        return _read(path, start, end, frames, longest, skip=False)
+        return _read(path, start, end, frames, longest, False, fit)
 
 
-def _read(path, start, end, frames, longest, skip) -> MediaClip:
+def _read(path, start, end, frames, longest, skip, fit=None) -> MediaClip:
     with open_medium(path) as medium:
-        return _interval(medium, start or 0.0, end, frames, longest, skip)
+        return _interval(medium, start or 0.0, end, frames, longest, skip, fit)
 
 
 def iter_audio_windows(
@@ -108,13 +111,13 @@ def _sounds(medium: Medium, bounds: Iterator[tuple[float, float]], begin: float,
     yield sound
 
 
-def _interval(medium: Medium, start, end, frames, longest, skip) -> MediaClip:
+def _interval(medium: Medium, start, end, frames, longest, skip, fit) -> MediaClip:
     video, sound = medium.video if frames else None, medium.audio
     if not video and not sound:
         raise ValueError("neither pictures nor sound in it" if frames else "no sound in it")
     finish = _finish(medium, start, end)  # with the pictures where they are not wanted, too: it is the same clip
     times = frame_times(start, finish, frames) if video else []
-    pictures = VideoReader(video, times, frames.size, medium.origin, skip) if video else None
+    pictures = VideoReader(video, times, fit or stored(frames), medium.origin, skip) if video else None
     begin, until = _centre(medium, start, finish, longest)
     audio = AudioReader(sound, begin, until, medium.origin) if sound else None
     readers = {reader.stream.type: reader for reader in (pictures, audio) if reader}

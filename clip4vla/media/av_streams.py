@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clip4vla.media.images import check_aspect_ratio
+from clip4vla.media.images import Fit, check_aspect_ratio
 
 GAP = 0.1  # s that timestamps of sound may wander before it counts as a gap
 WAITING, PACKET = 1 << 26, 1 << 10  # bytes of packets that are held undecoded; of one, beside its data
@@ -29,14 +29,14 @@ def check_sampling_rate(rate: int) -> None:
 
 
 class VideoReader:
-    """Takes the packets of a video stream and keeps the frames shown at the wanted times, each (size, size, 3) uint8.
+    """Takes the packets of a video stream and keeps the frames shown at the wanted times, each (H, W, 3) uint8.
 
     Packets wait until one comes that is decoded later than the wanted time, or until they are too many. So what lies before
     the last keyframe is dropped undecoded, and frames that no other refers to are decoded only where they are wanted.
     """
 
-    def __init__(self, stream: av.VideoStream, times: list[float], size: int, origin: float, skip: bool):
-        self.stream, self.size, self.origin, self.skip = stream, size, origin, skip
+    def __init__(self, stream: av.VideoStream, times: list[float], fit: Fit, origin: float, skip: bool):
+        self.stream, self.fit, self.origin, self.skip = stream, fit, origin, skip
         self.times = [(time + origin) / float(stream.time_base) for time in times]  # in the stream's units
         self.frames: list[np.ndarray] = []
         self.waiting: deque[av.Packet] = deque()
@@ -135,7 +135,7 @@ class VideoReader:
             if self.skip:
                 raise Skipped
             raise ValueError(f"corrupt pictures at {self._seconds(frame.pts):.2f} s")
-        self.frames.append(fit(frame, self.stream.sample_aspect_ratio, self.size))
+        self.frames.append(fitted_frame(frame, self.stream.sample_aspect_ratio, self.fit))
 
     def _seconds(self, stamp: float) -> float:
         return stamp * float(self.stream.time_base) - self.origin
@@ -145,32 +145,27 @@ def _stamp(packet: av.Packet) -> Any:
     return packet.dts if packet.pts is None else packet.pts
 
 
-def fit(frame: av.VideoFrame, aspect: Fraction | None, size: int) -> np.ndarray:
-    """Cut the centre (size, size, 3) of a frame whose shorter side is scaled to `size`, bicubic, upright: as CLIP does.
-
-    aspect: width of a pixel by its height.
-    """
+def fitted_frame(frame: av.VideoFrame, aspect: Fraction | None, fit: Fit) -> np.ndarray:
+    """Fit a frame into (H, W, 3) uint8, upright, scaled by FFmpeg; aspect: width of a pixel by its height."""
     width, height = frame.width * float(aspect or 1), frame.height
     check_aspect_ratio(width, height)
-    scale = size / min(width, height)
-    width, height = max(size, round(width * scale)), max(size, round(height * scale))
-    picture = frame.reformat(width, height, "rgb24", interpolation="BICUBIC", threads=1).to_ndarray()
-    picture = _upright(picture, frame)
-    top, left = (round((side - size) / 2) for side in picture.shape[:2])
-    return np.ascontiguousarray(picture[top : top + size, left : left + size])
+    lies, mirrored = _turned(frame)
+    width, height = fit.scaled(height, width)[::-1] if lies else fit.scaled(width, height)
+    method = fit.interpolation.upper()
+    picture = frame.reformat(width, height, "rgb24", interpolation=method, threads=1).to_ndarray()
+    picture = picture.swapaxes(0, 1) if lies else picture
+    return np.ascontiguousarray(fit.cut(picture[mirrored]))
 
 
-def _upright(picture: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """Turn and mirror a picture (H, W, 3) of a frame as its display matrix says, to the nearest quarter of a turn."""
+def _turned(frame: av.VideoFrame) -> tuple[bool, tuple[slice, slice]]:
+    """Say how a frame is made upright by its display matrix, to the nearest quarter of a turn: (rows are columns, mirrors)."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
-        return picture
+        return False, (slice(None), slice(None))
     (a, b, _), (c, d, _), _ = np.frombuffer(matrix, np.int32).reshape(3, 3)  # x' = a x + c y, y' = b x + d y
-    if abs(int(a)) + abs(int(d)) < abs(int(b)) + abs(int(c)):
-        picture, across, down = picture.swapaxes(0, 1), c, b
-    else:
-        across, down = a, d
-    return picture[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+    lies = abs(int(a)) + abs(int(d)) < abs(int(b)) + abs(int(c))
+    across, down = (c, b) if lies else (a, d)
+    return lies, (slice(None, None, -1 if down < 0 else 1), slice(None, None, -1 if across < 0 else 1))
 
 
 class AudioReader:

@@ -2,11 +2,13 @@
 
 import io
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from clip4vla.config import FramesConfig
 from clip4vla.errors import UserError
 from clip4vla.media.source import Source, source_of
 
@@ -24,14 +26,53 @@ PLAIN = {
 UNREADABLE = "unreadable picture: "
 
 
-def read_picture(path: Path | Source, size: int) -> np.ndarray:
-    """Read a picture to (size, size, 3) uint8 as `fitted` does; one of more than 178,956,970 pixels is refused by its header."""
+@dataclass(frozen=True)
+class Fit:
+    """Says how pictures are brought to one size, in open_clip's words.
+
+    resize_mode: shortest scales the shorter side and cuts out the centre, squash scales both sides, longest scales the longer
+    side and pads with black.
+    """
+
+    size: tuple[int, int]  # H, W
+    interpolation: str = "bicubic"  # or bilinear, or another of Pillow's filters
+    resize_mode: str = "shortest"
+
+    def scaled(self, width: float, height: float) -> tuple[int, int]:
+        """Return the (width, height) that a picture of this width and height is scaled to: whole on one side at least."""
+        rows, columns = self.size
+        if self.resize_mode == "squash":
+            return columns, rows
+        if self.resize_mode == "longest":
+            scale = min(columns / width, rows / height)
+            return max(1, round(width * scale)), max(1, round(height * scale))
+        scale = max(columns / width, rows / height)
+        return max(columns, round(width * scale)), max(rows, round(height * scale))
+
+    def cut(self, picture: np.ndarray) -> np.ndarray:
+        """Cut out the centre (H, W, 3) of a scaled picture, or pad what is smaller with black."""
+        for axis, size in enumerate(self.size):
+            spare = picture.shape[axis] - size
+            first = max(0, round(spare / 2))
+            picture = picture.take(range(first, first + min(size, picture.shape[axis])), axis)
+            before = max(0, -spare) // 2
+            picture = np.pad(picture, [(before, max(0, -spare) - before) if i == axis else (0, 0) for i in range(3)])
+        return picture
+
+
+def stored(frames: FramesConfig) -> Fit:
+    """Say how the frames of shards with these settings are fitted."""
+    return Fit((frames.size, frames.size), resize_mode=frames.resize_mode)
+
+
+def read_picture(path: Path | Source, fit: Fit) -> np.ndarray:
+    """Read a picture to (H, W, 3) uint8 as `fitted` does; one of more than 178,956,970 pixels is refused by its header."""
     source = source_of(path)
     try:
         with source.open() as file:
             is_drawing = source.suffix == ".svg"
-            with Image.open(io.BytesIO(_render_svg(file.read(), size)) if is_drawing else file) as image:
-                return fitted(image, size)
+            with Image.open(io.BytesIO(_render_svg(file.read(), fit.size[1])) if is_drawing else file) as image:
+                return fitted(image, fit)
     except UserError:
         raise
     except UnidentifiedImageError:
@@ -61,8 +102,11 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def fitted(image: Image.Image, size: int) -> np.ndarray:
-    """Fit a picture into (size, size, 3) uint8: upright, transparency on white, aspect ratio kept, padded with white."""
+def fitted(image: Image.Image, fit: Fit) -> np.ndarray:
+    """Fit a still picture into (H, W, 3) uint8: upright, transparency on white, and whole.
+
+    Where a CLIP would cut the sides off (shortest) it is padded with white instead: a still has no other frame to show them.
+    """
     image.load()
     if image.getexif().get(ORIENTATION, 1) != 1:  # not otherwise: it would copy
         image = ImageOps.exif_transpose(image)
@@ -73,9 +117,21 @@ def fitted(image: Image.Image, size: int) -> np.ndarray:
         band = image.crop((0, top, image.width, min(top + BAND, image.height))).convert("RGBA")
         white = Image.new("RGBA", band.size, "white")
         flat.paste(Image.alpha_composite(white, band).convert("RGB"), (0, top))
-    if not round(min(flat.size) / max(flat.size) * size):  # a line, that would be thinner than a pixel
-        flat = flat.resize((size, 1) if flat.width > flat.height else (1, size), Image.Resampling.BICUBIC)
-    return np.asarray(ImageOps.pad(flat, (size, size), Image.Resampling.BICUBIC, color="white"))
+    if fit.resize_mode != "shortest":
+        return resized(flat, fit)
+    (rows, columns), method = fit.size, Image.Resampling[fit.interpolation.upper()]
+    if not round(min(flat.size) / max(flat.size) * min(fit.size)):  # a line, that would be thinner than a pixel
+        flat = flat.resize((columns, 1) if flat.width > flat.height else (1, rows), method)
+    return np.asarray(ImageOps.pad(flat, (columns, rows), method, color="white"))
+
+
+def resized(image: Image.Image, fit: Fit) -> np.ndarray:
+    """Scale an RGB picture and cut or pad it to (H, W, 3) uint8, to the last bit as open_clip's preprocess does."""
+    width, height = fit.scaled(*image.size)
+    if fit.resize_mode == "shortest" and fit.size[0] == fit.size[1]:  # torchvision's Resize rounds the longer side down
+        short, size = min(image.size), fit.size[0]
+        width, height = (int(size * side / short) for side in image.size)
+    return fit.cut(np.asarray(image.resize((width, height), Image.Resampling[fit.interpolation.upper()])))
 
 
 def check_aspect_ratio(width: float, height: float) -> None:

@@ -24,7 +24,7 @@ from clip4vla.models.captioner import CaptionDecoder, Captioner
 from clip4vla.models.classifier import Classifier, in_words
 from clip4vla.models.saved_config import FORMAT, upgraded
 from clip4vla.towers.build import Undrawn, build_clip, freeze_first, hold_still
-from clip4vla.towers.pictures import image_statistics
+from clip4vla.towers.pictures import pictures_of
 from clip4vla.towers.space import build_towers, check_claims, must_have_text
 from clip4vla.towers.text import encode_text, gives_words, token_mask
 from clip4vla.towers.transformers_folder import source_beside
@@ -64,8 +64,8 @@ class Model(nn.Module):
         self.init_head()
         # 1-d: DeepSpeed broadcasts no scalars
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / cfg.temperature)]))
-        self.image_statistics = image_statistics(cfg.clip)
-        pixels = 255 * torch.tensor(self.image_statistics).view(2, 3, 1, 1)  # mean and deviation of 0..255
+        self.pictures = pictures_of(cfg.clip, clip)
+        pixels = 255 * torch.tensor([self.pictures.mean, self.pictures.std]).view(2, 3, 1, 1)  # of 0..255
         # the bits of fp32 numbers: .half() and DeepSpeed would round them
         self.register_buffer("pixel_statistics", pixels.view(torch.int32), persistent=False)
 

@@ -22,7 +22,7 @@ def towers_sha256(model: Model) -> str:
     """
     if "space" in model.clip_config:
         return model.clip_config["space"]["identity"]
-    settings = [model.clip_config, model.image_statistics, model.cfg.max_tokens]
+    settings = [model.clip_config, model.pictures.identity(), model.cfg.max_tokens]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for tower in (model.text, model.vision):
         for name, value in tower.state_dict().items():

@@ -9,7 +9,7 @@ import numpy as np
 from clip4vla.config import FramesConfig, SpectrogramConfig
 from clip4vla.data.shards import ShardFolder
 from clip4vla.media.av_reader import read_clip
-from clip4vla.media.images import jpeg, read_picture
+from clip4vla.media.images import jpeg, read_picture, stored
 from clip4vla.media.source import PICTURES
 from clip4vla.media.spectrogram import encode, is_silent, log_mel
 from clip4vla.report.preview import RATE, ClipPreview, film_strip, mono, ogg, preview_sample, spectrogram_jpeg
@@ -63,7 +63,7 @@ def _fill(
     frames: FramesConfig,
 ) -> None:
     if path.suffix.lower() in PICTURES:
-        exhibit.picture = jpeg(read_picture(path, frames.size), frames.quality)
+        exhibit.picture = jpeg(read_picture(path, stored(frames)), frames.quality)
         return
     clip = read_clip(path, start, end, frames)
     if clip.frames:

@@ -214,10 +214,12 @@ class Index:
 
 def index_sha256(model: "Model") -> str:
     """Return the sha256 over all that decides the vectors: weights (as fp32), structure, and how media are read."""
-    from clip4vla.models.audio_encoder import audio_reading  # torch takes seconds
+    from clip4vla.data.shards import frames_settings  # torch takes seconds
+    from clip4vla.models.audio_encoder import audio_reading
     from clip4vla.models.towers_fingerprint import towers_sha256
 
-    media: list[Any] = [to_dict(model.spectrogram), to_dict(model.frames), model.cfg.spectrogram_norm]
+    media: list[Any] = [to_dict(model.spectrogram), frames_settings(model.frames), model.cfg.spectrogram_norm]
+    media += [model.pictures.resize_mode] * (model.pictures.resize_mode != "shortest")  # how files are read
     media += audio_reading(model.cfg, model.audio_config)
     digest = hashlib.sha256((towers_sha256(model) + json.dumps(media, sort_keys=True)).encode())
     for name, value in model.audio.state_dict().items():

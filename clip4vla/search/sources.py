@@ -148,9 +148,7 @@ def _sample(number: int, key: str, sample: dict[str, bytes] | CorruptSample, mod
         meta = parsed(sample)
         assert not isinstance(sample, CorruptSample)
         shown = {name: meta[name] for name in ("captions", "start", "end")} | {"name": meta["id"], "key": key}
-        clip = preprocessing.of_shard(meta, sample, model.spectrogram)
-        if clip.frames is not None and clip.frames.shape[-1] != model.frames.size:
-            raise ValueError(f"frames of {clip.frames.shape[-1]} pixels, not {model.frames.size}")
+        clip = preprocessing.of_shard(meta, sample, model.spectrogram, model.pictures)
         return SourceClip(number, shown, clip)
     except (ValueError, KeyError) as error:
         return SourceClip(number, {"name": key}, None, str(error))
@@ -170,12 +168,13 @@ def media(model: Model, place: str, name: str, first: int) -> Iterator[SourceCli
     shown = {"name": name, "captions": [], "key": ""}
     kind = suffix_of(str(path))
     if kind in PICTURES:
-        yield SourceClip(0, shown | {"start": None, "end": None}, preprocessing.read(path, spec, model.frames, "v"))
+        still = preprocessing.read(path, spec, model.frames, "v", fit=model.pictures)
+        yield SourceClip(0, shown | {"start": None, "end": None}, still)
     elif kind in SOUNDS:
         for number, (begin, finish, clip) in enumerate(preprocessing.windows(path, spec, first * long), first):
             yield SourceClip(number, shown | {"start": begin, "end": finish}, clip)
     else:
         for number, (begin, finish) in enumerate(window_bounds(0.0, duration(path), long, long / spec.max_segments)):
             if number >= first:
-                read = preprocessing.read(path, spec, model.frames, "av", begin, finish)
+                read = preprocessing.read(path, spec, model.frames, "av", begin, finish, model.pictures)
                 yield SourceClip(number, shown | {"start": begin, "end": finish}, read)

@@ -37,11 +37,12 @@ def build_clip(config: dict[str, Any]) -> Any:
         _must_be_known(vision.get("timm_model_name"), hf)
         if hf:
             _must_be_there(hf)
-        own = {
-            "vision_cfg": {**vision, "timm_model_pretrained": False},
-            "text_cfg": {**text, "hf_model_pretrained": False},
-        }
-        model = CustomTextCLIP(**config | own)
+        model = CustomTextCLIP(
+            config["embed_dim"],
+            {**vision, "timm_model_pretrained": False},
+            {**text, "hf_model_pretrained": False},
+            quick_gelu=config.get("quick_gelu", False),
+        )
     except UserError:
         raise
     except Exception as error:  # open_clip and torch raise many kinds for sizes that cannot be

@@ -21,7 +21,7 @@ from clip4vla.towers.weights import (
     weights_file,
 )
 
-TOWER_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
+TOWER_KEYS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "preprocess_cfg")
 PADDED_WITH_EOS = ("timm/ViT-B-16-SigLIP", "timm/ViT-B-16-SigLIP-i18n-256")  # tokenizers; SigLIP 2's pads with 0
 
 
@@ -82,7 +82,7 @@ def config_file(clip: str) -> str:
 def _read_config(path: str) -> dict[str, Any]:
     try:
         tree = parse_json(Path(path).read_bytes())
-        tree = tree.get("model_cfg", tree)
+        tree = {key: tree[key] for key in ("preprocess_cfg",) if key in tree} | tree.get("model_cfg", tree)
         for key in ("embed_dim", "vision_cfg", "text_cfg"):
             if key not in tree:
                 raise ValueError(f"no {key}")

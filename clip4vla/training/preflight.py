@@ -38,7 +38,7 @@ def check(cfg: RunConfig, ds_config: str | None) -> None:
     setup = prepare(cfg, ds_config)
     meta = read_metadata(setup.resume) if setup.resume else {"step": 0}
     step = meta["step"]
-    loader = train_loader(cfg, setup.folders, setup.vectors, setup.device)
+    loader = train_loader(cfg, setup.folders, setup.vectors, setup.device, setup.model.pictures)
     loader.damage_log = Path(os.devnull)
     _say(describe(cfg, setup, loader, step))
     _say([disk(cfg, setup)])
@@ -69,6 +69,9 @@ def describe(cfg: RunConfig, setup: RunSetup, loader: Loader, step: int) -> list
     rows = [
         ("data", _source(folder, part, cfg)) for folder, part in zip(setup.folders, loader.order.parts, strict=True)
     ]
+    stored = setup.folders[0].fingerprint["frames"]
+    pictures = [("pictures", model.pictures.resizing(stored["size"], stored["resize_mode"]))]
+    rows += pictures if "frames" in loader.needs else []
     rows += [
         ("vectors", used),
         ("model", f"{cfg.model.clip}, weights from {setup.origin}; parameters: {towers}"),

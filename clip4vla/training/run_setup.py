@@ -23,6 +23,7 @@ from clip4vla.errors import UserError
 from clip4vla.evaluation import manifest
 from clip4vla.evaluation.runner import check_evaluation
 from clip4vla.losses.objective import TERMS
+from clip4vla.media.images import Fit
 from clip4vla.models.classifier import label_of
 from clip4vla.models.fusion import must_have_room
 from clip4vla.models.model import Model, needed_towers, uses_head
@@ -163,8 +164,13 @@ def _label(sample: dict[str, bytes] | CorruptSample) -> str:
     return label_of(clip)
 
 
-def train_loader(cfg: RunConfig, folders: list, vectors: list | None, device: torch.device) -> Loader:
-    """Make the loader of endless training batches; it reads no spectrograms without a loss for them, nor frames with vectors."""
+def train_loader(
+    cfg: RunConfig, folders: list, vectors: list | None, device: torch.device, fit: Fit | None = None
+) -> Loader:
+    """Make the loader of endless training batches; it reads no spectrograms without a loss for them, nor frames with vectors.
+
+    fit: Model.pictures, to which frames are resized.
+    """
     sizes = [[shard.samples for shard in folder.shards] for folder in folders]
     order = TrainSampler(sizes, list(cfg.data.train.values()), cfg.train.batch_size, cfg.seed, cfg.data.shuffle_window)
     run = towers_run(cfg, bool(vectors))
@@ -172,7 +178,7 @@ def train_loader(cfg: RunConfig, folders: list, vectors: list | None, device: to
     tokenize = tokenizer(cfg.model.clip, cfg.model.max_tokens, fixed=cfg.train.compile != "off")
     return Loader(
         folders, order, cfg.data, tokenize=tokenize, mask=cfg.mask, seed=cfg.seed,
-        needs=needs, vectors=vectors, device=device, pieces=cfg.train.gradient_accumulation_steps, augment=cfg.augment,
+        needs=needs, vectors=vectors, device=device, pieces=cfg.train.gradient_accumulation_steps, augment=cfg.augment, fit=fit,
         pad_tokens=(cfg.train.compile != "off") * cfg.model.max_tokens,  # 0: no padding
         damage_log=Path(cfg.run_dir, f"corrupt-{collectives.rank()}.jsonl"),
     )  # fmt: skip
@@ -207,11 +213,6 @@ def build_model(cfg: RunConfig, fingerprint: dict[str, Any], resume: Path | None
     with Undrawn() if loaded else contextlib.nullcontext():
         model = Model(clip, cfg.model, spectrogram, frames)
     model.must_have_positions()
-    shown = "space" not in clip and "vision" in needed_towers(cfg.loss, cfg.model.modalities)
-    if shown and (pictures := model.vision.image_size) != (frames.size, frames.size):
-        raise UserError(
-            f"model.clip: its pictures are {pictures}, the shards' frames {frames.size}: make them with frames.size={pictures[0]}"
-        )
     source = next((place for place in cfg.init_from if _checkpoint_in(place)), None)
     if cfg.init_from and not source and "scratch" not in cfg.init_from:
         raise UserError(

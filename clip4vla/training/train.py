@@ -36,7 +36,7 @@ def _train(cfg: RunConfig, ds_config: str | None, stop: "_Signals") -> None:
     watch.progress("start-up: checkpoint")
     step = checkpoints.load(setup.resume) if setup.resume else 0
     tracker = tracking.Tracker(cfg, step)
-    loader = train_loader(cfg, setup.folders, setup.vectors, setup.device)
+    loader = train_loader(cfg, setup.folders, setup.vectors, setup.device, setup.model.pictures)
     for line in preflight.describe(cfg, setup, loader, step):
         tracker.say(line)
     held_out = BackgroundValidator(cfg, tracker.say)

@@ -78,7 +78,7 @@ class Searcher:
         """Search with an uploaded file; return (the query, HTML, an empty drop zone, no words)."""
         started, file = time.perf_counter(), Path(path)
         try:
-            clip, shown = read(file, self.index.spectrogram, self.index.frames)
+            clip, shown = read(file, self.index.spectrogram, self.index.frames, self.model.pictures)
         except ValueError as error:
             return None, html.notice(f"{file.name}: {error}"), None, ""
         by_part = self.model.encode([clip], self.index.parts[1:])

@@ -10,7 +10,7 @@ from clip4vla.config import FramesConfig, SpectrogramConfig
 from clip4vla.data import preprocessing
 from clip4vla.data.preprocessing import ClipInput
 from clip4vla.media.av_reader import read_clip
-from clip4vla.media.images import jpeg
+from clip4vla.media.images import Fit, jpeg
 from clip4vla.report.preview import RATE, ClipPreview, film_strip, mono, ogg, spectrogram_jpeg
 
 PICTURES = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -20,8 +20,8 @@ MEDIA = (
 PIXELS = 64_000_000  # of a picture or frame: 1.5 GB while it is decoded and fitted
 
 
-def read(path: Path, spec: SpectrogramConfig, frames: FramesConfig) -> tuple[ClipInput, ClipPreview]:
-    """Read a file as the towers take it, a sound's central part, and as the page shows it.
+def read(path: Path, spec: SpectrogramConfig, frames: FramesConfig, fit: Fit) -> tuple[ClipInput, ClipPreview]:
+    """Read a file as the towers take it, a sound's central part, and as the page shows it; fit: Model.pictures.
 
     ValueError if it cannot be read.
     """
@@ -29,11 +29,11 @@ def read(path: Path, spec: SpectrogramConfig, frames: FramesConfig) -> tuple[Cli
         raise ValueError("the file is empty")
     shown = ClipPreview(path.name, [])
     try:
-        clip = _picture(path, frames.size)
+        clip = _picture(path, fit)
     except UnidentifiedImageError:
-        clip = _medium(path, spec, frames, shown)
+        clip = _medium(path, spec, frames, fit, shown)
     if clip.frames is not None:
-        strip = clip.frames.permute(0, 2, 3, 1).reshape(-1, frames.size, 3)  # F*224 224 3
+        strip = clip.frames.permute(0, 2, 3, 1).reshape(-1, fit.size[1], 3)  # F*H W 3
         shown.picture = film_strip(jpeg(strip.numpy(), frames.quality))
     if clip.segments is not None:
         code = clip.segments[:, clip.segments.shape[1] // 2]  # S 224 M; of left, mid, right the middle
@@ -41,11 +41,11 @@ def read(path: Path, spec: SpectrogramConfig, frames: FramesConfig) -> tuple[Cli
     return clip, shown
 
 
-def _picture(path: Path, size: int) -> ClipInput:
+def _picture(path: Path, fit: Fit) -> ClipInput:
     try:
         with Image.open(path, formats=PICTURES) as image:
             _must_be_small(*image.size)
-            return preprocessing.of_image(image, size)
+            return preprocessing.of_image(image, fit)
     except (UnidentifiedImageError, ValueError):
         raise
     except Image.DecompressionBombError:
@@ -54,17 +54,17 @@ def _picture(path: Path, size: int) -> ClipInput:
         raise ValueError(f"a picture that cannot be read: {error}") from None
 
 
-def _medium(path: Path, spec: SpectrogramConfig, frames: FramesConfig, shown: ClipPreview) -> ClipInput:
+def _medium(path: Path, spec: SpectrogramConfig, frames: FramesConfig, fit: Fit, shown: ClipPreview) -> ClipInput:
     try:
         with av.open(str(path), container_options={"protocol_whitelist": "file", "format_whitelist": MEDIA}) as file:
             for stream in file.streams.video:
                 _must_be_small(stream.width, stream.height)
     except (av.FFmpegError, OSError, AttributeError):  # the last: a stream without a codec
         raise ValueError("not a sound, picture or video that can be read") from None
-    clip = read_clip(path, None, None, frames, preprocessing.max_clip_seconds(spec))
+    clip = read_clip(path, None, None, frames, preprocessing.max_clip_seconds(spec), fit)
     query = ClipInput()
     if clip.frames:
-        query.frames = preprocessing.of_frames(np.stack(clip.frames), frames.size).frames
+        query.frames = preprocessing.of_frames(np.stack(clip.frames), fit).frames
     if clip.wave is not None:
         audio = preprocessing.of_wave(clip.wave, clip.rate, spec)
         query.segments, query.rows = audio.segments, audio.rows

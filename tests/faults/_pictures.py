@@ -18,7 +18,7 @@ from clip4vla.data import preprocessing
 from clip4vla.data.loader import Loader
 from clip4vla.data.sampler import EvalSampler
 from clip4vla.data.shards import INDEX, ShardFolder, write_index, write_shard
-from clip4vla.media.images import read_picture
+from clip4vla.media.images import Fit, read_picture
 from faults._mutate import mutate
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><text>%s</text></svg>'
@@ -59,7 +59,7 @@ def stills_mutated(folder: Path):
         path = folder / f"{number}{Path(name).suffix}"
         path.write_bytes(mutate(files[name], rng))
         try:
-            assert read_picture(path, SIZE).shape == (SIZE, SIZE, 3)
+            assert read_picture(path, Fit((SIZE, SIZE))).shape == (SIZE, SIZE, 3)
         finally:
             path.unlink()
 
@@ -233,4 +233,4 @@ def transpose(data: bytes) -> bytes:
 
 def read(path: Path) -> None:
     """A still picture."""
-    assert read_picture(path, SIZE).shape == (SIZE, SIZE, 3)
+    assert read_picture(path, Fit((SIZE, SIZE))).shape == (SIZE, SIZE, 3)

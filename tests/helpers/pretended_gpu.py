@@ -103,8 +103,8 @@ class PretendedGPU(TorchDispatchMode):
             return made(data, **{"dtype": x.dtype, "device": x.device} | kwargs)
 
         class Decoder(native):
-            def __init__(self, most, channels, threads, device):
-                super().__init__(most, channels, threads, CPU)
+            def __init__(self, most, channels, threads, device, *fit):
+                super().__init__(most, channels, threads, CPU, *fit)
                 self.there = device.type == "cuda"
 
             def joined(self, pictures):

@@ -21,7 +21,7 @@ from clip4vla.models.audio_encoder import AudioEncoder, type_token_weights
 from clip4vla.models.model import Model, pool
 from clip4vla.towers.build import LeanQuickGELU, Undrawn, build_clip
 from clip4vla.towers.config import resolve_clip_config
-from clip4vla.towers.pictures import image_statistics
+from clip4vla.towers.pictures import pictures_of
 from clip4vla.towers.text import encode_text
 from clip4vla.towers.tokenizer import get_tokenizer, tokenizer
 from clip4vla.towers.vision import embed_patches, encode_images, pools_first
@@ -185,7 +185,8 @@ def test_towers_from_a_weights_file(tmp_path, form):
     full = F.pad(texts, (0, 77 - texts.shape[1]))
     torch.testing.assert_close(model.encode_tokens(texts)[0], clip.encode_text(full), atol=1e-5, rtol=1e-4)
     picture = torch.randint(0, 256, (2, 3, 224, 224))
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in image_statistics(str(file)))
+    pictures = pictures_of(str(file), model.clip_config)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (pictures.mean, pictures.std))
     torch.testing.assert_close(
         model.encode_frames(picture), clip.encode_image((picture / 255 - mean) / std), atol=1e-4, rtol=1e-4
     )

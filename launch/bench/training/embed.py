@@ -103,7 +103,7 @@ def theirs(model: Model, shards: ShardFolder, clips: int) -> tuple[float, dict[s
     """(Seconds that the peer takes for as many clips, frame vectors (F, D) by clip)."""
     device = next(model.parameters()).device
     vectors: dict[str, Tensor] = {}
-    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in model.image_statistics)
+    mean, std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (model.pictures.mean, model.pictures.std))
     start, done = time.perf_counter(), 0
     stream: Stream = peer(shards.path, embed_shards.CLIPS)
     with contextlib.closing(stream):

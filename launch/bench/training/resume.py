@@ -63,7 +63,7 @@ def _rank(rank: int, ranks: int, port: int, folder: str, rounds: int) -> None:
     frozen = frozen_weights(setup.model)
     run = engine.start(setup.model, setup.ds, cfg.train)
     checkpoints = CheckpointManager(run, cfg, frozen, [[shard.samples for shard in f.shards] for f in setup.folders])
-    batches = train_loader(cfg, setup.folders, setup.vectors, setup.device).steps(0, 1)
+    batches = train_loader(cfg, setup.folders, setup.vectors, setup.device, setup.model.pictures).steps(0, 1)
     train_step.step(run, next(batches), cfg)  # so that there is an optimizer's state
     seconds: dict[str, list[float]] = {"save": [], "load": [], "dd": [], "bytes": []}
     for step in range(1, rounds + 1):

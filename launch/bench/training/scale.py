@@ -94,7 +94,9 @@ def _rank(rank: int, world: int, port: int, folder: str, args: argparse.Namespac
     setup = prepare(cfg, None)
     Path(cfg.run_dir).mkdir(exist_ok=True)
     run = engine.start(setup.model, setup.ds, cfg.train)
-    steps = train_loader(cfg, setup.folders, setup.vectors, setup.device).steps(0, args.rounds + 1)
+    steps = train_loader(cfg, setup.folders, setup.vectors, setup.device, setup.model.pictures).steps(
+        0, args.rounds + 1
+    )
     costs: dict[str, Any] = _parts(run, [micros[0] for micros in steps], cfg)
     if world > 1:
         costs["network"] = _network(costs["gradients"])

@@ -63,7 +63,9 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         cfg = configure(Path(folder), args.clip, max(32, args.batch), args.batch, args.compile)
         setup = prepare(cfg, None)
         peer_cfg = load(RunConfig, Path(folder, "run.yaml"), [f"train.batch_size={args.peer_batch}"])
-        batch = train_loader(peer_cfg, setup.folders, None, setup.device).batch(0).to(setup.device)
+        batch = (
+            train_loader(peer_cfg, setup.folders, None, setup.device, setup.model.pictures).batch(0).to(setup.device)
+        )
         peer = Peer(copy.deepcopy(setup.model).to(setup.device), peer_cfg, batch)
         return compare(Ours(cfg, setup), peer, batch, args)
 
@@ -95,7 +97,7 @@ class Ours:
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
         self.cfg, self.device = cfg, setup.device
         self.engine = engine.start(setup.model, setup.ds, cfg.train)
-        self.loader = train_loader(cfg, setup.folders, setup.vectors, setup.device)
+        self.loader = train_loader(cfg, setup.folders, setup.vectors, setup.device, setup.model.pictures)
         self.batches = self.loader.steps(0, cfg.train.max_steps)
         self.work, self.useful = flops.FlopCounter(setup.model, cfg), 0.0  # FLOPs
         self.waited = 0.0  # s

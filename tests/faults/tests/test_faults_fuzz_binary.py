@@ -182,13 +182,13 @@ def test_what_is_read_apart_comes_as_it_is_made_with_its_errors():
 def test_large_pictures_on_white_are_as_they_were_in_one_piece():
     from PIL import Image, ImageOps
 
-    from clip4vla.media.images import BAND, fitted
+    from clip4vla.media.images import BAND, Fit, fitted
 
     pixels = np.random.default_rng(0).integers(0, 256, (2 * BAND + 7, 90, 4), dtype=np.uint8)
     image = Image.fromarray(pixels)
     flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     want = np.asarray(ImageOps.pad(flat, (224, 224), Image.Resampling.BICUBIC, color="white"))
-    assert np.array_equal(fitted(image, 224), want)
+    assert np.array_equal(fitted(image, Fit((224, 224))), want)
 
 
 def test_windows_of_an_absurd_length_are_not_listed():
