@@ -111,6 +111,7 @@ class ModelConfig:
         "global_global", "head: one of three for retrieval, the caption generator, or a linear classifier"
     )
     labels: list[str] = option([], "classes of the classifier; empty: the labels of data.train's clips")
+    several_labels: bool = option(False, "classifier: each class against the rest, as clips have several")
     head_layers: int = option(4, "blocks of the head, started from the text tower's first ones", low=1)
     head_dropout: float = option(0.1, "dropout on the input of the head's blocks", low=0)
     text_tokens: Literal["all", "eos"] = option(
@@ -157,7 +158,7 @@ class DataSources:
     decode_threads: int = option(2, "DALI threads of a rank", low=1)
     prefetch: int = option(2, "batches prepared ahead", low=0)
     max_corrupt_fraction: float = option(0.01, "share of samples read that may be corrupt before the run stops", low=0)
-    request_timeout: float = option(60.0, "seconds for an answer of a remote storage (s3://, https://)", low=0.1)
+    request_timeout: float = option(60.0, "seconds for an answer of a remote storage (s3://, gs://, ..)", low=0.1)
     retries: int = option(5, "further attempts after a failed request to a remote storage", low=0)
     cache: str = option(
         "", "folder on a local disk of the node that keeps what was read remotely; empty: none", path=True

@@ -4,6 +4,7 @@ A name is read without its suffix. A YouTube id has 11 characters of A-Za-z0-9_-
 holds. What may be two videos is both, and marked so.
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from enum import IntEnum
@@ -64,19 +65,23 @@ class ReadName(NamedTuple):
 
     def form_for(self, start: float, end: float) -> Form | None:
         """Return how the name says that the file is of the interval (s); None if it is of another one."""
-        if not self.start:
-            return self.form
-        if _is_seconds(self.start, start) and not self.end:
-            return Form.START
-        if _is_seconds(self.start, start) and _is_seconds(self.end, end):
-            return Form.START_END
-        if "." in self.start + self.end or int(self.start) != round(start * 1000):
-            return None
-        if not self.end:
-            return Form.START
-        if int(self.end) == round(end * 1000):
-            return Form.START_END
-        return Form.SHORTER if SHORTEST <= int(self.end) - int(self.start) < (end - start) * 1000 else None
+        return _form_of_times(self.start, self.end, start, end) if self.start else self.form
+
+
+@functools.lru_cache(1 << 12)  # millions of clips begin at few different times
+def _form_of_times(spelt_start: str, spelt_end: str, start: float, end: float) -> Form | None:
+    """Return how the times in a name say that it is of the interval (s); None if they are of another one."""
+    if _is_seconds(spelt_start, start) and not spelt_end:
+        return Form.START
+    if _is_seconds(spelt_start, start) and _is_seconds(spelt_end, end):
+        return Form.START_END
+    if "." in spelt_start + spelt_end or int(spelt_start) != round(start * 1000):
+        return None
+    if not spelt_end:
+        return Form.START
+    if int(spelt_end) == round(end * 1000):
+        return Form.START_END
+    return Form.SHORTER if SHORTEST <= int(spelt_end) - int(spelt_start) < (end - start) * 1000 else None
 
 
 def _is_seconds(text: str, time: float) -> bool:
@@ -98,6 +103,12 @@ def read_name(stem: str) -> list[ReadName]:
     if match := DASHED.fullmatch(stem):
         return [ReadName(match[1], Form.DASH)]
     return [*_other_names(stem)]
+
+
+def plain_id(stem: str) -> str | None:
+    """Return the one YouTube id that a name of the commonest forms begins with; None for others, which read_name reads."""
+    match = CLIP.fullmatch(stem)
+    return match[2] if match and not stem.startswith("v_") else None
 
 
 def _clip(stem: str) -> ReadName | None:

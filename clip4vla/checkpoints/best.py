@@ -8,7 +8,9 @@ from clip4vla.config_io import read_tree
 from clip4vla.errors import UserError
 
 # what is better if it is higher
-HIGHER = tuple("R@1 R@5 R@10 BLEU-1 BLEU-2 BLEU-3 BLEU-4 METEOR ROUGE-L CIDEr accuracy top5 class_mean".split())
+HIGHER = tuple(
+    "R@1 R@5 R@10 BLEU-1 BLEU-2 BLEU-3 BLEU-4 METEOR ROUGE-L CIDEr accuracy top5 class_mean mAP AUC d_prime".split()
+)
 LOWER = ("MedR", "MeanR")
 
 

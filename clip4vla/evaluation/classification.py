@@ -94,20 +94,25 @@ def embed(model: Model, loader: Loader, cfg: RunConfig) -> ClassificationOutputs
 
 def _by_head(model: Model, loader: Loader, cfg: RunConfig) -> ClassificationOutputs:
     mine: dict[str, dict] = {"clips": {}, "scores": {}, "has_media": {}}
+    several = cfg.model.several_labels
     for k, batch in enumerate(loader.batches(0, len(loader.order))):
         watch.progress(f"evaluation: batch {k}")
         parts = model.media(batch.to(loader.device))
-        scores = model.head(parts).log_softmax(1).cpu()
+        logits = model.head(parts).cpu()
+        scores = F.logsigmoid(logits) if several else logits.log_softmax(1)
         has_media = torch.stack([part.mask.any(1) for part in parts]).any(0).tolist()
         for i, clip, score, any_part in zip(loader.sample_numbers(k), batch.meta, scores, has_media, strict=True):
             if clip["id"]:
                 mine["clips"][i], mine["scores"][i], mine["has_media"][i] = clip, score.clone(), any_part
     gathered = collectives.all_gather_dicts(mine)
-    unknown = {label_of(clip) for clip in gathered["clips"].values()} - {"", *cfg.model.labels}
+    named = (labels_of(clip) if several else [label_of(clip)] for clip in gathered["clips"].values())
+    unknown = {label for labels in named for label in labels} - {"", *cfg.model.labels}
     classes = [*cfg.model.labels, *sorted(unknown)]  # classes that were not trained are never predicted, and count
     clips, left_out = _split_eligible(gathered["clips"], gathered["has_media"], classes)
-    scores = F.pad(torch.stack([gathered["scores"][i] for i in clips]), (0, len(unknown)), value=-torch.inf)
-    return ClassificationOutputs(classes, clips, left_out, {cfg.model.modalities: scores})
+    scores = torch.stack([gathered["scores"][i] for i in clips])
+    least = torch.finfo(scores.dtype).min  # not -inf: clips that are alike share a rank
+    scores = F.pad(scores, (0, len(unknown)), value=least if several else -torch.inf)
+    return ClassificationOutputs(classes, clips, left_out, {cfg.model.modalities: scores}, several=several)
 
 
 def _split_eligible(
@@ -184,11 +189,6 @@ def _by_probe(model: Model, loader: Loader, held: Features, cfg: RunConfig) -> C
     training = features.of_folders(model, loader, folders, cfg).where(lambda clip: bool(labels_of(clip)))
     classes = _all_labels([*held.clips, *training.clips])
     several = _have_several([*held.clips, *training.clips])
-    if several and cfg.classify.shots:
-        raise UserError(
-            f"classify.shots={cfg.classify.shots}: few-shot probes draw clips of each class, and clips here have several: "
-            "set classify.shots=[]"
-        )
     some, clips, left_out = _chosen(held, classes, cfg)
     outputs = ClassificationOutputs(
         classes, clips, left_out, {}, Counter(map(_source, training.clips)), several=several

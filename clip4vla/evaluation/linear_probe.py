@@ -230,7 +230,8 @@ class ProbeEvaluation:
     def solved(self, kinds: str) -> tuple[Tensor, dict[str, Any]]:
         """Score the held-out clips: log-probabilities (B, K), NaN where a clip has none of these media; and notes.
 
-        The notes are the strengths by fold, and few-shot accuracies in percent by number of shots, over folds and draws.
+        The notes are the strengths by fold, and few-shot accuracies (of several classes a clip mAP) in percent by number of
+        shots, over folds and draws.
         Each fold is scored by a probe on all clips of the others, and of data.train. Raises UserError where that is
         impossible for all media together; of one alone the scores are NaN.
         """
@@ -262,15 +263,15 @@ class ProbeEvaluation:
         best = linear_probe.fit_select_C(fit.x, fit.y, len(self.classes), cfg.classify.C, apart)
         scores[test.rows] = best.log_probabilities(test.x).cpu()
         notes["C"][fold] = best.strength
-        for shots, accuracies in notes["few_shot"].items():
+        for shots, figures in notes["few_shot"].items():
             self.passed(f"evaluation: {shots} shots of {kinds}, {fold}")
-            accuracies += few_shot(fit, test, len(self.classes), int(shots), cfg.classify, cfg.seed)
+            figures += few_shot(fit, test, len(self.classes), int(shots), cfg.classify, cfg.seed)
 
 
 def few_shot(
     fit: LabeledFeatures, test: LabeledFeatures, classes: int, shots: int, cfg: ClassifyConfig, seed: int
 ) -> list[float]:
-    """Compute accuracies in percent of probes on `shots` clips of each class (or all it has), one for each draw.
+    """Compute 100 times the quality of probes on `shots` clips of each class (or all it has), one for each draw.
 
     The strength is chosen by up to MOST further clips of each class, of other groups; no draw if there are none.
     """
@@ -281,19 +282,27 @@ def few_shot(
             rows = torch.tensor([*few, *more], device=fit.y.device)
             held = torch.arange(len(rows), device=fit.y.device) >= len(few)
             best = linear_probe.fit_select_C(fit.x[rows], fit.y[rows], classes, cfg.C, held, again=False)
-            out.append(100 * best.accuracy(test.x, test.y))
+            out.append(100 * best.quality(test.x, test.y))
     return out
 
 
 def drawn(y: Tensor, groups: list[str], shots: int, rng: np.random.Generator) -> tuple[list[int], list[int]]:
-    """Draw (rows of `shots` clips of each class, rows of up to MOST and `shots` more of each class, of other groups)."""
-    labels, order = y.tolist(), rng.permutation(len(y)).tolist()
+    """Draw (rows of `shots` clips of each class, rows of up to MOST and `shots` more of each class, of other groups).
+
+    Where clips have several classes, y (n, K), a clip counts to each of them, and the rarest class is drawn first: common ones
+    get more than `shots`, as few as that allows.
+    """
+    own = [[label] for label in y.tolist()] if y.ndim == 1 else [row.nonzero()[:, 0].tolist() for row in y]
+    order, sizes = rng.permutation(len(y)).tolist(), Counter(label for labels in own for label in labels)
+    classes = sorted(sizes, key=lambda label: (sizes[label] if y.ndim == 2 else 0, label))
 
     def first(rows: list[int], most: int) -> list[int]:
-        by_class: dict[int, list[int]] = {label: [] for label in sorted(set(labels))}
-        for row in rows:
-            by_class[labels[row]].append(row)
-        return [row for some in by_class.values() for row in some[:most]]
+        chosen: dict[int, None] = {}
+        for label in classes:
+            room = most - sum(label in own[row] for row in chosen) if y.ndim == 2 else most
+            there = [row for row in rows if label in own[row] and row not in chosen]
+            chosen |= dict.fromkeys(there[: max(room, 0)])
+        return list(chosen)
 
     few = first(order, shots)
     used = {groups[row] for row in few}

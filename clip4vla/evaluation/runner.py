@@ -171,9 +171,8 @@ def check_evaluation(cfg: RunConfig) -> None:
             f"eval.best_metric={cfg.eval.best_metric}: nothing is evaluated on data.val: set eval.every_steps"
         )
     if cfg.eval.best_metric and cfg.eval.task == "classification":
-        best.value(
-            {"label": dict.fromkeys(("accuracy", "top5", "mAP", "mean_class_accuracy"), 0.0)}, cfg.eval.best_metric
-        )
+        names = ["mAP", "AUC", "d_prime"] if cfg.model.several_labels else ["accuracy", "top5", "mAP"]
+        best.value({"label": dict.fromkeys(names, 0.0)}, cfg.eval.best_metric)
     if cfg.eval.best_metric and cfg.eval.task == "captioning":
         best.value({"caption": dict.fromkeys(captioning.scored(), 0.0)}, cfg.eval.best_metric)
     if cfg.eval.best_metric and cfg.eval.task == "retrieval":

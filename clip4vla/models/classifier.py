@@ -19,10 +19,16 @@ def label_of(clip: dict[str, Any]) -> str:
     labels = labels_of(clip)
     if len(labels) > 1:
         raise UserError(
-            f"{clip['id']}: its labels {'; '.join(labels)!r} are several classes: a trained head and a baseline know one for "
-            "each clip; classify.method=probe and zero_shot take several"
+            f"{clip['id']}: its labels {'; '.join(labels)!r} are several classes: a baseline takes one for each clip; "
+            "a trained head takes several with model.several_labels=true, classify.method=probe and zero_shot always"
         )
     return labels[0] if labels else ""
+
+
+def known_labels(clip: dict[str, Any], cfg: ModelConfig) -> list[str]:
+    """List the classes of cfg.labels that a clip's json names; UserError if it names several without cfg.several_labels."""
+    named = labels_of(clip) if cfg.several_labels else [label_of(clip)]
+    return [label for label in named if label in cfg.labels]
 
 
 def in_words(label: str) -> str:
@@ -35,7 +41,7 @@ class Classifier(nn.Module):
 
     def __init__(self, cfg: ModelConfig, dim: int):
         super().__init__()
-        self.modalities, self.numbers = cfg.modalities, {label: i for i, label in enumerate(cfg.labels)}
+        self.cfg, self.numbers = cfg, {label: i for i, label in enumerate(cfg.labels)}
         self.linear = nn.Linear(dim * len(cfg.modalities), len(cfg.labels))
 
     def forward(self, parts: list[fusion.PaddedSequence]) -> Tensor:
@@ -47,17 +53,29 @@ class Classifier(nn.Module):
         return self.linear(torch.cat(pooled, 1).to(self.linear.weight.dtype)).float()
 
     def targets(self, batch: Batch, clips: list[dict[str, Any]]) -> Tensor:
-        """Number the class that these json name, (B,) on the CPU; -1: none of cfg.labels, or a clip has nothing to classify."""
-        batch = batch.on_host
-        there = (batch.has_frames & ("v" in self.modalities)) | (batch.has_audio & ("a" in self.modalities))
-        named = torch.tensor([self.numbers.get(label_of(clip), -1) for clip in clips])
-        return named.masked_fill(~there, -1)
+        """Mark the classes (B, K) bool, on the CPU, that these json name; none where a clip has nothing to classify."""
+        batch, media = batch.on_host, self.cfg.modalities
+        there = (batch.has_frames & ("v" in media)) | (batch.has_audio & ("a" in media))
+        marks = torch.zeros(len(clips), len(self.numbers), dtype=torch.bool)
+        for row, clip in zip(marks, clips, strict=True):
+            row[[self.numbers[label] for label in known_labels(clip, self.cfg)]] = True
+        return marks & there[:, None]
 
     def nll(self, logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-        """Compute the negative log-likelihood (B,) of the clips' labels; of mixed sounds, of both labels by their shares."""
+        """Compute the negative log-likelihood (B,) of the clips' labels; of mixed sounds, of both labels by their shares.
+
+        Of several classes a clip: the mean over all classes of the binary cross entropies, as AudioSet's models are trained
+        (Kong et al. 2020, PANNs). 0 for a clip without any of the classes.
+        """
 
         def of(clips: list[dict[str, Any]]) -> Tensor:
-            right = upload(self.targets(batch, clips), logits.device)
+            marks = upload(self.targets(batch, clips), logits.device)
+            taught = marks.any(1)
+            if self.cfg.several_labels:
+                wanted = marks.to(logits.dtype) * (1 - smoothing) + smoothing / 2
+                each = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(1)
+                return each.masked_fill(~taught, 0)
+            right = marks.int().argmax(1).masked_fill(~taught, -1)
             return F.cross_entropy(logits, right, reduction="none", label_smoothing=smoothing, ignore_index=-1)
 
         if batch.share is None:

@@ -296,10 +296,10 @@ class Model(nn.Module):
         return tokens, (there | loss.train_on_padding) & batch.has_text[:, None]
 
     def num_targets(self, batch: Batch, loss: LossConfig) -> Tensor:
-        """Count the words, or labels, that this batch teaches; a scalar on the CPU."""
+        """Count the words, or clips with labels, that this batch teaches; a scalar on the CPU."""
         if loss.caption:
             return self.caption_targets(batch, loss)[1].sum()
-        return (self.head.targets(batch, batch.meta) >= 0).sum()
+        return self.head.targets(batch, batch.meta).any(1).sum()
 
     def caption_nll(self, batch: Batch, outputs: Tensor, parts: list, loss: LossConfig) -> Tensor:
         """Compute the captions' negative log-likelihood (B,) (7), summed over chosen positions; outputs (B, L, D): of words."""

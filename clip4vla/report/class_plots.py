@@ -34,12 +34,12 @@ def per_class(names: list[str], recall: np.ndarray, clips: np.ndarray, chance: f
     return _png(per_class_figure(names, recall, clips, chance, what))
 
 
-def few_shot(curves: dict[str, dict[int, list[float]]], full: dict[str, float]) -> bytes:
-    """Return a PNG of accuracies (percent) over clips per class: by modality and clips those of several draws.
+def few_shot(curves: dict[str, dict[int, list[float]]], full: dict[str, float], what: str = "accuracy") -> bytes:
+    """Return a PNG of a figure (percent) over clips per class: by modality and clips those of several draws.
 
-    full: by modality the accuracy with all clips.
+    full: by modality the figure with all clips; what: its name.
     """
-    return _png(few_shot_figure(curves, full))
+    return _png(few_shot_figure(curves, full, what))
 
 
 def confusion_figure(names: list[str], counts: np.ndarray) -> "Figure":
@@ -112,7 +112,9 @@ def per_class_figure(
     return figure
 
 
-def few_shot_figure(curves: dict[str, dict[int, list[float]]], full: dict[str, float]) -> "Figure":
+def few_shot_figure(
+    curves: dict[str, dict[int, list[float]]], full: dict[str, float], what: str = "accuracy"
+) -> "Figure":
     """Draw a line of means with one standard deviation of the draws up and down for each modality.
 
     Dotted lines: with all clips.
@@ -128,14 +130,14 @@ def few_shot_figure(curves: dict[str, dict[int, list[float]]], full: dict[str, f
         means = [statistics.mean(draws[shot]) for shot in shots]
         spreads = [statistics.stdev(draws[shot]) if len(draws[shot]) > 1 else 0 for shot in shots]
         axes.errorbar(shots, means, spreads, fmt="o-", color=shades[name], ms=4, elinewidth=1, capsize=3, label=name)
-    for name, accuracy in full.items():
-        axes.axhline(accuracy, color=shades[name], ls=":", label=f"{name}, all clips: {accuracy:.1f}")
+    for name, with_all in full.items():
+        axes.axhline(with_all, color=shades[name], ls=":", label=f"{name}, all clips: {with_all:.1f}")
     ticks = sorted({shot for draws in curves.values() for shot in draws})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("training clips per class", fontsize=9)
-    axes.set_ylabel("accuracy (%), ± deviation of the draws", fontsize=9)
+    axes.set_ylabel(f"{what} (%), ± deviation of the draws", fontsize=9)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)

@@ -237,23 +237,24 @@ def _class_plots(metrics: dict[str, dict[str, Any]]) -> dict[str, bytes]:
     if row["n_classes"] > PLOTTED:
         return {}
     if "AP" in row:
-        clips, precision = np.array(row["clips"]), np.array(row["AP"], float)
+        what, clips, precision = "mAP", np.array(row["clips"]), np.array(row["AP"], float)
         plot = class_plots.per_class(row["classes"], precision, clips, row["chance_mAP"], "average precision")
-        return {"average precision of each class": plot}
-    counts = np.array(row["confusion"])
-    clips = counts.sum(1)
-    recall = np.where(clips, 100 * counts.diagonal() / np.maximum(clips, 1), np.nan)
-    plots = {
-        "confusion matrix": class_plots.confusion(row["classes"], counts),
-        "recall of each class": class_plots.per_class(row["classes"], recall, clips, 100 / len(clips)),
-    }
+        plots = {"average precision of each class": plot}
+    else:
+        what, counts = "accuracy", np.array(row["confusion"])
+        clips = counts.sum(1)
+        recall = np.where(clips, 100 * counts.diagonal() / np.maximum(clips, 1), np.nan)
+        plots = {
+            "confusion matrix": class_plots.confusion(row["classes"], counts),
+            "recall of each class": class_plots.per_class(row["classes"], recall, clips, 100 / len(clips)),
+        }
     curves = {
         name: {int(shots): values for shots, values in m.get("few_shot", {}).items() if values}
         for name, m in metrics.items()
     }
     if any(curves.values()):
-        full = {name: m["accuracy"] for name, m in metrics.items()}
-        plots["few-shot curves"] = class_plots.few_shot({k: v for k, v in curves.items() if v}, full)
+        full = {name: m[what] for name, m in metrics.items()}
+        plots["few-shot curves"] = class_plots.few_shot({k: v for k, v in curves.items() if v}, full, what)
     return plots
 
 

@@ -47,7 +47,9 @@ def pictures_of(clip: str, config: dict[str, Any]) -> Pictures:
     says is OpenAI's. A configuration of transformers has "pictures".
     """
     if "pictures" in config:
-        written = {key: tuple(value) if isinstance(value, list) else value for key, value in config["pictures"].items()}
+        written: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in config["pictures"].items()
+        }
         return Pictures(**written)
     name, _, tag = clip.partition("/")
     listed = {} if clip.endswith((*WEIGHTS, ".json")) else open_clip.get_pretrained_cfg(name, tag)

@@ -15,6 +15,9 @@ from clip4vla.io.atomic import removed_if_empty, write_text
 from clip4vla.report.evaluations import TEST
 from clip4vla.training import pipeline
 
+ONE_LABEL = ("accuracy", "top5", "mAP", "mean_class_accuracy", "majority_baseline")  # figures of a fold
+SEVERAL_LABELS = ("mAP", "AUC", "d_prime", "chance_mAP")  # where its clips have several classes
+
 
 def runs(cfg: RunConfig) -> list[RunConfig]:
     """List one run for each folder of data.test, held out while the others train with data.train; or the run itself."""
@@ -54,22 +57,28 @@ def fit_and_test(cfg: RunConfig, ds_config: str | None) -> None:
             folder / "metrics.json", json.dumps({"label": joined(dict(zip(names, results, strict=True)))}, indent=1)
         )
         write_text(folder / "manifest.json", json.dumps(_manifest(cfg, some), indent=1))
-        print(
-            f"{cfg.run_dir}: accuracy {pipeline.mean_std([row['accuracy'] for row in results])} over {len(results)} folds"
-        )
+        name = _main(results)
+        print(f"{cfg.run_dir}: {name} {pipeline.mean_std([row[name] for row in results])} over {len(results)} folds")
+
+
+def _main(rows: list[dict[str, Any]]) -> str:
+    """Name the figure that stands for a fold: accuracy, or mAP where clips have several classes."""
+    return "accuracy" if "accuracy" in rows[0] else "mAP"
 
 
 def joined(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Join the metrics of folds by name to one row: means, the deviation of accuracy, sums of clips."""
+    """Join the metrics of folds by name to one row: means, the deviation of accuracy or mAP, sums of clips."""
     values = list(rows.values())
-    names = ("accuracy", "top5", "mAP", "mean_class_accuracy", "majority_baseline")
+    main = _main(values)
+    names = ONE_LABEL if main == "accuracy" else SEVERAL_LABELS
     row: dict[str, Any] = {name: statistics.mean(value[name] for value in values) for name in names}
-    row["accuracy_std"] = statistics.stdev(value["accuracy"] for value in values)
+    row[f"{main}_std"] = statistics.stdev(value[main] for value in values)
     sizes = {
         "n_clips": sum(value["n_clips"] for value in values),
         "n_classes": max(value["n_classes"] for value in values),
     }
-    few = {name: {key: value[key] for key in ("accuracy", "top5", "n_clips")} for name, value in rows.items()}
+    kept = ("accuracy", "top5", "n_clips") if main == "accuracy" else (*SEVERAL_LABELS, "n_clips")
+    few = {name: {key: value[key] for key in kept} for name, value in rows.items()}
     return row | sizes | {"n_folds": len(rows), "folds": few}
 
 

@@ -25,7 +25,7 @@ from clip4vla.config import RunConfig
 from clip4vla.data.batch import Batch, Labels
 from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
-from clip4vla.models.classifier import label_of
+from clip4vla.models.classifier import known_labels
 from clip4vla.training import engine, flops
 from clip4vla.training.run_setup import RunSetup
 
@@ -115,7 +115,7 @@ class Meter:
     def _stats(self, micros: list[Batch], run: Any) -> StepStats:
         """Count what the micro-batches of a step hold."""
         if self.cfg.loss.label:
-            with_target = sum(label_of(clip) in self.cfg.model.labels for m in micros for clip in m.meta)
+            with_target = sum(bool(known_labels(clip, self.cfg.model)) for m in micros for clip in m.meta)
         else:
             with_target = sum(int(m.has_text.sum()) for m in micros)
         return StepStats(

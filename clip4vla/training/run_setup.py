@@ -14,7 +14,7 @@ from clip4vla.config import FramesConfig, ModelConfig, RunConfig, SpectrogramCon
 from clip4vla.config_io import to_dict
 from clip4vla.data.loader import Loader, check_fingerprint, open_folders
 from clip4vla.data.precomputed_embeddings import open_vectors, space_of
-from clip4vla.data.sample_metadata import parse
+from clip4vla.data.sample_metadata import labels_of, parse
 from clip4vla.data.sampler import TrainSampler
 from clip4vla.data.shards import CorruptSample, ShardFolder
 from clip4vla.distributed import collectives
@@ -87,7 +87,7 @@ def prepare(cfg: RunConfig, ds_config: str | None) -> RunSetup:
     _check_losses(cfg)
     resume = checkpoint_to_resume(cfg)
     if cfg.model.head == "classifier" and not cfg.model.labels:
-        cfg.model.labels = labels_of(folders)
+        cfg.model.labels = all_labels(folders, cfg.model.several_labels)
     model, origin = build_model(cfg, fingerprint_of(cfg, folders[0]), resume)
     towers_hash = functools.partial(towers_sha256, model)  # before the engine rounds the weights
     vectors = open_vectors(folders, cfg, model.cfg.trainable_towers, towers_hash)
@@ -136,8 +136,11 @@ def _check_losses(cfg: RunConfig) -> None:
         )
 
 
-def labels_of(folders: list[ShardFolder]) -> list[str]:
-    """List the labels of all clips of the folders, sorted, on all ranks; UserError without any, or if a clip has several."""
+def all_labels(folders: list[ShardFolder], several: bool) -> list[str]:
+    """List the labels of all clips of the folders, sorted, on all ranks.
+
+    Raises UserError without any, or if a clip has several of them and `several` is not set.
+    """
 
     def read(passed: ProgressCallback) -> list[str]:
         labels: set[str] = set()
@@ -145,7 +148,7 @@ def labels_of(folders: list[ShardFolder]) -> list[str]:
             for shard, held in enumerate(folder.shards):
                 passed(f"start-up: labels in {held.name}")
                 samples = folder.read([(shard, entry) for entry in range(held.samples)], ("json",))
-                labels |= set(map(_label, samples))
+                labels.update(label for sample in samples for label in _labels(sample, several))
         return sorted(labels - {""})
 
     labels, failed = run_on_rank_0(read)
@@ -155,13 +158,13 @@ def labels_of(folders: list[ShardFolder]) -> list[str]:
     return labels
 
 
-def _label(sample: dict[str, bytes] | CorruptSample) -> str:
-    """Return the label of a sample; "" of a corrupt one, which the loader will count."""
+def _labels(sample: dict[str, bytes] | CorruptSample, several: bool) -> list[str]:
+    """List the labels of a sample; none of a corrupt one, which the loader will count."""
     try:
         clip = parse(b"" if isinstance(sample, CorruptSample) else sample.get("json", b""))
     except ValueError:
-        return ""
-    return label_of(clip)
+        return []
+    return labels_of(clip) if several else [label_of(clip)]
 
 
 def train_loader(
@@ -302,7 +305,7 @@ def _load_initial(
 def _shapes_head(cfg: ModelConfig) -> list[str]:
     """List the settings that the head's weights depend on."""
     if cfg.head == "classifier":
-        return ["head", "modalities", "labels"]
+        return ["head", "modalities", "labels", "several_labels"]
     names = ["head", *(["head_layers", "max_frames"] if cfg.head != "global_global" else [])]
     if cfg.head == "captioner":
         return [*names, "max_tokens"]

@@ -19,6 +19,7 @@ from clip4vla.media.source import RangeReader
 
 HUB = "hf:"  # and USER/NAME or USER/NAME:CONFIG
 SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet", ".arrow")}  # by dataset
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 WILD = re.compile(r"[{*?\[]")
 AHEAD = 1 << 22  # bytes that a remote file is read ahead
 SPLITS = {
@@ -49,12 +50,25 @@ def list_archives(dataset: str, media_root: str) -> tuple[str, list[str]]:
         names = _without_caches(base, names) if dataset == "parquet" else names
     else:
         names = _expanded(base, media_root.removeprefix(base).lstrip("/"))
+    if dataset == "webdataset":
+        _must_not_be_compressed(
+            names or [*_files_below(base), *([] if WILD.search(media_root) else [media_root])], media_root
+        )
     if not names:
         raise UserError(
             f"media_root={media_root}: no {' or '.join(suffixes)} file there; it names one, a folder, a pattern such as "
             "FOLDER/{00000..00009}.tar, or the URL of one"
         )
     return base, names
+
+
+def _must_not_be_compressed(names: list[str], media_root: str) -> None:
+    """Raise UserError if one of the names is a compressed tar's: its members have no places to be read from."""
+    if compressed := next((name for name in names if name.endswith(COMPRESSED)), ""):
+        raise UserError(
+            f"media_root={media_root}: {compressed} is compressed, and members are read from their places: "
+            "unpack the tars to plain ones, as with gunzip or zstd -d; media are compressed already"
+        )
 
 
 def _expanded(base: str, pattern: str) -> list[str]:

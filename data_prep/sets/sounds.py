@@ -189,8 +189,10 @@ def wavcaps(place: Path, media: MediaFolder) -> RowsOrSkipped:
     """Sounds of four sources, each with a caption that a language model wrote from its description (Mei et al. 2024).
 
     FreeSound and SoundBible number their sounds alike, so that a sound is looked for in folders that are called after its
-    source, as the archives do; of a single source anywhere.
+    source, as the archives do; of a single source anywhere. What a blacklist_*.json beside the four folders names by its
+    source is left out: the authors' lists of sounds that tests of other sets hold.
     """
+    left_out = _blacklisted(place if place.is_dir() else place.parent)
     parts = {"AudioSet_SL": "as", "BBC_Sound_Effects": "bbc", "FreeSound": "fsd", "SoundBible": "sb"}
     files = annotation_io.existing_files(place, {f"{part}/{name}_final.json": part for part, name in parts.items()})
     paths = {
@@ -200,7 +202,9 @@ def wavcaps(place: Path, media: MediaFolder) -> RowsOrSkipped:
         if part in os.path.dirname(path)
     }
 
-    def row(part: str, sound: dict[str, Any]) -> ManifestRow:
+    def row(part: str, sound: dict[str, Any]) -> ManifestRow | None:
+        if sound["id"] in left_out.get(part.removesuffix("_SL"), ()):
+            return None
         name = os.path.splitext(sound["id"])[0] if part == "AudioSet_SL" else sound["id"]
         place = paths.get((part, name)) or (media.find(name) if len(files) == 1 else None)
         return annotation_io.whole_row("wavcaps", "train", f"{part}/{name}", place, [sound["caption"]], audio_type="nb")
@@ -211,3 +215,14 @@ def wavcaps(place: Path, media: MediaFolder) -> RowsOrSkipped:
         for line in annotation_io.by_key(path, part, annotation_io.read_json(path, dict, data=list)["data"], "id")
     )
     return annotation_io.rows(lines, row)
+
+
+def _blacklisted(folder: Path) -> dict[str, set[Any]]:
+    """Read the ids that all blacklist_*.json of a folder name, by source: AudioSet, FreeSound; UserError for what is no list."""
+    ids: dict[str, set[Any]] = {}
+    for path in sorted(folder.glob("blacklist_*.json")):
+        data = annotation_io.read_json(path, dict)
+        for source in data:
+            listed = annotation_io.read_json(path, dict, **{source: list})[source]
+            ids.setdefault(source, set()).update(one for one in listed if isinstance(one, str))
+    return ids

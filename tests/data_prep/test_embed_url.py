@@ -1,5 +1,7 @@
 """data_prep/embed.py on shards at a URL: the vectors that local shards get, through faults, an end in the middle, and ranks."""
 
+import signal
+import time
 from collections import Counter
 
 import pytest
@@ -41,7 +43,13 @@ def vectors(files):
     return {name: data for name, data in files.items() if "clip/" in name and ".parts" not in name}
 
 
-def test_a_run_that_ended_in_the_middle_is_finished_by_two_ranks(server, shards, tmp_path):
+def notes(server, begin):
+    """Those of finished shards that were uploaded since."""
+    paths = [path.partition("?")[0] for verb, path, _ in server.seen[begin:] if verb == "PUT"]
+    return [path for path in paths if "/.parts/" in path]
+
+
+def test_a_run_that_ended_in_the_middle_and_one_that_was_killed_are_finished_by_two_ranks(server, shards, tmp_path):
     torch.manual_seed(0)
     save_file(build_clip(ONE_HEAD).state_dict(), tmp_path / "clip.safetensors")
     url, begin = f"s3://{s3.BUCKET}/embedded", len(server.seen)
@@ -61,6 +69,16 @@ def test_a_run_that_ended_in_the_middle_is_finished_by_two_ranks(server, shards,
         done = run(*words(url), env=env)
     assert done.returncode == 2 and done.stderr.count("error: ") == 1, done.stderr
     assert f"error: {url}/speech_fr/clip/.parts/speech_fr-train-000002.tar.json: cannot be written" in done.stderr
+    killed = len(server.seen)
+    with running.job(1, *words(url), env=env) as started:
+        while not notes(server, killed) and started.ranks[0].is_alive():
+            time.sleep(0.001)
+        started.ranks[0].kill()
+        started.ranks[0].join()
+    assert started.ranks[0].exitcode == -signal.SIGKILL, "finished before it could be killed"
+    S3FileSystem.clear_instance_cache()
+    there = {path.rsplit("/")[-1] for path in S3FileSystem().find(f"{s3.BUCKET}/embedded")}
+    assert notes(server, killed) and "sounds/clip/index.json" not in there
     with server.faults(fail=0.05, cut=0.05):
         done = running.ranks(2, *words(url), env=env)
     assert done.returncode == 0 and f"{url}/sounds/clip: " in done.stdout and "clip4vla-out" not in done.stdout, done

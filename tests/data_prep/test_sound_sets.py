@@ -119,6 +119,21 @@ def test_wavcaps_keeps_equal_numbers_of_its_sources_apart(prepare, tmp_path):
     assert row.media == "2219.flac"  # the folder of the one source is the root
 
 
+def test_wavcaps_leaves_out_what_the_authors_lists_name(prepare):
+    def part(*names):
+        return {"num_captions_per_audio": 1, "data": [{"id": name, "caption": "a"} for name in names]}
+
+    files = {
+        "AudioSet_SL/as_final.json": part("Ya.wav", "Yb.wav"),
+        "FreeSound/fsd_final.json": part("1", "2", "3"),
+        "blacklist_exclude_all_ac.json": {"AudioSet": ["Ya.wav"], "FreeSound": ["1", ["x"]]},
+        "blacklist_exclude_ub8k_esc50_vggsound.json": {"FreeSound": ["3"]},
+    }
+    media = ["AudioSet_SL_flac/Ya.flac", "AudioSet_SL_flac/Yb.flac", *(f"FreeSound_flac/{i}.flac" for i in (1, 2, 3))]
+    rows, skipped = prepare("wavcaps", files, media)
+    assert [row.id for row in rows] == ["AudioSet_SL/Yb", "FreeSound/2"] and not skipped
+
+
 # Speech
 
 

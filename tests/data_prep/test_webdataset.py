@@ -225,6 +225,14 @@ def test_folders_patterns_and_urls_name_tars(tmp_path):
         sample(config, row)
 
 
+@pytest.mark.parametrize("place", ["", "/0.tar.gz", "/*.tar.zst"])
+def test_compressed_tars_are_refused_with_the_remedy(tmp_path, place):
+    for name in ("0.tar.gz", "1.tar.zst"):
+        (tmp_path / name).write_bytes(b"compressed")
+    with pytest.raises(UserError, match=r"\.tar\.\w+ is compressed, .* unpack the tars to plain ones, as with gunzip"):
+        rows(f"{tmp_path}{place}")
+
+
 def test_parts_and_what_changed_later(run, tmp_path):
     """Parts give one run's bytes; a tar that changes has its shards made again, and no others."""
     for n in range(4):

@@ -344,7 +344,7 @@ def test_the_head_reads_media_beside_each_other_and_the_loss_ignores_what_it_can
     batch = made_batch.batch(clips=4)
     batch.has_audio = torch.tensor([True, True, False, True])
     batch.meta = [{"id": "1", "label": "b"}, {"id": "2", "label": "z"}, {"id": "3", "label": "a"}, {"id": "4"}]
-    assert head.targets(batch, batch.meta).tolist() == [1, -1, -1, -1]
+    assert head.targets(batch, batch.meta).tolist() == [[False, True], *[[False, False]] * 3]
     batch.share, batch.others = torch.tensor([0.3, 1, 1, 1]), [{"id": "5", "label": "a"}] * 4
     logits = torch.randn(4, 2, dtype=torch.float64)
     expected = -(logits[0].log_softmax(0) * torch.tensor([0.7, 0.3])).sum()

@@ -5,7 +5,10 @@ import json
 import numpy as np
 import pytest
 from running import job, run, trace, wait_for
+from sample_prep import rows_of
 from test_classification import SCRIPT
+
+from clip4vla.data.shards import ShardFolder, write_index, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,31 @@ def test_the_same_on_zero3_ranks_in_micro_batches_and_it_learns(training_words, 
     assert metrics["accuracy"] > 95
     config = json.loads((tmp_path / "one/checkpoints/step-00000030/config.json").read_text())
     assert config["model"]["labels"] == metrics["classes"]
+
+
+def test_a_head_learns_several_classes_of_each_clip(training_words, sample_shards, tmp_path):
+    source = ShardFolder.open(str(sample_shards / "speech_fr/train"))
+    keys = source.entries(0).keys()
+    members = []
+    for sample in source.read([(0, entry) for entry in range(len(keys))]):
+        clip = json.loads(sample["json"])
+        clip |= {"labels": [clip["label"], f"{len(clip['captions'][0]) % 3} of 3"], "label": None}
+        members.append(
+            {"json": json.dumps(clip).encode(), "fbank.jpg": sample["fbank"], "frames.jpg": sample["frames"]}
+        )
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        shards = [write_shard(tmp_path / name / "a.tar", zip(keys, members, strict=True))]
+        names = {"media_root": ".", "source": "s", "split": name, "counts": source.counts}
+        write_index(tmp_path / name, fingerprint=source.fingerprint, shards=shards, **names)
+    words = [*training_words, "classify.cross_validate=false", "train.max_steps=60", "train.save_every=60"]
+    words += [f"data.train={tmp_path}/train", f"data.test={tmp_path}/test", f"run_dir={tmp_path}/run"]
+    done = run(SCRIPT, *words)
+    assert done.returncode == 2 and "are several classes" in done.stderr and "several_labels=true" in done.stderr
+    done = run(SCRIPT, *words, "model.several_labels=true")
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "run/eval/test/metrics.json").read_text())["label"]
+    assert row["mAP"] > 95 > row["chance_mAP"] and row["AUC"] > 95 and row["labels_per_clip"] == 2
+    assert set(row["classes"]) == {label for clip in rows_of(tmp_path / "test") for label in clip["labels"]}
+    losses = trace(tmp_path / "run")
+    assert losses[1][0] == pytest.approx(np.log(2), abs=0.2) and losses[60][0] < 0.3

@@ -4,22 +4,23 @@ import csv
 import math
 from types import SimpleNamespace
 
+import made_batch
 import numpy as np
 import pytest
 import torch
 from forks import ROOT
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 
-from clip4vla.config import RunConfig
+from clip4vla.config import ModelConfig, RunConfig
 from clip4vla.config_io import load
 from clip4vla.data.sample_metadata import labels_of
 from clip4vla.errors import UserError
 from clip4vla.evaluation import classification, features, linear_probe
 from clip4vla.evaluation.features import Features
 from clip4vla.evaluation.retrieval_metrics import d_prime, rank_classes
-from clip4vla.models.classifier import label_of
+from clip4vla.models.classifier import Classifier, known_labels, label_of
 from clip4vla.report.page import classification as page
 from clip4vla.report.sections.classification import Predicted
 
@@ -88,6 +89,77 @@ def test_strengths_are_chosen_by_groups_of_the_rarest_class_of_each_clip():
     assert known.home.tolist() == [0, 1, 1, 2]  # of equally rare ones the first
 
 
+@pytest.mark.parametrize("shots", [1, 3, 16])
+def test_few_shots_have_so_many_clips_of_each_class_and_few_more(shots):
+    _, marks = made(300, groups=3)
+    y, groups = torch.from_numpy(marks).double(), [str(i // 3) for i in range(300)]
+    few, more = linear_probe.drawn(y, groups, shots, np.random.default_rng(0))
+    sizes = marks.sum(0)
+    assert len(set(few)) == len(few) <= 4 * shots and (marks[few].sum(0) >= np.minimum(shots, sizes)).all()
+    assert marks[few][:, sizes.argmin()].sum() == min(shots, sizes.min())  # the rarest is drawn first
+    assert not {groups[row] for row in few} & {groups[row] for row in more} and (marks[more].sum(0) > 0).all()
+    assert linear_probe.drawn(y, groups, shots, np.random.default_rng(1))[0] != few
+
+
+def test_few_shot_curves_are_of_the_mean_average_precision():
+    training, _ = made(400)
+    test, marks = made(60, seed=1)
+    cfg = cfg_of("model.modalities=a", "classify.C=[1]", "classify.shots=[1, 32]", "classify.n_draws=3")
+    judge = linear_probe.ProbeEvaluation(
+        test, ["all"] * 60, training, CLASSES, cfg, torch.device("cpu"), lambda _: None, several=True
+    )
+    curves = judge.solved("a")[1]["few_shot"]
+    one, many = (np.mean(curves[shots]) for shots in ("1", "32"))
+    assert [len(curve) for curve in curves.values()] == [3, 3] and 100 * marks.mean() < one < many - 5 < 100
+    fit, known = judge.known(training, "a", range(400)), judge.known(test, "a", range(60))
+    few, _ = linear_probe.drawn(fit.y, fit.groups, 32, np.random.default_rng((cfg.seed, 32, 0)))
+    x, y = fit.x[few].double().numpy(), fit.y[few].numpy()
+    scores = [
+        LogisticRegression(C=1, solver="newton-cholesky", tol=1e-12).fit(x, y[:, k]).decision_function(known.x.double())
+        for k in range(4)
+    ]
+    assert curves["32"][0] == pytest.approx(100 * average_precision_score(marks, np.stack(scores, 1)), abs=0.2)
+
+
+# A trained head
+
+
+def head_and_batch(**settings):
+    head = Classifier(ModelConfig(labels=CLASSES, several_labels=True, modalities="a"), 8)
+    batch = made_batch.batch(clips=4)
+    batch.has_audio = torch.tensor([True, True, False, True])
+    labels = ["Dog", "Bark"], ["Speech", "Cat"], ["Dog"], ["Cat"]
+    batch.meta = [{"id": str(i), "labels": some} for i, some in enumerate(labels)]
+    return head, batch
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_a_head_is_the_mean_of_binary_cross_entropies(smoothing):
+    head, batch = head_and_batch()
+    logits = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = head.nll(logits, batch, smoothing)
+    wanted = np.array([[1, 1, 0, 0], [0, 0, 0, 1]]) * (1 - smoothing) + smoothing / 2
+    p = 1 / (1 + np.exp(-logits[:2].numpy()))
+    assert found[:2].numpy() == pytest.approx(-(wanted * np.log(p) + (1 - wanted) * np.log(1 - p)).mean(1), rel=1e-12)
+    assert found[2:].tolist() == [0, 0]  # nothing to classify; none of the classes
+    if not smoothing:
+        judge = [log_loss(wanted[0], q, labels=[0, 1]) for q in p[:1]]
+        assert found[0].item() == pytest.approx(judge[0], rel=1e-12)
+    own, batch.others = batch.meta, [{"id": "5", "labels": ["Rain"]}] * 4
+    batch.meta = batch.others
+    other = head.nll(logits, batch, smoothing)
+    batch.meta, batch.share = own, torch.tensor([0.3, 1, 1, 1])
+    assert head.nll(logits, batch, smoothing)[0].item() == pytest.approx((0.3 * found[0] + 0.7 * other[0]).item())
+
+
+def test_clips_of_several_classes_want_the_setting():
+    assert known_labels({"id": "x", "labels": ["Dog", "Cat"]}, ModelConfig(labels=CLASSES, several_labels=True)) == [
+        "Dog"
+    ]
+    with pytest.raises(UserError, match="a trained head takes several with model.several_labels=true"):
+        known_labels({"id": "x", "labels": ["Dog", "Cat"]}, ModelConfig(labels=CLASSES))
+
+
 def evaluated(cfg):
     training, _ = made()
     test, marks = made(60, seed=1)
@@ -103,7 +175,7 @@ def evaluated(cfg):
 
 
 def test_an_evaluation_gives_map_auc_and_d_prime(tmp_path):
-    cfg = cfg_of("model.modalities=a", "classify.C=[0.1, 1]", "classify.shots=[]", "classify.cross_validate=false")
+    cfg = cfg_of("model.modalities=a", "classify.C=[0.1, 1]", "classify.shots=[1]", "classify.cross_validate=false")
     outputs, marks = evaluated(cfg)
     metrics = classification.compute_metrics(outputs, cfg)[cfg.model.audio_type]
     row, scores = metrics["label"], outputs.scores["a"].numpy()
@@ -120,9 +192,13 @@ def test_an_evaluation_gives_map_auc_and_d_prime(tmp_path):
     assert [line["label"].split(";") for line in lines] == [labels_of(clip) for clip in outputs.clips.values()]
     for line, score, own in zip(lines, scores, marks, strict=True):
         assert line["guess"] == CLASSES[score.argmax()] and int(line["rank"]) == 1 + (score > score[own].max()).sum()
+    assert len(row["few_shot"]["1"]) == cfg.classify.n_draws
     shown = page(metrics, [], [Predicted(0, ["Dog", "Bark"], [("Dog", 0.5)], "")])
     assert (
-        f"<td>{row['d_prime']:.2f}" in shown and "average precision of each class" in shown and "confusion" not in shown
+        f"<td>{row['d_prime']:.2f}" in shown
+        and "average precision of each class" in shown
+        and "confusion" not in shown
+        and "few-shot curves" in shown
     )
 
 
@@ -160,7 +236,7 @@ def embedded(monkeypatch):
     return call, held, marks, names
 
 
-def test_folds_are_held_out_and_shots_are_refused(embedded):
+def test_folds_are_held_out(embedded):
     call, held, marks, _ = embedded
     outputs, cfg = call("classify.cross_validate=true", "classify.shots=[]")
     assert outputs.several and outputs.classes == CLASSES
@@ -172,8 +248,6 @@ def test_folds_are_held_out_and_shots_are_refused(embedded):
         judge = LogisticRegression(C=row["C"]["s/fold0"], solver="newton-cholesky", tol=1e-12)
         judge.fit(x[~inside].astype(float), marks[~inside, k])
         assert scores[inside, k] == pytest.approx(judge.predict_proba(x[inside].astype(float))[:, 1], abs=1e-4)
-    with pytest.raises(UserError, match=r"classify.shots=\[1\]: few-shot probes draw clips of each class"):
-        call("classify.cross_validate=true", "classify.shots=[1]")
 
 
 def test_names_rank_clips_by_their_cosine(embedded):

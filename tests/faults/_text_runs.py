@@ -49,7 +49,7 @@ LABEL = {
 }
 TASKS = {"retrieval": SCORES, "captioning": {"caption": CAPTION}, "classification": {"label": LABEL, "label/a": LABEL}}
 PLACES = ["meta value", "items shown"] * 2 + [
-    "items vector", "items media", "sources place", "sources state", "meta key", "items source", "corrupt name",
+    "items vector", "items media", "sources place", "sources state", "meta key", "items source", "damaged name",
 ]  # fmt: skip
 LOG = [
     {"step": i, "samples": 12 * i, "loss": 2.0 / i, "loss/at": 1.0, "lr": 1e-4, "grad_norm": 3.0, "clips_per_s": 50.0,

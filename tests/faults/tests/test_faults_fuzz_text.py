@@ -8,8 +8,8 @@ import sqlite3
 from contextlib import closing
 
 import pytest
+from annotation_files import IDS
 from faults import _text_judge
-from faults._text_annotations import IDS
 from faults._text_data import plan
 from faults._text_runs import LOG, built, runs
 from faults._watch import run
