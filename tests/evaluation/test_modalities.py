@@ -113,7 +113,8 @@ def words(shards, out, name, media, head):
     if head == "local_local":
         more += ["model.temperature=1", "model.text_tokens=eos"]
     return [
-        "configs/pretrain/sample.yaml", f"run_dir={out}/{name}-{media}-{head}", f"model.clip={out}/tiny.json", f"seed={SEED}", "model.audio_patch=[32,32]",
+        "configs/pretrain/sample.yaml", f"run_dir={out}/{name}-{media}-{head}", f"model.clip={out}/tiny.json", f"seed={SEED}",
+        "model.audio_patch=[32,32]",
         f"model.modalities={media}", f"model.head={head}", f"model.trainable_towers={towers}", "model.max_tokens=8",
         "model.freeze_layers={text: 0}", "loss={tm: 1, at: 0, av: 0, aa: 0, exclude_same_group: true}",
         f"data.train={shards}/{name}/train", f"data.test={shards}/{name}/test", "data.decode_threads=1",

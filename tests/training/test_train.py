@@ -10,6 +10,7 @@ import subprocess
 import pytest
 import torch
 from forks import ROOT
+from rank_scripts import SIGNALLED
 from running import STEPS, TINY, deepspeed, job, ranks, run, trace, wait_for
 from safetensors.torch import load_file
 
@@ -50,14 +51,13 @@ def test_kill_9_of_one_rank_at_a_random_step_then_resume_gives_the_same_losses_t
 ):
     seed = random.randrange(10**6)
     rng = random.Random(seed)
-    step, victim = rng.randint(3, STEPS - 2), rng.randint(0, 1)  # 3: step 2 is saved; 7 leaves too little time
-    said = f"seed {seed}: rank {victim} killed after step {step}"
-    words = [*tiny, f"run_dir={tmp_path / 'r'}"]
-    with job(2, "launch/pretrain.py", *words) as started:
-        wait_for(tmp_path / "r/metrics.jsonl", step)
-        started.ranks[victim].kill()
-        assert started.wait().returncode != 0, said
-    assert max(trace(tmp_path / "r")) < STEPS, f"{said}: too late to mean anything"
+    step, victim = rng.randint(3, STEPS), rng.randint(0, 1)  # 3: step 2 is saved
+    said = f"seed {seed}: rank {victim} killed in step {step}"
+    words, script = [*tiny, f"run_dir={tmp_path / 'r'}"], tmp_path / "killed.py"
+    moment = {"module": "checkpoints.manager", "name": "CheckpointManager", "method": "should_save"}
+    script.write_text(SIGNALLED.format(**moment, rank=victim, when=f"arguments[-1] == {step}", signal="SIGKILL"))
+    assert ranks(2, script, *words).returncode != 0, said
+    assert list(trace(tmp_path / "r")) == list(range(1, step)), said
     done = ranks(2, "launch/pretrain.py", *words)
     assert done.returncode == 0, done.stderr
     assert f"weights from {tmp_path / 'r/checkpoints/step-0000000'}" in done.stdout, said
