@@ -9,8 +9,8 @@ import subprocess
 
 import pytest
 import torch
-from forks import ROOT
-from rank_scripts import SIGNALLED
+from forks import HELPERS, ROOT
+from rank_scripts import DRIVER, SIGNALLED
 from running import STEPS, TINY, deepspeed, job, ranks, run, trace, wait_for
 from safetensors.torch import load_file
 
@@ -199,25 +199,15 @@ BAD = [
 @pytest.fixture(scope="module")
 def refusals(tiny, tmp_path_factory):
     """(exit code, stderr) of launch/pretrain.py for each of BAD: one process without fp16 runs them all."""
-    driver = (
-        "import contextlib, io, json, runpy, sys\n"
-        "sys.path.append('tests/helpers')\n"
-        "import half\n"
-        "half.answer(False)\n"
-        "out = []\n"
-        "for words in json.loads(sys.argv[1]):\n"
-        "    sys.argv = ['launch/pretrain.py', *words]\n"
-        "    with contextlib.redirect_stderr(io.StringIO()) as said:\n"
-        "        try: runpy.run_path('launch/pretrain.py', run_name='__main__'); code = 0\n"
-        "        except SystemExit as end: code = end.code\n"
-        "    out.append((code, said.getvalue()))\n"
-        "print(json.dumps(out))"
-    )
     folder = tmp_path_factory.mktemp("bad")
-    cases = [[*map(str, tiny), f"run_dir={folder / str(n)}", *words] for n, (words, _) in enumerate(BAD)]
-    done = run("-c", driver, json.dumps(cases))
+    (folder / "refused.py").write_text(
+        f"import sys\nsys.path.append({str(HELPERS)!r})\nimport half\nhalf.answer(False)\n{DRIVER}"
+    )
+    words = ["launch/pretrain.py", *map(str, tiny)]
+    cases = [[*words, f"run_dir={folder / str(n)}", *more] for n, (more, _) in enumerate(BAD)]
+    done = run(folder / "refused.py", json.dumps(cases))
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return [(code, said) for code, _, said in json.loads(done.stdout.splitlines()[-1])]
 
 
 @pytest.mark.parametrize("number", range(len(BAD)), ids=[" ".join(words) for words, _ in BAD])
