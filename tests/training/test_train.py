@@ -1,10 +1,8 @@
 """The loop: ranks, precision, ZeRO stages, kills, signals, resume, and bad input."""
 
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 
 import pytest
@@ -18,6 +16,7 @@ from clip4vla.config import RunConfig
 from clip4vla.config_io import load
 from clip4vla.training import engine
 
+AFTER_A_STEP = {"module": "checkpoints.manager", "name": "CheckpointManager", "method": "should_save"}
 SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
 
 
@@ -54,8 +53,7 @@ def test_kill_9_of_one_rank_at_a_random_step_then_resume_gives_the_same_losses_t
     step, victim = rng.randint(3, STEPS), rng.randint(0, 1)  # 3: step 2 is saved
     said = f"seed {seed}: rank {victim} killed in step {step}"
     words, script = [*tiny, f"run_dir={tmp_path / 'r'}"], tmp_path / "killed.py"
-    moment = {"module": "checkpoints.manager", "name": "CheckpointManager", "method": "should_save"}
-    script.write_text(SIGNALLED.format(**moment, rank=victim, when=f"arguments[-1] == {step}", signal="SIGKILL"))
+    script.write_text(SIGNALLED.format(**AFTER_A_STEP, rank=victim, when=f"arguments[-1] == {step}", signal="SIGKILL"))
     assert ranks(2, script, *words).returncode != 0, said
     assert list(trace(tmp_path / "r")) == list(range(1, step)), said
     done = ranks(2, "launch/pretrain.py", *words)
@@ -69,11 +67,9 @@ def test_kill_9_of_one_rank_at_a_random_step_then_resume_gives_the_same_losses_t
 
 
 def test_usr1_to_one_rank_saves_and_exits_85_and_the_run_goes_on_from_there(undisturbed, tiny, tmp_path):
-    words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.save_every=1000"]
-    with job(2, "launch/pretrain.py", *words) as started:
-        wait_for(tmp_path / "r/metrics.jsonl", 2)
-        os.kill(started.ranks[1].pid, signal.SIGUSR1)
-        assert started.wait().returncode == 85
+    words, script = [*tiny, f"run_dir={tmp_path / 'r'}", "train.save_every=1000"], tmp_path / "signalled.py"
+    script.write_text(SIGNALLED.format(**AFTER_A_STEP, rank=1, when="arguments[-1] == 3", signal="SIGUSR1"))
+    assert ranks(2, script, *words).returncode == 85
     (saved,) = (tmp_path / "r/checkpoints").glob("step-*")
     assert max(trace(tmp_path / "r")) == int(saved.name[-8:]) < STEPS
     assert ranks(2, "launch/pretrain.py", *words).returncode == 0
