@@ -4,7 +4,6 @@ import dataclasses
 import json
 import pickle
 import shutil
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ import pytest
 import s3
 import torch
 from rank_scripts import LIMITED, LONG, SIGNALLED
-from running import job, optimizer_groups, ranks, run, trace
+from running import optimizer_groups, ranks, run, trace
 from safetensors.torch import load_file
 
 from clip4vla.checkpoints import manager
@@ -193,11 +192,11 @@ def test_in_the_background_by_the_clock_and_pruned(undisturbed, words, tmp_path)
 
 
 def test_a_writer_killed_in_the_background_leaves_the_older_checkpoint(undisturbed, words, tmp_path):
-    mine = [*words, f"run_dir={tmp_path / 'r'}", "train.save_async=true"]
-    with job(2, *mine) as started:
-        _wait(tmp_path / "r/checkpoints/partial-00000004")
-        started.ranks[0].kill()
-        assert started.wait().returncode != 0
+    mine, script = [*words, f"run_dir={tmp_path / 'r'}", "train.save_async=true"], tmp_path / "killed.py"
+    moment = {"module": "checkpoints.manager", "name": "CheckpointManager", "method": "_flush"}
+    script.write_text(SIGNALLED.format(**moment, rank=0, when="self.last_step == 4", signal="SIGKILL"))
+    assert ranks(2, script, *mine[1:]).returncode != 0
+    assert steps(tmp_path / "r") == [2] and (tmp_path / "r/checkpoints/partial-00000004").is_dir()
     done = _go(2, *mine)
     assert "2 done of" in done.stdout
     assert trace(tmp_path / "r") == trace(undisturbed)
@@ -205,9 +204,8 @@ def test_a_writer_killed_in_the_background_leaves_the_older_checkpoint(undisturb
 
 def test_a_disk_that_is_full_for_one_rank_stops_all_with_one_line(words, limited, tmp_path):
     mine = [*words[1:], f"run_dir={tmp_path / 'r'}", "train.save_async=true"]
-    start = time.monotonic()
-    done = ranks(2, limited, 1, 100_000, *mine)
-    assert done.returncode == 2 and time.monotonic() - start < 60
+    done = ranks(2, limited, 1, 100_000, *mine)  # which waits far less long than a rank for one that hangs
+    assert done.returncode == 2
     (line,) = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
     assert "the checkpoint of step 2 could not be written" in line and "Traceback" not in done.stderr
     assert steps(tmp_path / "r") == [] and max(trace(tmp_path / "r")) < STEPS
@@ -257,10 +255,11 @@ MOMENTS = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_signal_during_a_checkpoint_or_an_evaluation_saves_that_step_once(undisturbed, words, tmp_path, moment):
-    """The signal comes as it begins: sent from here, it would come after it on a quick machine."""
     folder, script = tmp_path / "r", tmp_path / "signalled.py"
     module, name, method, more = MOMENTS[moment]
-    script.write_text(SIGNALLED.format(module=module, name=name, method=method))
+    script.write_text(
+        SIGNALLED.format(module=module, name=name, method=method, rank=1, when="arguments[-1] == 3", signal="SIGTERM")
+    )
     done = ranks(2, script, *words[1:], *more.split(), f"run_dir={folder}")
     assert done.returncode == 85, done.stderr
     assert steps(folder) == [3] and list(trace(folder)) == [1, 2, 3]
@@ -360,14 +359,6 @@ def _go(count: int, *words: object):
 def _refused(done, expected: str) -> None:
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and expected in line and "Traceback" not in done.stderr, done.stderr
-
-
-def _wait(path: Path) -> None:
-    for _ in range(60000):
-        if path.exists():
-            return
-        time.sleep(0.001)
-    raise AssertionError(f"{path} never came")
 
 
 def _equal(ours: object, theirs: object) -> None:

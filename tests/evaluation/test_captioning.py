@@ -29,6 +29,19 @@ MEANT = {
 }
 
 
+@pytest.fixture(scope="module")
+def meteor():
+    """METEOR's one Java process for all that scores in this file: it takes seven CPU seconds to start."""
+    from pycocoevalcap import eval as coco
+    from pycocoevalcap.meteor import meteor
+
+    one = meteor.Meteor()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (coco, meteor):
+            patch.setattr(module, "Meteor", lambda: one)
+        yield
+
+
 def by_hand(folder):
     """{metric: score} of results.json and references.json by pycocoevalcap's own evaluation, without SPICE, which downloads."""
     import pycocoevalcap.eval as coco
@@ -55,7 +68,7 @@ def found(said, meant):
     return captioning.CaptioningOutputs(clips, {i: (text, 0.0) for i, text in enumerate(said.values())}, [], {})
 
 
-def test_scores_are_those_of_pycocoevalcap(tmp_path):
+def test_scores_are_those_of_pycocoevalcap(meteor, tmp_path):
     nasty = SAID | {"d": "", "e": "snow | falls\nin the\r\nnight\u2028 now", "f": "!!", "g": "😀 Ünïcode"}
     wanted = MEANT | {"d": ["nothing"], "e": ["snow falls in the night now"], "f": ["a"], "g": ["ünïcode | smiles"]}
     written = found(nasty, wanted)
@@ -70,7 +83,7 @@ def test_scores_are_those_of_pycocoevalcap(tmp_path):
     assert np.mean(written.scores["CIDEr"]) == pytest.approx(metrics["CIDEr"])
 
 
-def test_captions_like_their_references_are_perfect():
+def test_captions_like_their_references_are_perfect(meteor):
     texts = {i: [f"a {word} sits on the {word} mat"] for i, word in enumerate(("cat", "dog", "bird"))}
     said = {i: t[0].upper() + ". |||" for i, t in texts.items()}  # three are METEOR's own separator
     totals, each = captioning.score(said, texts)

@@ -14,6 +14,7 @@ from running import TINY, ranks
 from scipy.stats import binom, norm
 
 from clip4vla.config import DataConfig
+from clip4vla.config_io import load
 from clip4vla.data.shards import fingerprint, write_index, write_shard
 from clip4vla.media.av_reader import MediaClip
 from clip4vla.media.images import jpeg
@@ -21,7 +22,9 @@ from data_prep.build_shards import fbank
 
 SCRIPTS = ("launch/finetune_retrieval.py", "launch/evaluate.py")
 SEED = 0
-RATE, SECONDS, SIDE = 16000, 1.5, 224  # Hz, s, pixels
+RATE, SECONDS, SIDE = 16000, 1.5, 64  # Hz, s, pixels
+DATA = load(DataConfig, None, [f"frames.size={SIDE}"])
+CLIP = TINY | {"vision_cfg": TINY["vision_cfg"] | {"image_size": SIDE}}
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 230), "yellow": (230, 210, 40)}
 PATTERNS = {"bars": (0, 1), "columns": (1, 0), "checks": (1, 1)}  # changes along x and y
 PITCHES = {"bass": 220, "low": 660, "middle": 1800, "high": 4200}  # Hz
@@ -59,7 +62,7 @@ def clips(name, split, rng):
         for kind, word in zip(SETS[name], item, strict=True):
             words[kind] = word
         colour, pattern, pitch, rhythm = (kind[word] for kind, word in zip(KINDS, words, strict=True))
-        counts, members = fbank(DataConfig(), MediaClip(SECONDS, wave=sound(pitch, rhythm, rng), rate=RATE))
+        counts, members = fbank(DATA, MediaClip(SECONDS, wave=sound(pitch, rhythm, rng), rate=RATE))
         members["frames.jpg"] = jpeg(picture(colour, pattern, rng), 90)
         caption = " ".join(item)
         about = dict.fromkeys(("start", "end", "label")) | {
@@ -82,7 +85,7 @@ def shards(tmp_path_factory):
         folder.mkdir(parents=True)
         shard = write_shard(folder / "clips-000000.tar", clips(name, split, np.random.default_rng((SEED, number))))
         counts = {"samples": n, "with_audio": n, "with_frames": n, "seconds": n * SECONDS, "quarantined": 0}
-        about = {"fingerprint": fingerprint(DataConfig()), "media_root": ".", "source": name, "split": split}
+        about = {"fingerprint": fingerprint(DATA), "media_root": ".", "source": name, "split": split}
         write_index(folder, **about, counts=counts, shards=[shard])
     return out
 
@@ -91,7 +94,7 @@ def shards(tmp_path_factory):
 def metrics(shards, tmp_path_factory):
     """{(set, modalities, fusion): metrics on held-out clips}; the heads with weights start from Global to Global's towers."""
     out = tmp_path_factory.mktemp("runs")
-    (out / "tiny.json").write_text(json.dumps(TINY))
+    (out / "tiny.json").write_text(json.dumps(CLIP))
     runs = [*RUNS, *(("both", "av", head) for head in HEADS)]
     jobs = [[script, *words(shards, out, *run)] for run in runs for script in SCRIPTS]
     (out / "jobs.json").write_text(json.dumps(jobs))
@@ -111,6 +114,7 @@ def words(shards, out, name, media, head):
         more += ["model.temperature=1", "model.text_tokens=eos"]
     return [
         "configs/pretrain/sample.yaml", f"run_dir={out}/{name}-{media}-{head}", f"model.clip={out}/tiny.json", f"seed={SEED}",
+        "model.audio_patch=[32,32]",
         f"model.modalities={media}", f"model.head={head}", f"model.trainable_towers={towers}", "model.max_tokens=8",
         "model.freeze_layers={text: 0}", "loss={tm: 1, at: 0, av: 0, aa: 0, exclude_same_group: true}",
         f"data.train={shards}/{name}/train", f"data.test={shards}/{name}/test", "data.decode_threads=1",

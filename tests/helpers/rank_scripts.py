@@ -1,4 +1,7 @@
-"""Scripts of one rank: training with files of bounded size or until a signal, long work of rank 0, and many commands."""
+"""Scripts of one rank: training with files of bounded size or until a signal, long work of rank 0, and many commands.
+
+Signals come from within the moment that they are to hit: sent from outside, they would miss it on a quick or a busy machine.
+"""
 
 LIMITED = """
 import os, resource, runpy, signal, sys
@@ -14,9 +17,9 @@ import os, runpy, signal
 from clip4vla.{module} import {name} as Held
 begin = Held.{method}
 def signalled(self, *arguments):
-    if os.environ["RANK"] == "1" and arguments[-1] == 3:
-        os.kill(os.getpid(), signal.SIGTERM)
-    begin(self, *arguments)
+    if os.environ["RANK"] == "{rank}" and {when}:
+        os.kill(os.getpid(), signal.{signal})
+    return begin(self, *arguments)
 Held.{method} = signalled
 runpy.run_path("launch/pretrain.py", run_name="__main__")
 """

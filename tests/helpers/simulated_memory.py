@@ -39,12 +39,18 @@ BLOCK = 512  # bytes that CUDA's allocator rounds up to
 aten = torch.ops.aten
 
 
+class Fake(FakeTensorMode):
+    """Asks once, not before each operation, whether there is a GPU that must not be started: that loads a library."""
+
+    avoid_device_init = not torch.cuda.is_available()
+
+
 class Simulation(TorchDispatchMode):
     """Runs torch's operations on fake floats and real whole numbers, and counts."""
 
     def __init__(self):
         super().__init__()
-        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.fake = Fake(allow_non_fake_inputs=True)
         self.phase, self.alive, self.now, self.flops, self.sent = "start", {}, 0, 0, 0
         self.peaks, self.largest = {}, {}  # bytes that are alive, numbers of one tensor; by phase
 
@@ -95,8 +101,7 @@ class Simulation(TorchDispatchMode):
                 aten._index_put_impl_.default,
             ):
                 args = (args[0], _positions(args[1]), *args[2:])
-            with self.fake:
-                return func(*args, **kwargs)
+            return self.fake.dispatch(func, (), args, kwargs)
         out = func(*args, **kwargs)  # of real numbers, or of none
         if func is torch.ops.c10d._allgather_base_.default:  # the fake process group sends nothing
             args[0].copy_(args[1].repeat(len(args[0]) // len(args[1]), *[1] * (args[1].ndim - 1)))

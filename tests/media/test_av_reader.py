@@ -1,5 +1,6 @@
 """media.py against the ffmpeg program, on a real video in several containers and codecs, and on corrupt ones."""
 
+import functools
 import json
 import subprocess
 from pathlib import Path
@@ -55,6 +56,7 @@ def videos(original, tmp_path_factory):
     return place
 
 
+@functools.cache
 def stamps_of(path):
     words = ["-v", "error", "-fflags", "+genpts", "-select_streams", "v:0", "-show_entries", "frame=pts_time"]
     tree = json.loads(subprocess.check_output(["ffprobe", *words, "-of", "json", str(path)]))
@@ -62,6 +64,7 @@ def stamps_of(path):
         return np.array([float(frame["pts_time"]) for frame in tree["frames"]]) - file.start_time / 1e6
 
 
+@functools.cache
 def frames_of(path, size):
     """Every frame by ffmpeg, upright, with CLIP's resize and crop."""
     width, height = {"rotated.mp4": (180, 320), "wide_pixels.mp4": (480, 180)}.get(path.name, (320, 180))

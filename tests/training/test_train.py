@@ -1,15 +1,14 @@
 """The loop: ranks, precision, ZeRO stages, kills, signals, resume, and bad input."""
 
 import json
-import os
 import random
 import shutil
-import signal
 import subprocess
 
 import pytest
 import torch
-from forks import ROOT
+from forks import HELPERS, ROOT
+from rank_scripts import DRIVER, SIGNALLED
 from running import STEPS, TINY, deepspeed, job, ranks, run, trace, wait_for
 from safetensors.torch import load_file
 
@@ -17,6 +16,7 @@ from clip4vla.config import RunConfig
 from clip4vla.config_io import load
 from clip4vla.training import engine
 
+AFTER_A_STEP = {"module": "checkpoints.manager", "name": "CheckpointManager", "method": "should_save"}
 SHIPPED = sorted((ROOT / "configs/deepspeed").glob("*.json"))
 
 
@@ -50,14 +50,12 @@ def test_kill_9_of_one_rank_at_a_random_step_then_resume_gives_the_same_losses_t
 ):
     seed = random.randrange(10**6)
     rng = random.Random(seed)
-    step, victim = rng.randint(3, STEPS - 2), rng.randint(0, 1)  # 3: step 2 is saved; 7 leaves too little time
-    said = f"seed {seed}: rank {victim} killed after step {step}"
-    words = [*tiny, f"run_dir={tmp_path / 'r'}"]
-    with job(2, "launch/pretrain.py", *words) as started:
-        wait_for(tmp_path / "r/metrics.jsonl", step)
-        started.ranks[victim].kill()
-        assert started.wait().returncode != 0, said
-    assert max(trace(tmp_path / "r")) < STEPS, f"{said}: too late to mean anything"
+    step, victim = rng.randint(3, STEPS), rng.randint(0, 1)  # 3: step 2 is saved
+    said = f"seed {seed}: rank {victim} killed in step {step}"
+    words, script = [*tiny, f"run_dir={tmp_path / 'r'}"], tmp_path / "killed.py"
+    script.write_text(SIGNALLED.format(**AFTER_A_STEP, rank=victim, when=f"arguments[-1] == {step}", signal="SIGKILL"))
+    assert ranks(2, script, *words).returncode != 0, said
+    assert list(trace(tmp_path / "r")) == list(range(1, step)), said
     done = ranks(2, "launch/pretrain.py", *words)
     assert done.returncode == 0, done.stderr
     assert f"weights from {tmp_path / 'r/checkpoints/step-0000000'}" in done.stdout, said
@@ -69,11 +67,9 @@ def test_kill_9_of_one_rank_at_a_random_step_then_resume_gives_the_same_losses_t
 
 
 def test_usr1_to_one_rank_saves_and_exits_85_and_the_run_goes_on_from_there(undisturbed, tiny, tmp_path):
-    words = [*tiny, f"run_dir={tmp_path / 'r'}", "train.save_every=1000"]
-    with job(2, "launch/pretrain.py", *words) as started:
-        wait_for(tmp_path / "r/metrics.jsonl", 2)
-        os.kill(started.ranks[1].pid, signal.SIGUSR1)
-        assert started.wait().returncode == 85
+    words, script = [*tiny, f"run_dir={tmp_path / 'r'}", "train.save_every=1000"], tmp_path / "signalled.py"
+    script.write_text(SIGNALLED.format(**AFTER_A_STEP, rank=1, when="arguments[-1] == 3", signal="SIGUSR1"))
+    assert ranks(2, script, *words).returncode == 85
     (saved,) = (tmp_path / "r/checkpoints").glob("step-*")
     assert max(trace(tmp_path / "r")) == int(saved.name[-8:]) < STEPS
     assert ranks(2, "launch/pretrain.py", *words).returncode == 0
@@ -199,25 +195,15 @@ BAD = [
 @pytest.fixture(scope="module")
 def refusals(tiny, tmp_path_factory):
     """(exit code, stderr) of launch/pretrain.py for each of BAD: one process without fp16 runs them all."""
-    driver = (
-        "import contextlib, io, json, runpy, sys\n"
-        "sys.path.append('tests/helpers')\n"
-        "import half\n"
-        "half.answer(False)\n"
-        "out = []\n"
-        "for words in json.loads(sys.argv[1]):\n"
-        "    sys.argv = ['launch/pretrain.py', *words]\n"
-        "    with contextlib.redirect_stderr(io.StringIO()) as said:\n"
-        "        try: runpy.run_path('launch/pretrain.py', run_name='__main__'); code = 0\n"
-        "        except SystemExit as end: code = end.code\n"
-        "    out.append((code, said.getvalue()))\n"
-        "print(json.dumps(out))"
-    )
     folder = tmp_path_factory.mktemp("bad")
-    cases = [[*map(str, tiny), f"run_dir={folder / str(n)}", *words] for n, (words, _) in enumerate(BAD)]
-    done = run("-c", driver, json.dumps(cases))
+    (folder / "refused.py").write_text(
+        f"import sys\nsys.path.append({str(HELPERS)!r})\nimport half\nhalf.answer(False)\n{DRIVER}"
+    )
+    words = ["launch/pretrain.py", *map(str, tiny)]
+    cases = [[*words, f"run_dir={folder / str(n)}", *more] for n, (more, _) in enumerate(BAD)]
+    done = run(folder / "refused.py", json.dumps(cases))
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return [(code, said) for code, _, said in json.loads(done.stdout.splitlines()[-1])]
 
 
 @pytest.mark.parametrize("number", range(len(BAD)), ids=[" ".join(words) for words, _ in BAD])
