@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clip4vla.config import ModelConfig
 from clip4vla.data.batch import unpack, upload
+from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.towers.attention import own_blocks
 
@@ -79,6 +80,13 @@ def ensure_nonempty(part: PaddedSequence) -> PaddedSequence:
         return part
     vectors = part.vectors.new_zeros(len(part.mask), 1, part.vectors.shape[2])
     return PaddedSequence(part.kind, vectors, part.mask.new_zeros(len(part.mask), 1), part.lengths)
+
+
+def gather_sequence(part: PaddedSequence) -> PaddedSequence:
+    """Gather sequences (B, n, D), n the same on all ranks; their lengths through the CPU, which needs them for tiles."""
+    vectors, lengths = collectives.all_gather_with_grad(part.vectors), collectives.all_gather(part.row_lengths())
+    mask = length_mask(lengths, vectors.shape[1], vectors.device)
+    return PaddedSequence(part.kind, vectors, mask, lengths)
 
 
 def mean_pool_padded(part: PaddedSequence) -> Tensor:

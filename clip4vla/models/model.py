@@ -284,7 +284,7 @@ class Model(nn.Module):
     def _compared(self, sentence: Tensor, words: fusion.PaddedSequence | None, parts: list) -> dict[str, Tensor]:
         if not isinstance(self.head, fusion.LocalToLocal):
             return {"media": self.head(parts)}
-        return {"scores": self.head(self.head.words(sentence, words), [_of_all_ranks(part) for part in parts])}
+        return {"scores": self.head(self.head.words(sentence, words), [fusion.gather_sequence(part) for part in parts])}
 
     def caption_targets(self, batch: Batch, loss: LossConfig) -> tuple[Tensor, Tensor]:
         """Select (tokens (B, L) of the captions, the positions (B, L - 1) in them whose next token is learnt), on the CPU."""
@@ -382,13 +382,6 @@ def needed_towers(loss: LossConfig, modalities: str) -> list[str]:
         "audio": loss.at or loss.av or loss.aa or (uses_head(loss) and "a" in modalities),
     }
     return [name for name, needed in needs.items() if needed]
-
-
-def _of_all_ranks(part: fusion.PaddedSequence) -> fusion.PaddedSequence:
-    """Gather sequences (B, n, D), n the same on all ranks; their lengths through the CPU, which needs them for tiles."""
-    vectors, lengths = collectives.all_gather_with_grad(part.vectors), collectives.all_gather(part.row_lengths())
-    mask = fusion.length_mask(lengths, vectors.shape[1], vectors.device)
-    return fusion.PaddedSequence(part.kind, vectors, mask, lengths)
 
 
 def pool(vectors: Tensor, clip: Tensor, clips: int) -> Tensor:
