@@ -109,8 +109,8 @@ def test_a_word_that_no_file_can_hold_is_one_line():
 
 def test_the_paths_of_the_settings_are_marked():
     assert {setting.key for setting in PATHS} == {
-        "run_dir", "init_from", "model.clip", "data.train", "data.val", "data.test", "data.cache", "train.mirror",
-        "media_root", "annotations", "out",
+        "run_dir", "init_from", "model.clip", "model.audio_tower", "data.train", "data.val", "data.test", "data.cache",
+        "train.mirror", "media_root", "annotations", "out",
     }  # fmt: skip
 
 

@@ -181,7 +181,7 @@ class Model(nn.Module):
         if not len(frames):  # open_clip's tower fails on none, and under ZeRO-3 all ranks must run it
             return self.encode_frames(frames.new_zeros(1, *frames.shape[1:]))[:0]
         mean, std = self.pixel_statistics.view(torch.float32)
-        dtype = self.audio.type_embedding.dtype  # of all weights
+        dtype = next((weight.dtype for weight in self.vision.parameters()), None)  # a space has no tower, and says so
         return encode_images(self.vision, ((frames.float() - mean) / std).to(dtype))
 
     def encode_segments(self, segments: Tensor, mix: Tensor) -> Tensor:

@@ -82,7 +82,8 @@ def config_file(clip: str) -> str:
 def _read_config(path: str) -> dict[str, Any]:
     try:
         tree = parse_json(Path(path).read_bytes())
-        tree = {key: tree[key] for key in ("preprocess_cfg",) if key in tree} | tree.get("model_cfg", tree)
+        pictures = tree.get("preprocess_cfg")
+        tree = ({"preprocess_cfg": pictures} if pictures else {}) | tree.get("model_cfg", tree)
         for key in ("embed_dim", "vision_cfg", "text_cfg"):
             if key not in tree:
                 raise ValueError(f"no {key}")

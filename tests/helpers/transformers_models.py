@@ -1,7 +1,10 @@
 """Tiny models of transformers with a text and a vision tower, and tokenizers for them."""
 
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from clip4vla.towers.build import import_for_open_clip
+
+transformers = import_for_open_clip("transformers")  # which clip4vla.cli, in tests before, keeps out
 
 WORDS = "a dog barks at the rain in big red town".split()
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}

@@ -5,7 +5,6 @@ import dataclasses
 import json
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from open_clip.model import TimmModel
@@ -17,8 +16,10 @@ from clip4vla.errors import UserError
 from clip4vla.models.audio_encoder import AudioEncoder, audio_reading, type_token_weights
 from clip4vla.models.audio_trunk import build_tower, tower_config
 from clip4vla.models.model import Model
-from clip4vla.towers.build import build_clip, freeze_first
+from clip4vla.towers.build import build_clip, freeze_first, import_for_open_clip
 from clip4vla.training.engine import parameter_groups
+
+timm = import_for_open_clip("timm")  # which clip4vla.cli, in tests before, keeps out
 
 SIZE, PATCH = 32, 8
 SPECTROGRAM = SpectrogramConfig(segment_rows=SIZE, n_mels=SIZE, max_segments=3)

@@ -7,10 +7,8 @@ import sys
 import hf_models
 import open_clip
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-import transformers
 from forks import ROOT
 from open_clip.coca_model import CoCa
 from open_clip.model import CustomTextCLIP
@@ -22,12 +20,15 @@ from clip4vla.errors import UserError
 from clip4vla.export.model_card import _model as card
 from clip4vla.models.model import Model
 from clip4vla.models.towers_fingerprint import towers_sha256
-from clip4vla.towers.build import build_clip, freeze_first, hold_still
+from clip4vla.towers.build import build_clip, freeze_first, hold_still, import_for_open_clip
 from clip4vla.towers.config import resolve_clip_config
 from clip4vla.towers.text import HFText, encode_text, token_mask
 from clip4vla.towers.tokenizer import _made, tokenizer
 from clip4vla.towers.vision import encode_images
 from clip4vla.towers.weights import check_size_claims, load_clip_weights
+
+timm = import_for_open_clip("timm")  # which clip4vla.cli, in tests before, keeps out
+transformers = import_for_open_clip("transformers")  # which clip4vla.cli, in tests before, keeps out
 
 STAGES = {"convnext": "depths", "swin": "depths", "fastvit": "layers"}
 SMALL_TEXT = {"layers": 1, "width": 64, "heads": 2, "vocab_size": 600}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from huggingface_hub import ModelCard
 from made_batch import batch
 from safetensors.torch import load_file, save_file
@@ -20,12 +19,14 @@ from clip4vla.export.model_folder import save_model_folder
 from clip4vla.models import model as model_file
 from clip4vla.models.model import Model
 from clip4vla.towers import transformers_folder
-from clip4vla.towers.build import build_clip, freeze_first, hold_still
+from clip4vla.towers.build import build_clip, freeze_first, hold_still, import_for_open_clip
 from clip4vla.towers.config import resolve_clip_config
 from clip4vla.towers.text import encode_text, token_mask
 from clip4vla.towers.tokenizer import tokenizer
 from clip4vla.towers.vision import encode_images
 from clip4vla.towers.weights import check_size_claims, load_clip_weights
+
+transformers = import_for_open_clip("transformers")  # which clip4vla.cli, in tests before, keeps out
 
 LONG = "the big red town in the rain barks at a dog in the rain"
 CONFIGS = equal_to_theirs()
