@@ -22,6 +22,7 @@ from clip4vla.config import RunConfig
 from clip4vla.data.batch import Batch
 from clip4vla.distributed import collectives
 from clip4vla.losses import contrastive, objective
+from clip4vla.models import tower_costs
 from clip4vla.models.audio_trunk import OpenClipVit, TimmVit, vit_of
 from clip4vla.models.classifier import Classifier
 from clip4vla.models.fusion import GlobalToGlobal, LocalToLocal
@@ -233,17 +234,30 @@ def passes_of(cfg: RunConfig, setup: RunSetup, micro: Batch) -> list[Pass]:
 def _text(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     tower = setup.model.text
     length = setup.model.cfg.max_tokens if cfg.loss.train_on_padding else micro.tokens.shape[1]
+    if not flops.has_formula(tower):
+        return _measured(cfg, setup, tower, tower_costs.text_memory, len(micro), length)
     return _blocks(cfg, setup, tower, len(micro) * length, masked=True)
 
 
 def _vision(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     """Count of frames (F, 3, 224, 224): normalised in fp32, twice at once, before they have a weight's width."""
-    vit, numbers = vit_of(setup.model.vision), math.prod(micro.frames.shape)
+    tower, numbers = setup.model.vision, math.prod(micro.frames.shape)
+    if not flops.has_formula(tower):
+        measured = _measured(cfg, setup, tower, tower_costs.picture_memory, len(micro.frames))
+        return measured._replace(forward=max(8.0 * numbers, measured.forward))
+    vit = vit_of(tower)
     tokens = len(micro.frames) * (math.prod(vit.grid) + vit.prefix_tokens)
     blocks = _blocks(cfg, setup, vit, tokens, vit.first_only)
     pixels = numbers * setup.width
     patches = pixels * vit.kernel.weight.requires_grad  # kept for its gradient
     return blocks._replace(kept=blocks.kept + patches, forward=max(8 * numbers, blocks.forward + pixels + patches))
+
+
+def _measured(cfg: RunConfig, setup: RunSetup, tower: Any, measure: Any, *sizes: int) -> Pass:
+    """Measure a tower's passes over items of these sizes."""
+    dtype = torch.float32 if setup.width == 4 else torch.bfloat16
+    taken = measure(setup.model, *sizes, dtype, cfg.train.activation_checkpointing)
+    return Pass(*map(float, taken), flops.elements(tower, trained=True))
 
 
 def _audio(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
