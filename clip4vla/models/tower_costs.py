@@ -5,12 +5,12 @@ transformers of text.
 """
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -30,9 +30,9 @@ aten = torch.ops.aten
 class PassMemory(NamedTuple):
     """Holds bytes of a tower's passes, without its weights and their gradients."""
 
-    kept: int  # from the forward pass to the backward pass
-    forward: int  # most in the forward pass
-    backward: int  # most in the backward pass beside `kept`
+    kept: float  # from the forward pass to the backward pass
+    forward: float  # most in the forward pass
+    backward: float  # most in the backward pass beside `kept`
 
 
 def picture_flops(model: Model) -> float:
@@ -46,7 +46,7 @@ def text_flops(model: Model) -> tuple[float, float, float]:
     tower = _on_meta(model, "text", torch.float32)
     third = min(LONGEST, tower.context_length) // 3
     lengths = [third, 2 * third, 3 * third]
-    counts = [_flops(lambda length=length: encode_text(tower, _tokens(1, length))[0]) for length in lengths]
+    counts = [_flops(functools.partial(_sentences, tower, 1, length)) for length in lengths]
     powers = torch.tensor(lengths, dtype=torch.float64)[:, None] ** torch.arange(3)
     a, b, c = torch.linalg.solve(powers, torch.tensor(counts, dtype=torch.float64)).tolist()
     return a, b, c
@@ -61,7 +61,7 @@ def picture_memory(model: Model, count: int, dtype: torch.dtype, recompute: bool
 def text_memory(model: Model, count: int, length: int, dtype: torch.dtype, recompute: bool) -> PassMemory:
     """Measure the text tower's memory for tokens (count, length); recompute: its blocks' activations."""
     tower = _on_meta(model, "text", dtype, recompute)
-    return _memory(tower, lambda: encode_text(tower, _tokens(count, length))[0])
+    return _memory(tower, functools.partial(_sentences, tower, count, length))
 
 
 def _on_meta(model: Model, name: str, dtype: torch.dtype, recompute: bool = False) -> Any:
@@ -80,8 +80,8 @@ def _pictures(model: Model, count: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(count, 3, *model.pictures.size, dtype=dtype, device="meta")
 
 
-def _tokens(count: int, length: int) -> Tensor:
-    return torch.empty(count, length, dtype=torch.int64, device="meta")
+def _sentences(tower: Any, count: int, length: int) -> Tensor:
+    return encode_text(tower, torch.empty(count, length, dtype=torch.int64, device="meta"))[0]
 
 
 def _flops(run: Callable[[], Tensor]) -> float:

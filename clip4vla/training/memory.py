@@ -257,7 +257,7 @@ def _measured(cfg: RunConfig, setup: RunSetup, tower: Any, measure: Any, *sizes:
     """Measure a tower's passes over items of these sizes."""
     dtype = torch.float32 if setup.width == 4 else torch.bfloat16
     taken = measure(setup.model, *sizes, dtype, cfg.train.activation_checkpointing)
-    return Pass(*map(float, taken), flops.elements(tower, trained=True))
+    return Pass(taken.kept, taken.forward, taken.backward, flops.elements(tower, trained=True))
 
 
 def _audio(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:

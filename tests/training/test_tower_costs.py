@@ -3,7 +3,6 @@
 import hf_models
 import pytest
 import timm
-import torch
 import transformers
 from made_batch import batch
 from torch.nn.attention import SDPBackend, sdpa_kernel
