@@ -33,10 +33,10 @@ from clip4vla.training.run_setup import RunSetup
 
 # Activations, in widths of a token. A block keeps inputs and outputs of norms, attention and the MLP's activation
 BLOCK = 16
-LAST_BLOCK = 5  # kept by one that gives the first token's output alone: input, norm, the norm's copy, key and value
-FORWARD = 15  # made on the way through a block without gradient
+LAST_BLOCK = 4  # kept by one that gives the first token's output alone: input, norm, key and value
+FORWARD, QUICK_FORWARD = 11, 15  # made on the way through a block without gradient; QuickGELU has an MLP's width more
 BACKWARD, QUICK_BACKWARD = 5, 9  # made on the way through a block's MLP, backward; QuickGELU multiplies its input again
-LAST_BACKWARD = 4  # made by that of the last block, beside what it keeps: gradients of key and value, twice
+LAST_BACKWARD = 2  # made by that of the last block, beside what it keeps: gradients of key and value
 POOLED = 12  # around a head's blocks: dropout, sums with embeddings, and fp32 vectors that are pooled
 # bytes of a pair of clips whose scores are there: logits with and without a mask, their exp or the scores, the mask. Of a tile
 # that is where torch.compile has no compiler; what it makes of losses/tiles.py takes 4
@@ -292,18 +292,18 @@ def _blocks(
     trained = flops.elements(tower, trained=True)
     first: Any = blocks[0]
     one = float(first.attn.num_heads * first.attn.head_dim * setup.width * tokens)  # one width
-    if not learning:
-        return Pass(0.0, FORWARD * one, 0.0, trained)
     quick = any(isinstance(module, QuickGELU) for module in first.modules())
-    way = (QUICK_BACKWARD if quick else BACKWARD) * one
+    there, way = (QUICK_FORWARD * one, QUICK_BACKWARD * one) if quick else (FORWARD * one, BACKWARD * one)
+    if not learning:
+        return Pass(0.0, there, 0.0, trained)
     each = (BLOCK + masked) * one + (4 * first.attn.num_heads + 16) * tokens  # statistics of softmax and norms are fp32
     last, after = (LAST_BLOCK * one, 0.0) if first_only else (each, 2 * one)
     if cfg.train.activation_checkpointing and tower is not setup.model.head:
         kept = (1 + len(learning)) * one + after
-        return Pass(kept, kept + (FORWARD - 1) * one, each - 2 * one + way - after, trained)
+        return Pass(kept, kept + there - one, each - 2 * one + way - after, trained)
     kept = one + (len(learning) - 1) * each + last + after
-    back = LAST_BACKWARD * one if first_only else way - after
-    return Pass(kept, kept + 2 * one, back, trained)  # keys and values are there twice
+    back = max(LAST_BACKWARD * one, way - last) if first_only else way - after
+    return Pass(kept, kept + (1 if first_only else 2) * one, back, trained)
 
 
 def _head(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:

@@ -77,6 +77,7 @@ def test_memory_is_estimated_within_5_percent(clips, world, words, options):
     step = simulated(clips, world, *words, **pictures, **options)
     with step.as_rank():
         estimate = memory.estimate(step.cfg, step.setup, step.micros)
+    print("RATIO", round(estimate.total / step.sim.peak, 3))
     assert estimate.total == pytest.approx(step.sim.peak, rel=0.05)
 
 
