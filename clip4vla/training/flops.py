@@ -100,7 +100,7 @@ class FlopCounter:
         per_token, per_token_pair = _transformer(text.transformer.resblocks)
         return passes * 2 * text.transformer.width * self.dim, passes * per_token, passes * per_token_pair
 
-    def _sound_flops(self, micro: Batch) -> float:
+    def sound_flops(self, micro: Batch) -> float:
         """Count the FLOPs of the audio tower in all views: of each segment, or of the valid patches of each clip at once."""
         vit = self.audio.vit
         if self.cfg.model.audio_span == "segment":
@@ -120,14 +120,14 @@ class FlopCounter:
         total = self._similarity_flops(sum(map(len, micros))) + self._head_flops(micros)
         for micro in micros:
             if "audio" in towers:
-                total += self._sound_flops(micro)
+                total += self.sound_flops(micro)
             if "vision" in towers:
                 total += self.per_frame * _count_owned(micro.frame_clip, micro)
             if "text" in towers:
-                total += self._caption_flops(micro.on_host.tokens)
+                total += self.caption_flops(micro.on_host.tokens)
         return total
 
-    def _caption_flops(self, tokens: Tensor) -> float:
+    def caption_flops(self, tokens: Tensor) -> float:
         """Count the FLOPs of the text tower for captions, tokens (B, L)."""
         length, (once, per_token, per_token_pair) = self._read(tokens), self.per_caption
         return once * len(tokens) + per_token * int(length.sum()) + per_token_pair * int(length.square().sum())

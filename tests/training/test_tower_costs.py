@@ -2,8 +2,6 @@
 
 import hf_models
 import pytest
-import timm
-import transformers
 from made_batch import batch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,22 +25,12 @@ FAMILIES = {  # its text tower; ears of another name where its vision tower is n
     "xlm-roberta-base-ViT-B-32": ({}, "vision"),
     "mt5-base-ViT-B-32": ({}, "vision"),
 }
-STAGES = {"convnext": "depths", "fastvit": "layers"}
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Small models of transformers, and timm's with two blocks, or one of each stage."""
-    plain = timm.create_model
-
-    def shallow(name, **words):
-        stages = next((word for start, word in STAGES.items() if name.startswith(start)), None)
-        return plain(name, **words, **({stages: (1,) * 4} if stages else {"depth": 2}))
-
-    monkeypatch.setattr(timm, "create_model", shallow)
-    monkeypatch.setattr(
-        transformers.AutoConfig, "from_pretrained", lambda name, **_: hf_models.config(name, small=True)
-    )
+    """Small models of transformers, and timm's with two blocks, or two of each stage."""
+    hf_models.published(monkeypatch, blocks=2)["small"] = True
 
 
 def counted(model, cfg, whole):
