@@ -18,6 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from clip4vla.data.batch import Batch
+from clip4vla.models.audio_encoder import AudioEncoder
+from clip4vla.models.audio_trunk import build_tower
 from clip4vla.models.model import Model
 from clip4vla.towers.space import build_towers
 from clip4vla.towers.text import encode_text
@@ -64,29 +67,58 @@ def text_memory(model: Model, count: int, length: int, dtype: torch.dtype, recom
     return _memory(tower, functools.partial(_sentences, tower, count, length))
 
 
+def audio_memory(model: Model, batch: Batch, types: list[int], dtype: torch.dtype, recompute: bool) -> PassMemory:
+    """Measure the audio tower's memory for a batch's segments, once for each number of type tokens in `types`, side by side."""
+    audio = _on_meta(model, "audio", dtype, recompute)
+    sizes, views, tokens = batch.segments.shape, len(types), max(types)
+
+    def run() -> Tensor:
+        if model.cfg.audio_span == "segment":
+            return audio(
+                _empty(views * sizes[0], *sizes[1:], dtype=dtype), _empty(views * sizes[0], tokens, 2, dtype=dtype)
+            )
+        given = [_empty(*sizes, dtype=dtype) for _ in types]
+        mix = _empty(len(batch), tokens, 2, dtype=dtype)
+        return torch.cat(audio.encode_clips(given, batch.on_host.segment_rows, batch.segment_counts, mix))
+
+    return _memory(audio, run)
+
+
 def _on_meta(model: Model, name: str, dtype: torch.dtype, recompute: bool = False) -> Any:
     """Build a model's tower again, without memory: what trains there, trains."""
     with torch.device("meta"):
-        tower = build_towers(model.clip_config, model.cfg.audio_tower)[name == "vision"].to(dtype).eval()
+        if name == "audio":
+            own = (
+                build_tower(model.audio_config) if model.audio_config else build_towers(model.clip_config, "vision")[1]
+            )
+            tower: Any = AudioEncoder(own, model.cfg, model.spectrogram, model.clip_config["embed_dim"])
+        else:
+            tower = build_towers(model.clip_config, model.cfg.audio_tower)[name == "vision"]
+    tower = tower.to(dtype).eval()
     trains = {key: p.requires_grad for key, p in getattr(model, name).named_parameters()}
     for key, parameter in tower.named_parameters():
         parameter.requires_grad_(trains[key])
     if recompute:
-        tower.train().set_grad_checkpointing(True)
+        tower.train()
+        (tower.trunk if name == "audio" else tower).set_grad_checkpointing(True)
     return tower
 
 
 def _pictures(model: Model, count: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(count, 3, *model.pictures.size, dtype=dtype, device="meta")
+    return _empty(count, 3, *model.pictures.size, dtype=dtype)
+
+
+def _empty(*sizes: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(*sizes, dtype=dtype, device="meta")
 
 
 def _sentences(tower: Any, count: int, length: int) -> Tensor:
-    return encode_text(tower, torch.empty(count, length, dtype=torch.int64, device="meta"))[0]
+    return encode_text(tower, _empty(count, length, dtype=torch.int64))[0]
 
 
 def _flops(run: Callable[[], Tensor]) -> float:
     """Count FLOPs of run() and of the gradient of its sum."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.device("meta"):
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         out = run()
         if out.requires_grad:
             out.sum().backward()
@@ -99,7 +131,6 @@ def _memory(tower: nn.Module, run: Callable[[], Tensor]) -> PassMemory:
     with (
         _no_gradients_stay(trains),
         torch.set_grad_enabled(bool(trains)),
-        torch.device("meta"),
         _Storages() as held,
         _Kernels(),
     ):

@@ -253,16 +253,21 @@ def _vision(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     return blocks._replace(kept=blocks.kept + patches, forward=max(8 * numbers, blocks.forward + pixels + patches))
 
 
-def _measured(cfg: RunConfig, setup: RunSetup, tower: Any, measure: Any, *sizes: int) -> Pass:
-    """Measure a tower's passes over items of these sizes."""
+def _measured(cfg: RunConfig, setup: RunSetup, tower: Any, measure: Any, *items: Any) -> Pass:
+    """Measure a tower's passes over these items."""
     dtype = torch.float32 if setup.width == 4 else torch.bfloat16
-    taken = measure(setup.model, *sizes, dtype, cfg.train.activation_checkpointing)
+    taken = measure(setup.model, *items, dtype, cfg.train.activation_checkpointing)
     return Pass(taken.kept, taken.forward, taken.backward, flops.elements(tower, trained=True))
 
 
 def _audio(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     """Count of segments (S, C, 224, 224) in all views: decibels, views, and views side by side, fp32, outlast the blocks."""
     vit, extra = setup.model.audio.vit, flops.type_tokens(cfg)
+    numbers = math.prod(micro.segments.shape)
+    decibels = 4 * numbers * (1 + 2 * len(extra))
+    if not flops.has_formula(vit.tower):
+        measured = _measured(cfg, setup, vit.tower, tower_costs.audio_memory, micro, extra)
+        return measured._replace(forward=measured.forward + decibels)
     patches = math.prod(vit.grid)
     sequences, length = len(micro.segments), patches
     if cfg.model.audio_span == "clip":
@@ -270,10 +275,9 @@ def _audio(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     tokens = sequences * sum(length + vit.prefix_tokens + count for count in extra)
     first_only = vit.first_only and cfg.model.audio_pool == "tower"
     blocks = _blocks(cfg, setup, vit, tokens, first_only, masked=cfg.model.audio_span == "clip")
-    numbers = math.prod(micro.segments.shape)
     pixels = numbers * len(extra) * setup.width
     kept = pixels * vit.kernel.weight.requires_grad
-    forward = blocks.forward + kept + pixels + 4 * numbers * (1 + 2 * len(extra))
+    forward = blocks.forward + kept + pixels + decibels
     return blocks._replace(kept=blocks.kept + kept, forward=forward)
 
 
