@@ -14,6 +14,7 @@ A product of (m, k) by (k, n) is 2 m k n FLOPs. Useful is what the gradient of t
                               average length; or over words, frames and segments, and the scores of all tokens at each
                               word; or a linear layer; it always trains
 
+Of towers that are no transformers of open_clip's own, what torch counts on its meta device (models/tower_costs.py).
 Left out: norms, activations and softmax. Not useful: padding, activations and tiles computed again, the second forward pass
 of accumulation. MFU = useful FLOPs / (seconds * FLOP/s of a large bf16 matrix product, measured when the run starts).
 """

@@ -8,7 +8,8 @@
     runtime       on a GPU, outside of torch's allocator: CUDA's context, NCCL, DALI; and the batches made ahead
 
 A step takes the most in its forward pass, in the loss, in the backward pass, or in the optimizer's step: `moments` has all of
-them. tests/training/test_sizes.py holds the largest to 5% of steps simulated at full size.
+them. What is no transformer of open_clip's own is measured on torch's meta device (models/tower_costs.py).
+tests/training/test_sizes.py holds the largest to 5% of steps simulated at full size.
 """
 
 import itertools

@@ -103,6 +103,7 @@ def markdown(rows: dict[str, dict[str, Any]]) -> str:
     units = {"parameters": 1e6, "flops": 1e9, "activations": 2**20}
     lines = [HEAD, ["---"] * len(HEAD)]
     for clip, row in rows.items():
-        numbers = [f"{value / units[key.rpartition('_')[2]]:.3g}" for key, value in row.items() if key != "audio_tower"]
+        scaled = [value / units[key.rpartition("_")[2]] for key, value in row.items() if key != "audio_tower"]
+        numbers = [f"{float(f'{value:.3g}'):,g}" for value in scaled]
         lines.append([clip, row["audio_tower"], *numbers])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
