@@ -59,7 +59,10 @@ class TransformersText(nn.Module):
             tokens = F.pad(tokens, (0, self.context_length - length), value=self.pad)
             outputs = self.model.get_text_features(input_ids=tokens)
         else:
-            outputs = self.model.get_text_features(input_ids=tokens, attention_mask=self.word_mask(tokens).long())
+            mask = self.word_mask(tokens).long()
+            if tokens.is_meta:  # a mask of tokens is read, which has no numbers here; of pairs of tokens it is not
+                mask = mask.to(next(self.model.parameters()).dtype)[:, None, None].expand(-1, -1, length, -1)
+            outputs = self.model.get_text_features(input_ids=tokens, attention_mask=mask)
         project = self.projection()
         words = project(outputs.last_hidden_state[:, :length]) if project is not None else None
         return _vectors(outputs), words
@@ -104,7 +107,9 @@ class TransformersVision(nn.Module):
         patches = images.reshape(count, channels, rows, self.patch, columns, self.patch).permute(0, 2, 4, 3, 5, 1)
         patches = patches.reshape(count, rows * columns, -1)  # F P (patch patch 3)
         there = torch.ones(patches.shape[:2], dtype=torch.int64, device=images.device)
-        shapes = torch.tensor([[rows, columns]] * count, device=images.device)
+        if images.is_meta:
+            there = there.to(images.dtype)[:, None, None]  # as of the text's
+        shapes = torch.tensor([[rows, columns]] * count)  # on the CPU, where it is read
         words = {"pixel_values": patches, "pixel_attention_mask": there, "spatial_shapes": shapes}
         return _vectors(self.model.get_image_features(**words))
 

@@ -30,7 +30,6 @@ from clip4vla.towers.weights import check_size_claims, load_clip_weights
 timm = import_for_open_clip("timm")  # which clip4vla.cli, in tests before, keeps out
 transformers = import_for_open_clip("transformers")  # which clip4vla.cli, in tests before, keeps out
 
-STAGES = {"convnext": "depths", "swin": "depths", "fastvit": "layers"}
 SMALL_TEXT = {"layers": 1, "width": 64, "heads": 2, "vocab_size": 600}
 OPENAI_TEXT = SMALL_TEXT | {"vocab_size": 49408}
 FAMILIES = {  # its towers at another depth and width
@@ -59,20 +58,7 @@ TEXTS = ["a crow", "two dogs that play and a crow that looks at the red fire eng
 @pytest.fixture
 def hub(monkeypatch):
     """Models of transformers as they are published, and timm's with one block, or one of each stage."""
-    plain = timm.create_model
-
-    def shallow(name, **words):
-        stages = next((word for start, word in STAGES.items() if name.startswith(start)), None)
-        count = 5 if name in ("fastvit_mci3", "fastvit_mci4") else 4
-        return plain(name, **words, **({stages: (1,) * count} if stages else {"depth": 1}))
-
-    monkeypatch.setattr(timm, "create_model", shallow)
-    size = {"small": False}
-    monkeypatch.setattr(
-        transformers.AutoConfig, "from_pretrained", lambda name, **_: hf_models.config(name, size["small"])
-    )
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **_: hf_models.tokenizer(name))
-    yield size
+    yield hf_models.published(monkeypatch)
     _made.cache_clear()
 
 
