@@ -75,7 +75,7 @@ class CaptionDecoder:
         self.encoded: list[KVCache] = []  # of each of the encoder's blocks
         block: Any  # a Block
         for block in head.encoder.blocks:
-            x, (keys, values) = block.run(x, x.shape[1], mask)
+            x, (keys, values) = block.extend(x, x.shape[1], mask)
             self.encoded.append((keys.repeat_interleave(copies, 0), values.repeat_interleave(copies, 0)))
         self.read: list[KVCache | None] = [None] * len(text.transformer.resblocks)  # of each of the text tower's
 
@@ -86,13 +86,13 @@ class CaptionDecoder:
         x = x + self.text.positional_embedding[self.length].to(x.dtype)
         block: Any  # a Block
         for i, block in enumerate(self.text.transformer.resblocks):
-            x, self.read[i] = block.run(x, 1, None, self.read[i])
+            x, self.read[i] = block.extend(x, 1, None, self.read[i])
         encoder = self.head.encoder
         x = projected(self.text, x).to(encoder.type_embedding.dtype)
         x = x + encoder.positional_embedding[self.length] + encoder.type_embedding[TEXT]
         self.mask = F.pad(self.mask, (0, 1), value=True)
         for i, block in enumerate(encoder.blocks):
-            x, self.encoded[i] = block.run(x, 1, self.mask, self.encoded[i])
+            x, self.encoded[i] = block.extend(x, 1, self.mask, self.encoded[i])
         self.length += 1
         return self.head.scores(x[:, 0], embedding)
 

@@ -174,8 +174,8 @@ class FusionTransformer(nn.Module):
         blocks: list[Any] = list(self.blocks)
         *first, last = blocks
         for block in first:
-            x, _ = block.run(x, x.shape[1], mask)
-        return last.run(x, 1 if first_only else x.shape[1], mask)[0]
+            x = block.run(x, x.shape[1], mask)
+        return last.run(x, 1 if first_only else x.shape[1], mask)
 
 
 class GlobalToLocal(nn.Module):

@@ -62,9 +62,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, k_x: None = None, v_x: None = None, attn_mask: Tensor | None = None) -> Tensor:
         """Encode tokens (B, L, W) to (B, L, W), with the arguments of open_clip's block."""
-        return self.run(x, x.shape[1], attn_mask)[0]
+        return self.run(x, x.shape[1], attn_mask)
 
-    def run(
+    def run(self, x: Tensor, kept: int, mask: Tensor | None = None) -> Tensor:
+        """Encode the first `kept` of tokens (B, L, W): (B, kept, W). Keys and values are gone when the second part runs."""
+        x = x[:, :kept] + self.ls_1(self.attn(self.ln_1(x), kept, mask)[0])
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
+
+    def extend(
         self, x: Tensor, kept: int, mask: Tensor | None = None, past: KVCache | None = None
     ) -> tuple[Tensor, KVCache]:
         """Encode the first `kept` of tokens (B, L, W) that come after those of `past`: ((B, kept, W), keys and values of all)."""

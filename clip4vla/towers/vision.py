@@ -56,7 +56,7 @@ def pooled_places(
     for number, block in enumerate(blocks):
         last = number == len(blocks) - 1 and first_only
         run = functools.partial(block.run, kept=1 if last else x.shape[1], mask=mask)
-        x = checkpoint(run, x, use_reentrant=False)[0] if tower.transformer.grad_checkpointing else run(x)[0]
+        x = checkpoint(run, x, use_reentrant=False) if tower.transformer.grad_checkpointing else run(x)
     return x
 
 

@@ -18,22 +18,26 @@ Left out: norms, activations and softmax. Not useful: padding, activations and t
 of accumulation. MFU = useful FLOPs / (seconds * FLOP/s of a large bf16 matrix product, measured when the run starts).
 """
 
+import functools
 import math
 from typing import Any, TypeVar
 
 import torch
+from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import Tensor, nn
 
 from clip4vla.config import RunConfig
 from clip4vla.data.batch import Batch
 from clip4vla.distributed import collectives
 from clip4vla.losses import objective
+from clip4vla.models import tower_costs
 from clip4vla.models.audio_encoder import type_token_weights
 from clip4vla.models.audio_trunk import OpenClipVit, TimmVit, vit_of
 from clip4vla.models.classifier import Classifier
 from clip4vla.models.fusion import GlobalToGlobal, LocalToLocal
 from clip4vla.models.model import Model, needed_towers, uses_head
-from clip4vla.towers.space import NoTower
+from clip4vla.towers.text import token_mask
+from clip4vla.towers.tokenizer import reads_padding
 
 Number = TypeVar("Number", float, Tensor)
 
@@ -75,20 +79,28 @@ class FlopCounter:
         # parts of a global batch that are compared each on its own; 1: the whole batch is
         self.batch_parts = cfg.train.gradient_accumulation_steps if cfg.train.negatives == "micro" else 1
         self.audio, self.channels = model.audio, 1 if model.spectrogram.channels == "mono" else 3
-        self.type_tokens = type_tokens(cfg)
-        if isinstance(model.text, NoTower):
-            return
-        vision = vit_of(model.vision)
-        self.per_frame = float(_picture(vision, 3, torch.tensor(math.prod(vision.grid)), 0))
-        passes = 3 if elements(model.text, trained=True) else 1
-        per_token, per_token_pair = _transformer(model.text.transformer.resblocks)
-        self.per_token, self.per_token_pair = passes * per_token, passes * per_token_pair
-        width = model.text.transformer.width
-        self.per_caption = passes * 2 * width * self.dim
-        embedding = model.text.token_embedding.weight  # of the captioner too, whose gradient it may not need
-        self.per_word_scores = 2 * width * (3 * self.dim + (2 + embedding.requires_grad) * shape(embedding)[0])
+        self.type_tokens, self.model = type_tokens(cfg), model
 
-    def _sound_flops(self, micro: Batch) -> float:
+    @functools.cached_property
+    def per_frame(self) -> float:
+        """FLOPs of a frame."""
+        vision = self.model.vision
+        if not has_formula(vision):
+            return tower_costs.picture_flops(self.model)
+        vit = vit_of(vision)
+        return float(_picture(vit, 3, torch.tensor(math.prod(vit.grid)), 0))
+
+    @functools.cached_property
+    def per_caption(self) -> tuple[float, float, float]:
+        """FLOPs of a caption of L tokens, a + b L + c L^2: (a, b, c)."""
+        text = self.model.text
+        if not has_formula(text):
+            return tower_costs.text_flops(self.model)
+        passes = 3 if elements(text, trained=True) else 1
+        per_token, per_token_pair = _transformer(text.transformer.resblocks)
+        return passes * 2 * text.transformer.width * self.dim, passes * per_token, passes * per_token_pair
+
+    def sound_flops(self, micro: Batch) -> float:
         """Count the FLOPs of the audio tower in all views: of each segment, or of the valid patches of each clip at once."""
         vit = self.audio.vit
         if self.cfg.model.audio_span == "segment":
@@ -108,18 +120,24 @@ class FlopCounter:
         total = self._similarity_flops(sum(map(len, micros))) + self._head_flops(micros)
         for micro in micros:
             if "audio" in towers:
-                total += self._sound_flops(micro)
+                total += self.sound_flops(micro)
             if "vision" in towers:
                 total += self.per_frame * _count_owned(micro.frame_clip, micro)
             if "text" in towers:
-                total += self._caption_flops(micro.tokens)
+                total += self.caption_flops(micro.on_host.tokens)
         return total
 
-    def _caption_flops(self, tokens: Tensor) -> float:
-        """Count the FLOPs of the text tower for captions, tokens (B, L), 0 after [EOS]."""
-        length = (tokens != 0).sum(1)
-        blocks = self.per_token * int(length.sum()) + self.per_token_pair * int(length.square().sum())
-        return blocks + self.per_caption * len(tokens)
+    def caption_flops(self, tokens: Tensor) -> float:
+        """Count the FLOPs of the text tower for captions, tokens (B, L)."""
+        length, (once, per_token, per_token_pair) = self._read(tokens), self.per_caption
+        return once * len(tokens) + per_token * int(length.sum()) + per_token_pair * int(length.square().sum())
+
+    def _read(self, tokens: Tensor) -> Tensor:
+        """Count the tokens of each caption (B, L) that its vector depends on, (B,)."""
+        text = self.model.text
+        if reads_padding(self.model.clip_config.get("text_cfg", {})):
+            return tokens.new_full((len(tokens),), tokens.shape[1] + (text.cls_emb is not None))
+        return token_mask(text, tokens).sum(1)
 
     def _similarity_flops(self, rows: int) -> float:
         """Count the FLOPs of the losses' similarity matrices, of `rows` rows on this rank and the columns of all ranks."""
@@ -137,7 +155,7 @@ class FlopCounter:
         if isinstance(self.head, Classifier):
             return 3 * 2 * clips * math.prod(shape(self.head.linear.weight))
         media_length = self._count_media(micros) / clips  # frames and segments, on average
-        words = sum(int((micro.tokens != 0).sum()) for micro in micros) / clips
+        words = sum(int(token_mask(self.model.text, micro.on_host.tokens).sum()) for micro in micros) / clips
         if isinstance(self.head, LocalToLocal):
             length = media_length + (1 if self.head.eos else words)
             pairs = clips * clips * collectives.world_size() / self.batch_parts
@@ -146,7 +164,9 @@ class FlopCounter:
         length = media_length + written
         per_token, per_token_pair = _transformer(self.head.encoder.blocks)
         encoder = 3 * (per_token * length + per_token_pair * length**2)
-        return clips * (encoder + self.per_word_scores * written)
+        embedding = self.model.text.token_embedding.weight  # of the captioner too, whose gradient it may not need
+        scores = 2 * shape(embedding)[1] * (3 * self.dim + (2 + embedding.requires_grad) * shape(embedding)[0])
+        return clips * (encoder + scores * written)
 
     def _count_media(self, micros: list[Batch]) -> int:
         """Count the frames and segments that the head reads."""
@@ -157,6 +177,11 @@ class FlopCounter:
             if "a" in self.cfg.model.modalities:
                 count += _count_owned(micro.segment_clip, micro)
         return count
+
+
+def has_formula(tower: nn.Module) -> bool:
+    """Tell whether a text or vision tower is one whose structure is known here; what others take is measured."""
+    return isinstance(tower, TextTransformer) or (isinstance(tower, VisionTransformer) and tower.attn_pool is None)
 
 
 def _count_owned(owner: Tensor, micro: Batch) -> int:
@@ -200,7 +225,8 @@ def _picture(vit: OpenClipVit | TimmVit, channels: int, patches: Tensor, extra: 
 def _pooled(vit: OpenClipVit | TimmVit, tokens: Tensor) -> Tensor:
     """Count forward FLOPs of what comes after the blocks: attention pooling of `tokens` tokens, if there is one, projection."""
     if isinstance(vit, OpenClipVit):
-        return 0 * tokens + (0 if vit.tower.proj is None else 2 * math.prod(shape(vit.tower.proj)))
+        pooling = 0 * tokens if vit.tower.attn_pool is None else _pooler(vit.tower.attn_pool, tokens)
+        return pooling + (0 if vit.tower.proj is None else 2 * math.prod(shape(vit.tower.proj)))
     weights = {
         n: shape(m.weight) for n, m in vit.tower.named_modules() if isinstance(m, nn.Linear) and ".blocks." not in n
     }
@@ -208,6 +234,12 @@ def _pooled(vit: OpenClipVit | TimmVit, tokens: Tensor) -> Tensor:
     return keys * tokens + 2 * sum(
         math.prod(size) for name, size in weights.items() if not name.endswith("attn_pool.kv")
     )
+
+
+def _pooler(pooler: Any, tokens: Tensor) -> Tensor:
+    """Count forward FLOPs of CoCa's attention of learned queries (n, D) to `tokens` tokens of W numbers."""
+    (count, dim), width = shape(pooler.query), shape(pooler.ln_k.weight)[0]
+    return 4 * count * dim**2 + 4 * (dim * width + count * dim) * tokens
 
 
 def bytes_sent(model: Model, cfg: RunConfig, stage: int, width: int, sent_width: int, vectors: bool) -> int:

@@ -22,6 +22,7 @@ from clip4vla.config import RunConfig
 from clip4vla.data.batch import Batch
 from clip4vla.distributed import collectives
 from clip4vla.losses import contrastive, objective
+from clip4vla.models import tower_costs
 from clip4vla.models.audio_trunk import OpenClipVit, TimmVit, vit_of
 from clip4vla.models.classifier import Classifier
 from clip4vla.models.fusion import GlobalToGlobal, LocalToLocal
@@ -32,10 +33,10 @@ from clip4vla.training.run_setup import RunSetup
 
 # Activations, in widths of a token. A block keeps inputs and outputs of norms, attention and the MLP's activation
 BLOCK = 16
-LAST_BLOCK = 5  # kept by one that gives the first token's output alone: input, norm, the norm's copy, key and value
-FORWARD = 15  # made on the way through a block without gradient
+LAST_BLOCK = 4  # kept by one that gives the first token's output alone: input, norm, key and value
+FORWARD, QUICK_FORWARD = 11, 15  # made on the way through a block without gradient; QuickGELU has an MLP's width more
 BACKWARD, QUICK_BACKWARD = 5, 9  # made on the way through a block's MLP, backward; QuickGELU multiplies its input again
-LAST_BACKWARD = 4  # made by that of the last block, beside what it keeps: gradients of key and value, twice
+LAST_BACKWARD = 2  # made by that of the last block, beside what it keeps: gradients of key and value
 POOLED = 12  # around a head's blocks: dropout, sums with embeddings, and fp32 vectors that are pooled
 # bytes of a pair of clips whose scores are there: logits with and without a mask, their exp or the scores, the mask. Of a tile
 # that is where torch.compile has no compiler; what it makes of losses/tiles.py takes 4
@@ -233,12 +234,18 @@ def passes_of(cfg: RunConfig, setup: RunSetup, micro: Batch) -> list[Pass]:
 def _text(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     tower = setup.model.text
     length = setup.model.cfg.max_tokens if cfg.loss.train_on_padding else micro.tokens.shape[1]
+    if not flops.has_formula(tower):
+        return _measured(cfg, setup, tower, tower_costs.text_memory, len(micro), length)
     return _blocks(cfg, setup, tower, len(micro) * length, masked=True)
 
 
 def _vision(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     """Count of frames (F, 3, 224, 224): normalised in fp32, twice at once, before they have a weight's width."""
-    vit, numbers = vit_of(setup.model.vision), math.prod(micro.frames.shape)
+    tower, numbers = setup.model.vision, math.prod(micro.frames.shape)
+    if not flops.has_formula(tower):
+        measured = _measured(cfg, setup, tower, tower_costs.picture_memory, len(micro.frames))
+        return measured._replace(forward=max(8.0 * numbers, measured.forward))
+    vit = vit_of(tower)
     tokens = len(micro.frames) * (math.prod(vit.grid) + vit.prefix_tokens)
     blocks = _blocks(cfg, setup, vit, tokens, vit.first_only)
     pixels = numbers * setup.width
@@ -246,9 +253,21 @@ def _vision(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     return blocks._replace(kept=blocks.kept + patches, forward=max(8 * numbers, blocks.forward + pixels + patches))
 
 
+def _measured(cfg: RunConfig, setup: RunSetup, tower: Any, measure: Any, *items: Any) -> Pass:
+    """Measure a tower's passes over these items."""
+    dtype = torch.float32 if setup.width == 4 else torch.bfloat16
+    taken = measure(setup.model, *items, dtype, cfg.train.activation_checkpointing)
+    return Pass(taken.kept, taken.forward, taken.backward, flops.elements(tower, trained=True))
+
+
 def _audio(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     """Count of segments (S, C, 224, 224) in all views: decibels, views, and views side by side, fp32, outlast the blocks."""
     vit, extra = setup.model.audio.vit, flops.type_tokens(cfg)
+    numbers = math.prod(micro.segments.shape)
+    decibels = 4 * numbers * (1 + 2 * len(extra))
+    if not flops.has_formula(vit.tower):
+        measured = _measured(cfg, setup, vit.tower, tower_costs.audio_memory, micro, extra)
+        return measured._replace(forward=measured.forward + decibels)
     patches = math.prod(vit.grid)
     sequences, length = len(micro.segments), patches
     if cfg.model.audio_span == "clip":
@@ -256,10 +275,9 @@ def _audio(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:
     tokens = sequences * sum(length + vit.prefix_tokens + count for count in extra)
     first_only = vit.first_only and cfg.model.audio_pool == "tower"
     blocks = _blocks(cfg, setup, vit, tokens, first_only, masked=cfg.model.audio_span == "clip")
-    numbers = math.prod(micro.segments.shape)
     pixels = numbers * len(extra) * setup.width
     kept = pixels * vit.kernel.weight.requires_grad
-    forward = blocks.forward + kept + pixels + 4 * numbers * (1 + 2 * len(extra))
+    forward = blocks.forward + kept + pixels + decibels
     return blocks._replace(kept=blocks.kept + kept, forward=forward)
 
 
@@ -278,18 +296,18 @@ def _blocks(
     trained = flops.elements(tower, trained=True)
     first: Any = blocks[0]
     one = float(first.attn.num_heads * first.attn.head_dim * setup.width * tokens)  # one width
-    if not learning:
-        return Pass(0.0, FORWARD * one, 0.0, trained)
     quick = any(isinstance(module, QuickGELU) for module in first.modules())
-    way = (QUICK_BACKWARD if quick else BACKWARD) * one
+    there, way = (QUICK_FORWARD * one, QUICK_BACKWARD * one) if quick else (FORWARD * one, BACKWARD * one)
+    if not learning:
+        return Pass(0.0, there, 0.0, trained)
     each = (BLOCK + masked) * one + (4 * first.attn.num_heads + 16) * tokens  # statistics of softmax and norms are fp32
     last, after = (LAST_BLOCK * one, 0.0) if first_only else (each, 2 * one)
     if cfg.train.activation_checkpointing and tower is not setup.model.head:
         kept = (1 + len(learning)) * one + after
-        return Pass(kept, kept + (FORWARD - 1) * one, each - 2 * one + way - after, trained)
+        return Pass(kept, kept + there - one, each - 2 * one + way - after, trained)
     kept = one + (len(learning) - 1) * each + last + after
-    back = LAST_BACKWARD * one if first_only else way - after
-    return Pass(kept, kept + 2 * one, back, trained)  # keys and values are there twice
+    back = max(LAST_BACKWARD * one, way - last) if first_only else way - after
+    return Pass(kept, kept + (1 if first_only else 2) * one, back, trained)
 
 
 def _head(cfg: RunConfig, setup: RunSetup, micro: Batch) -> Pass:

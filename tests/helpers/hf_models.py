@@ -1,5 +1,7 @@
 """Models and tokenizers of transformers without a hub: published sizes, and word-level tokenizers with each family's numbers."""
 
+import timm
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 ROBERTA = {
@@ -49,6 +51,28 @@ SPECIAL = {  # (template, padding, numbers) of the tokenizers
     "facebook/nllb-200-distilled-600M": ("eng $A </s>", "<pad>", {"<pad>": 1, "</s>": 2, "eng": 500}),
 }
 WORDS = "a crow sits on the red fire engine and looks at two dogs that play".split()
+
+
+STAGES = {
+    "convnext": "depths",
+    "swin": "depths",
+    "fastvit": "layers",
+}  # what timm calls the number of blocks of each stage
+
+
+def published(monkeypatch, blocks: int = 1):
+    """Give models of transformers as they are published, timm's with `blocks` blocks, or in each stage: {"small": False}."""
+    plain, size = timm.create_model, {"small": False}
+
+    def shallow(name, **words):
+        stages = next((word for start, word in STAGES.items() if name.startswith(start)), None)
+        count = 5 if name in ("fastvit_mci3", "fastvit_mci4") else 4
+        return plain(name, **words, **({stages: (blocks,) * count} if stages else {"depth": blocks}))
+
+    monkeypatch.setattr(timm, "create_model", shallow)
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda name, **_: config(name, size["small"]))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **_: tokenizer(name))
+    return size
 
 
 def config(name: str, small: bool):

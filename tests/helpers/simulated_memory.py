@@ -338,7 +338,7 @@ def built_model(sim, cfg, dtype, layers):
                 kind = dtype if value.is_floating_point() else value.dtype
                 module._buffers[name] = sim.empty(value.shape, dtype=kind)
     for tower in (model.text, model.vision, model.audio.trunk):
-        tower.transformer.grad_checkpointing = cfg.train.activation_checkpointing
+        tower.set_grad_checkpointing(cfg.train.activation_checkpointing)
     return model
 
 

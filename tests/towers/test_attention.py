@@ -69,7 +69,7 @@ def test_outputs_and_gradients_are_brute_forces(theirs, release, kept, by):
         "queries": each,
     }[by]
     mask = {"none": None, "keys": keys, "queries": each[:, :kept]}[by]
-    ours, wanted = block.run(x, kept, mask)[0], brute_force(reference, x, seen)[:, :kept]
+    ours, wanted = block.run(x, kept, mask), brute_force(reference, x, seen)[:, :kept]
     torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
     loss = torch.randn_like(ours)
     (ours * loss).sum().backward()
@@ -91,9 +91,9 @@ def test_a_position_after_others_is_that_of_all_at_once(theirs):
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(2, -1, -1)
     past, steps = None, []
     for i in range(LENGTH):
-        step, past = block.run(x[:, i : i + 1], 1, past=past)
+        step, past = block.extend(x[:, i : i + 1], 1, past=past)
         steps.append(step)
-    torch.testing.assert_close(torch.cat(steps, 1), block.run(x, LENGTH, causal)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat(steps, 1), block.run(x, LENGTH, causal), rtol=1e-12, atol=1e-12)
 
 
 def test_a_block_that_reads_another_sequence_too_stays_open_clips():

@@ -7,7 +7,6 @@ import sys
 import hf_models
 import open_clip
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 import transformers
@@ -29,7 +28,6 @@ from clip4vla.towers.tokenizer import _made, tokenizer
 from clip4vla.towers.vision import encode_images
 from clip4vla.towers.weights import check_size_claims, load_clip_weights
 
-STAGES = {"convnext": "depths", "swin": "depths", "fastvit": "layers"}
 SMALL_TEXT = {"layers": 1, "width": 64, "heads": 2, "vocab_size": 600}
 OPENAI_TEXT = SMALL_TEXT | {"vocab_size": 49408}
 FAMILIES = {  # its towers at another depth and width
@@ -58,20 +56,7 @@ TEXTS = ["a crow", "two dogs that play and a crow that looks at the red fire eng
 @pytest.fixture
 def hub(monkeypatch):
     """Models of transformers as they are published, and timm's with one block, or one of each stage."""
-    plain = timm.create_model
-
-    def shallow(name, **words):
-        stages = next((word for start, word in STAGES.items() if name.startswith(start)), None)
-        count = 5 if name in ("fastvit_mci3", "fastvit_mci4") else 4
-        return plain(name, **words, **({stages: (1,) * count} if stages else {"depth": 1}))
-
-    monkeypatch.setattr(timm, "create_model", shallow)
-    size = {"small": False}
-    monkeypatch.setattr(
-        transformers.AutoConfig, "from_pretrained", lambda name, **_: hf_models.config(name, size["small"])
-    )
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name, **_: hf_models.tokenizer(name))
-    yield size
+    yield hf_models.published(monkeypatch)
     _made.cache_clear()
 
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import tracemalloc
 
+import hf_models
 import pytest
 import torch
 from simulated_memory import Simulation, Step, as_on_cuda, fake_ranks
@@ -75,6 +76,25 @@ STAGES = [
 def test_memory_is_estimated_within_5_percent(clips, world, words, options):
     pictures = {"vectors": False} if ALL_TOWERS in words else {}
     step = simulated(clips, world, *words, **pictures, **options)
+    with step.as_rank():
+        estimate = memory.estimate(step.cfg, step.setup, step.micros)
+    assert estimate.total == pytest.approx(step.sim.peak, rel=0.05)
+
+
+@pytest.mark.parametrize("recomputed", [(), (RECOMPUTED,)], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(
+    "clip, ears",
+    [
+        ("ViT-B-16-SigLIP", "vision"),
+        ("convnext_base", "vit_small_patch16_224"),
+        ("xlm-roberta-base-ViT-B-32", "vision"),
+    ],
+)
+def test_memory_of_other_families_is_estimated_within_5_percent(clip, ears, recomputed, monkeypatch):
+    """Of timm's ViT and ConvNeXt, and of a text tower of transformers, with two blocks each."""
+    hf_models.published(monkeypatch, blocks=2)
+    words = (f"model.clip={clip}", f"model.audio_tower={ears}", ALL_TOWERS, *recomputed)
+    step = Step(64, 1, *words, vectors=False)
     with step.as_rank():
         estimate = memory.estimate(step.cfg, step.setup, step.micros)
     assert estimate.total == pytest.approx(step.sim.peak, rel=0.05)
