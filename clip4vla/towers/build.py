@@ -47,6 +47,11 @@ def build_clip(config: dict[str, Any]) -> Any:
         raise
     except Exception as error:  # open_clip and torch raise many kinds for sizes that cannot be
         raise UserError(f"model.clip: open_clip cannot build these towers: {one_line(error)}") from None
+    if not isinstance(model.text, TextTransformer | HFTextEncoder):
+        raise UserError(
+            f"model.clip: its text_cfg makes a {type(model.text).__name__}: a TextTransformer, or a model of transformers, is "
+            "required; take another CLIP"
+        )
     if isinstance(model.text, HFTextEncoder):
         model.text = HFText(model.text, text.get("context_length", 77))
     if not isinstance(model.visual.image_size, tuple):

@@ -19,9 +19,13 @@ def encode_text(tower: Any, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
     """Encode token numbers (B, L) to (sentence vector (B, D), projected outputs of all tokens (B, L, D), None if not given)."""
     if not isinstance(tower, TextTransformer):
         return tower.encode(tokens)
-    x, mask = tower._embeds(tokens)
-    length = x.shape[1]
-    x = projected(tower, tower.transformer(x, attn_mask=mask[..., :length, :length] if mask is not None else None))
+    if tower.use_pad_mask or tower.cls_emb is not None:
+        x, mask = tower._embeds(tokens)
+    else:  # whose causal mask open_clip 3 leaves whole, and 4 cuts as torch.export cannot
+        length = tokens.shape[1]
+        x = tower.token_embedding(tokens) + tower.positional_embedding[:length]
+        mask = None if tower.attn_mask is None else tower.attn_mask[..., :length, :length]
+    x = projected(tower, tower.transformer(x, attn_mask=mask))
     if tower.cls_emb is not None:  # CoCa's, which comes after the tokens
         return x[:, -1], x[:, :-1]
     return text_global_pool(x, tokens, tower.pool_type, eos_token_id=tower.eos_id), x
