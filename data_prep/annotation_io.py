@@ -5,6 +5,7 @@ import html
 import math
 import re
 import sys
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -90,8 +91,9 @@ def read_csv(
             yield where, error
             continue
         if any(cells):
-            cells += [""] * (len(names) - len(cells))
-            yield where, dict(zip(names, cells, strict=True))
+            if len(cells) < len(names):
+                cells += [""] * (len(names) - len(cells))
+            yield where, dict(zip(names, cells))  # noqa: B905  strict takes time of millions of lines
 
 
 def read_csvs(place: Path, splits: dict[str, str], *columns: str, header: bool = True) -> Iterator[Line]:
@@ -174,9 +176,9 @@ def rows(lines: Iterable[Line], parse: Callable[[str, Any], ManifestRow | None],
             continue
         if row is None:
             continue
-        first = places.first(row, where)
-        if first and not join:
-            yield Skipped("malformed", where, f"duplicate of {first}")
+        is_first = places.is_first(row, where)
+        if not is_first and not join:
+            yield Skipped("malformed", where, f"duplicate of {places.first(row)}")
             continue
         if join:
             row = _joined(joined.setdefault((row.split, row.id), row), row)
@@ -185,27 +187,46 @@ def rows(lines: Iterable[Line], parse: Callable[[str, Any], ManifestRow | None],
             del row.captions[CAPTIONS:], row.caption_langs[CAPTIONS:]
         if not join and not (row.media or row.picture):
             yield missing(row.id, row.item)
-        elif not first:
+        elif is_first:
             kept.append(row)
     del places
     yield from _checked(kept)
 
 
 class Places:
-    """Remembers where the first line of each clip stands: FILE:LINE as a number, since there may be millions."""
+    """Remembers where the first line of each clip stands, in 8 bytes beside its id, since there may be millions."""
 
     def __init__(self) -> None:
-        self.files: dict[str, int] = {}
-        self.by_id: dict[str, dict[str, int | str]] = defaultdict(dict)  # by split
+        self.files: list[str] = []  # FILE of FILE:LINE, or FILE: ID
+        self.places: dict[str, array[int]] = defaultdict(lambda: array("q"))  # by split: file << 32 | line, or 0
+        self.ids: dict[str, dict[str, int | None]] = defaultdict(dict)  # numbers among places, once one is asked for
+        self.is_numbered = False
 
-    def first(self, row: ManifestRow, where: str) -> str:
-        """Return where a line before this one had the row's split and id; "" if none had."""
+    def is_first(self, row: ManifestRow, where: str) -> bool:
+        """Tell whether no line before this one had the row's split and id."""
+        ids = self.ids[row.split]
+        count = len(ids)
+        ids.setdefault(row.id, count if self.is_numbered else None)
+        if len(ids) == count:
+            return False
         file, _, line = where.rpartition(":")
-        place = int(line) << 16 | self.files.setdefault(file, len(self.files)) if line.isdecimal() else where
-        held = self.by_id[row.split].setdefault(row.id, place)
-        if held is place:
-            return ""
-        return held if isinstance(held, str) else f"{[*self.files][held & 0xFFFF]}:{held >> 16}"
+        if not line.isdecimal() or line[0] == "0" or len(line) > 9:
+            file, line = where, "0"
+        if not self.files or self.files[-1] != file:
+            self.files.append(file)
+        self.places[row.split].append(len(self.files) - 1 << 32 | int(line))
+        return True
+
+    def first(self, row: ManifestRow) -> str:
+        """Return where the first line with the row's split and id stands."""
+        if not self.is_numbered:
+            for ids in self.ids.values():
+                ids.update({key: number for number, key in enumerate(ids)})
+            self.is_numbered = True
+        number = self.ids[row.split][row.id]
+        assert number is not None
+        file, line = divmod(self.places[row.split][number], 1 << 32)
+        return f"{self.files[file]}:{line}" if line else self.files[file]
 
 
 def _joined(kept: ManifestRow, row: ManifestRow) -> ManifestRow:
@@ -275,7 +296,7 @@ def clip_row(
         raise ValueError("no id")
     name, kept = f"{video}_{short(start)}_{short(end)}", captions(texts, split) if texts is not None else []
     row = ManifestRow(name, sys.intern(video), name, source, split, kept, ["en"] * len(kept), **more)
-    return located(row, media.find_clip(video, start, end, **(naming or {})))
+    return located(row, media.find_clip(video, start, end, **naming) if naming else media.find_clip(video, start, end))
 
 
 def located(row: ManifestRow, place: Located | None) -> ManifestRow:

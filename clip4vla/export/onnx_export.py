@@ -1,14 +1,15 @@
 """Export a whole model to ONNX, each file checked with onnxruntime against torch, and onnx.json, which says how to use them.
 
-audio.onnx    segments (S, C, 224, 224) as spectrogram.normalise gives them, mix (1, T, 2) of type_token_weights
+audio.onnx    segments (S, C, rows, mels) as spectrogram.normalise gives them, mix (1, T, 2) of type_token_weights
               -> vectors (S, D)
 text.onnx     tokens (B, L) int64, L at most the tower's context length -> vectors (B, D); words (B, L, D) where a head reads them
 vision.onnx   images (F, 3, H, W), RGB in 0..255 -> vectors (F, D)
 head.onnx     of every head but global_global, which has no weights: see onnx_modules.HeadModule
 
-Vectors are fp32 and not of unit length. All sizes but C, D, H and W are free.
+Vectors are fp32 and not of unit length. All sizes but C, D, H, W, rows and mels are free.
 """
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Sequence
@@ -154,7 +155,7 @@ def _manual(model: Model, parts: dict[str, _Part]) -> dict[str, Any]:
         for name, part in parts.items()
     }
     tokens = {"clip": model.cfg.clip, "max_tokens": model.cfg.max_tokens}
-    pictures = {"frames": to_dict(model.frames), "range": [0, 255], "color": "RGB"}
+    pictures = {"frames": to_dict(model.frames), "range": [0, 255], "color": "RGB"} | dataclasses.asdict(model.pictures)
     scale = model.logit_scale.float().exp().item() if model.cfg.learn_temperature else 1 / model.cfg.temperature
     sound = {"spectrogram": to_dict(model.spectrogram), "spectrogram_norm": model.cfg.spectrogram_norm}
     sound["mix"] = {"vb": [[[1, 0]]], "nb": [[[0, 1]]], "both": [[[1, 0], [0, 1]]], "default": model.cfg.audio_type}

@@ -53,16 +53,14 @@ def source_of(path: Path | Source) -> Source:
 
 def suffix_of(path: str) -> str:
     """Return the suffix of a file's name in lower case, with its dot; of a name that ends in a dot, the dot."""
-    name = path[path.rfind("/") + 1 :]
-    dot = name.rfind(".")
-    return name[dot:].lower() if dot > 0 else ""
+    stem, dot, suffix = path.rpartition("/")[2].rpartition(".")
+    return (dot + suffix).lower() if stem else ""
 
 
 def stem_of(path: str) -> str:
     """Return a file's name without its suffix."""
-    name = path[path.rfind("/") + 1 :]
-    dot = name.rfind(".")
-    return name[:dot] if dot > 0 else name
+    name = path.rpartition("/")[2]
+    return name.rpartition(".")[0] or name
 
 
 class RangeReader(io.RawIOBase):

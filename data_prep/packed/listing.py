@@ -40,13 +40,19 @@ def base_of(dataset: str, media_root: str) -> str:
     return posixpath.dirname(media_root) or "." if media_root.endswith(SUFFIXES[dataset]) else media_root.rstrip("/")
 
 
-def list_archives(dataset: str, media_root: str) -> tuple[str, list[str]]:
-    """Return the base and the paths, relative to it, of all tars or tables; UserError if there is none."""
+def list_archives(dataset: str, media_root: str) -> tuple[str, list[str], list[str]]:
+    """Return the base, and the paths relative to it of all tars or tables, and of compressed tars beside them.
+
+    Raises UserError if there is no tar or table.
+    """
     base, suffixes = base_of(dataset, media_root), SUFFIXES[dataset]
+    compressed: list[str] = []
     if dataset == "parquet" and media_root.startswith(HUB):
         names = _hub_files(media_root.removeprefix(HUB), base)
     elif base == media_root.rstrip("/") or base == media_root:
-        names = [name for name in _files_below(base) if name.endswith(suffixes)]
+        below = _files_below(base)
+        names = [name for name in below if name.endswith(suffixes)]
+        compressed = [name for name in below if name.endswith(COMPRESSED)] if dataset == "webdataset" else []
         names = _without_caches(base, names) if dataset == "parquet" else names
     else:
         names = _expanded(base, media_root.removeprefix(base).lstrip("/"))
@@ -59,7 +65,7 @@ def list_archives(dataset: str, media_root: str) -> tuple[str, list[str]]:
             f"media_root={media_root}: no {' or '.join(suffixes)} file there; it names one, a folder, a pattern such as "
             "FOLDER/{00000..00009}.tar, or the URL of one"
         )
-    return base, names
+    return base, names, compressed
 
 
 def _must_not_be_compressed(names: list[str], media_root: str) -> None:

@@ -11,6 +11,7 @@ from clip4vla.data.loader import MIN_READS, open_folders
 from clip4vla.data.precomputed_embeddings import MEMBER
 from clip4vla.data.sample_metadata import parse
 from clip4vla.data.shards import INDEX, CorruptSample
+from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.towers.space import is_space
 from data_prep.embed_shards import EmbeddingTask, Place, finish, open_places, write
@@ -24,6 +25,11 @@ def run(cfg: RunConfig, files: Sequence[str]) -> None:
     if not is_space(cfg.model.clip):
         raise UserError(
             f"--from: model.clip={cfg.model.clip} is computed here: name the space of the files, model.clip=vectors:NAME"
+        )
+    collectives.setup()
+    if collectives.world_size() > 1:
+        raise UserError(
+            f"--from: {collectives.world_size()} ranks would copy the same files: start one process, python data_prep/embed.py .."
         )
     folders = open_folders(cfg.data.train | cfg.data.val | cfg.data.test, "data.train")
     with open_places(folders) as places:

@@ -42,7 +42,7 @@ class _Run(NamedTuple):
 
 
 class VectorFiles:
-    """Holds the unit vectors of some files in a temporary one, as float16; in memory, where each clip's are: 0.3 KB a clip."""
+    """Holds the unit vectors of some files in a temporary one, as float16; in memory, the clips' ids and where theirs are."""
 
     def __init__(self, files: Sequence[str], folder: Path):
         """Read the files once, from their starts to their ends; the temporary one lies in `folder`.

@@ -49,7 +49,7 @@ class _Column:
 
 def parquet(cfg: DataConfig) -> RowsOrSkipped:
     """One row is one sample; rows of a row group stay together and in order."""
-    base, names = list_archives("parquet", cfg.media_root)
+    base, names, _ = list_archives("parquet", cfg.media_root)
     skipped: list[Skipped] = []
 
     def lines() -> Iterator[Line]:

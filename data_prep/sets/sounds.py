@@ -23,8 +23,9 @@ def audioset(place: Path, media: MediaFolder) -> RowsOrSkipped:
             names[named["mid"]] = annotation_io.clean(named["display_name"])
 
     english = ["en"]  # one list for millions of rows
+    seconds = functools.lru_cache(1 << 12)(float)  # and one number for those that begin alike
 
-    @functools.lru_cache(1 << 18)  # most lines have one of these
+    @functools.lru_cache(1 << 15)  # most lines have one of these
     def labels(mids: str) -> tuple[list[str], list[str]]:
         kinds = [names.get(mid) or names.get(mid.strip()) or "" for mid in mids.split(",")]
         if "" in kinds:
@@ -36,7 +37,7 @@ def audioset(place: Path, media: MediaFolder) -> RowsOrSkipped:
         if line["YTID"].startswith("#"):
             return None
         kinds, captions = labels(line["positive_labels"])
-        clip = line["YTID"], float(line["start_seconds"]), float(line["end_seconds"])
+        clip = line["YTID"], seconds(line["start_seconds"]), seconds(line["end_seconds"])
         made = annotation_io.clip_row(media, "audioset", split, *clip, None, audio_type="nb", labels=kinds)
         made.captions, made.caption_langs = captions, english
         return made

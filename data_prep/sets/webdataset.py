@@ -48,8 +48,13 @@ class _Sample:
 
 def webdataset(cfg: DataConfig) -> RowsOrSkipped:
     """KEY.mp4, KEY.flac, KEY.jpg, .. with KEY.txt, KEY.json and KEY.cls beside; KEY ends before the first dot of a name."""
-    base, names = list_archives("webdataset", cfg.media_root)
+    base, names, compressed = list_archives("webdataset", cfg.media_root)
     skipped: list[Skipped] = []
+    if compressed:
+        counted = (
+            f"{len(compressed)} compressed tars are not read, the first: {compressed[0]}: unpack them to plain ones"
+        )
+        skipped.append(Skipped("unusable", base, counted))
 
     def lines() -> Iterator[Line]:
         others: Counter[str] = Counter()

@@ -7,7 +7,8 @@ from annotation_files import reasons
 
 from clip4vla.config_io import NOT_UTF8
 from clip4vla.errors import UserError
-from data_prep.annotation_io import read_csv
+from data_prep.annotation_io import Places, read_csv
+from data_prep.manifest import ManifestRow
 
 UNCLOSED = "not a line of a table (unexpected end of data): write a quote inside a cell twice, and a cell in one line"
 TALK = {"start": [0], "end": [12], "text": ["a b c d e"]}
@@ -179,3 +180,26 @@ def test_a_key_that_is_given_twice_loses_nothing_silently(prepare):
         "howto100m", {"HowTo100M_v1.csv": "video_id,category_1\nx,\n", "caption.json": talks}, ["x.mp4"]
     )
     assert len(rows) == 1 and reasons(skipped) == {"caption.json: x": "malformed: duplicate of caption.json: x"}
+
+
+def test_places_name_the_first_line_of_each_clip():
+    """By file and line or id, of each split; also of clips that come after the first that was asked for."""
+    places, first_of = Places(), {}
+    lines = [
+        ("train", "a", "f.csv:3"),
+        ("train", "b", "f.csv:4"),
+        ("val", "a", "g.json: 007"),
+        ("train", "a", "f.csv:9"),
+    ]
+    lines += [
+        ("train", "c", "h.csv:7"),
+        ("val", "c", "h.csv:12345678901"),
+        ("train", "c", "h.csv:8"),
+        ("val", "c", "f.csv:1"),
+    ]
+    for split, name, where in lines:
+        row = ManifestRow(name, name, name, "s", split)
+        assert places.is_first(row, where) == ((split, name) not in first_of)
+        first_of.setdefault((split, name), where)
+        if len(first_of) > 2:
+            assert places.first(row) == first_of[split, name]

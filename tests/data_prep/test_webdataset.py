@@ -233,6 +233,21 @@ def test_compressed_tars_are_refused_with_the_remedy(tmp_path, place):
         rows(f"{tmp_path}{place}")
 
 
+@pytest.mark.parametrize("base", ["", "memory://beside"])
+def test_compressed_tars_beside_plain_ones_are_counted(tmp_path, base):
+    base = base or str(tmp_path)
+    for name in ("b.tar.zst", "a/0.tgz", "c.tar.gz.txt"):
+        with fsspec.open(f"{base}/{name}", "wb", auto_mkdir=True) as file:
+            file.write(b"compressed")
+    with fsspec.open(f"{base}/0.tar", "wb") as file:
+        file.write(write_tar(tmp_path / "made/0.tar", {"0.flac": medium("flac")}).read_bytes())
+    (tmp_path / "made/0.tar").unlink()
+    made, skipped = rows(base)
+    assert [row.id for row in made] == ["0.tar/0.flac"]
+    why = "unusable: 2 compressed tars are not read, the first: a/0.tgz: unpack them to plain ones"
+    assert reasons(skipped) == {base: why}
+
+
 def test_parts_and_what_changed_later(run, tmp_path):
     """Parts give one run's bytes; a tar that changes has its shards made again, and no others."""
     for n in range(4):

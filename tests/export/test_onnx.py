@@ -20,10 +20,10 @@ SMALLEST = {key: value | {"layers": 1} if key.endswith("cfg") else value for key
 D = TINY["embed_dim"]
 
 
-def tiny_model(quick_gelu=True, channels="mono", **settings) -> Model:
+def tiny_model(quick_gelu=True, channels="mono", clip=(), **settings) -> Model:
     torch.manual_seed(0)
     cfg = ModelConfig(**{"clip": "tiny.json", "head_layers": 1} | settings)
-    return Model(SMALLEST | {"quick_gelu": quick_gelu}, cfg, SpectrogramConfig(channels=channels)).eval()
+    return Model(SMALLEST | {"quick_gelu": quick_gelu, **dict(clip)}, cfg, SpectrogramConfig(channels=channels)).eval()
 
 
 def same(got, want) -> None:
@@ -33,7 +33,8 @@ def same(got, want) -> None:
 
 @torch.no_grad()
 def test_towers_give_torchs_vectors_in_all_shapes(tmp_path):
-    model = tiny_model(channels="lmr")
+    fitted = {"interpolation": "bilinear", "resize_mode": "squash", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.1]}
+    model = tiny_model(channels="lmr", clip={"preprocess_cfg": fitted})
     onnx_export.export_model(model, tmp_path)
     manual = json.loads((tmp_path / "onnx.json").read_text())
     opened = {name: onnxruntime.InferenceSession(tmp_path / name) for name in manual["files"]}
@@ -50,6 +51,7 @@ def test_towers_give_torchs_vectors_in_all_shapes(tmp_path):
         frames = torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8)
         same(opened["vision.onnx"].run(None, {"images": frames.float().numpy()})[0], model.encode_frames(frames))
     assert manual["dim"] == D and manual["tokenizer"]["max_tokens"] == 32 and manual["images"]["range"] == [0, 255]
+    assert manual["images"].items() >= (fitted | {"size": [224, 224]}).items()
     assert manual["scale"] == pytest.approx(100)
     assert manual["audio"]["mix"]["both"] == type_token_weights("both").tolist()
     assert manual["audio"]["spectrogram"]["channels"] == "lmr"
