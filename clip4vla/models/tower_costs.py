@@ -41,7 +41,7 @@ class PassMemory(NamedTuple):
 def picture_flops(model: Model) -> float:
     """Count FLOPs of the vision tower for one picture, with those of the gradient if it trains."""
     tower = _on_meta(model, "vision", torch.float32)
-    return _flops(lambda: encode_images(tower, _pictures(model, 1, torch.float32)))
+    return _flops(tower, lambda: encode_images(tower, _pictures(model, 1, torch.float32)))
 
 
 def text_flops(model: Model) -> tuple[float, float, float]:
@@ -49,7 +49,7 @@ def text_flops(model: Model) -> tuple[float, float, float]:
     tower = _on_meta(model, "text", torch.float32)
     third = min(LONGEST, tower.context_length) // 3
     lengths = [third, 2 * third, 3 * third]
-    counts = [_flops(functools.partial(_sentences, tower, 1, length)) for length in lengths]
+    counts = [_flops(tower, functools.partial(_sentences, tower, 1, length)) for length in lengths]
     powers = torch.tensor(lengths, dtype=torch.float64)[:, None] ** torch.arange(3)
     a, b, c = torch.linalg.solve(powers, torch.tensor(counts, dtype=torch.float64)).tolist()
     return a, b, c
@@ -116,13 +116,17 @@ def _sentences(tower: Any, count: int, length: int) -> Tensor:
     return encode_text(tower, _empty(count, length, dtype=torch.int64))[0]
 
 
-def _flops(run: Callable[[], Tensor]) -> float:
-    """Count FLOPs of run() and of the gradient of its sum."""
+def _flops(tower: nn.Module, run: Callable[[], Tensor]) -> float:
+    """Count FLOPs of run() of a tower, and of the gradient of its sum.
+
+    Three times the forward pass where convolutions have groups: of their gradients torch counts those of all pairs of channels.
+    """
+    groups = any(isinstance(module, nn.Conv2d) and module.groups > 1 for module in tower.modules())
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         out = run()
-        if out.requires_grad:
+        if out.requires_grad and not groups:
             out.sum().backward()
-    return float(counter.get_total_flops())
+    return float(counter.get_total_flops()) * (3 if out.requires_grad and groups else 1)
 
 
 def _memory(tower: nn.Module, run: Callable[[], Tensor]) -> PassMemory:
