@@ -94,6 +94,15 @@ def run(cfg: RunConfig) -> None:
                 finish(place, fingerprint)
 
 
+def must_be_one_process() -> None:
+    """Raise UserError if a launcher started several ranks: each would copy the same files into the same folders."""
+    collectives.setup()
+    if (ranks := collectives.world_size()) > 1:
+        raise UserError(
+            f"--from: {ranks} ranks would copy the same files: start one process, python data_prep/embed.py .."
+        )
+
+
 @dataclass
 class Place:
     """Pair a folder of shards with the one that its vectors go to."""

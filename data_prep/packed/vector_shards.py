@@ -11,10 +11,9 @@ from clip4vla.data.loader import MIN_READS, open_folders
 from clip4vla.data.precomputed_embeddings import MEMBER
 from clip4vla.data.sample_metadata import parse
 from clip4vla.data.shards import INDEX, CorruptSample
-from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.towers.space import is_space
-from data_prep.embed_shards import EmbeddingTask, Place, finish, open_places, write
+from data_prep.embed_shards import EmbeddingTask, Place, finish, must_be_one_process, open_places, write
 from data_prep.packed.vectors import BROKEN, VectorFiles
 
 TOGETHER = 64  # clips whose json is read at once
@@ -26,11 +25,7 @@ def run(cfg: RunConfig, files: Sequence[str]) -> None:
         raise UserError(
             f"--from: model.clip={cfg.model.clip} is computed here: name the space of the files, model.clip=vectors:NAME"
         )
-    collectives.setup()
-    if collectives.world_size() > 1:
-        raise UserError(
-            f"--from: {collectives.world_size()} ranks would copy the same files: start one process, python data_prep/embed.py .."
-        )
+    must_be_one_process()
     folders = open_folders(cfg.data.train | cfg.data.val | cfg.data.test, "data.train")
     with open_places(folders) as places:
         vectors = VectorFiles(files, places[0].out.local / ".parts")

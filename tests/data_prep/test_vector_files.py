@@ -293,7 +293,7 @@ def test_another_space_is_refused(made):
 
 def test_several_ranks_are_refused(monkeypatch):
     """Each would write the same folders."""
-    monkeypatch.setattr(vector_shards.collectives, "world_size", lambda: 2)
+    monkeypatch.setattr(embed_shards.collectives, "world_size", lambda: 2)
     cfg = load(RunConfig, None, ["model.clip=vectors:x"])
     with pytest.raises(UserError, match="^--from: 2 ranks would copy the same files: start one process"):
         vector_shards.run(cfg, ["text.npz"])
