@@ -47,7 +47,9 @@ def resolve_clip_config(clip: str, quick_gelu: str = "auto") -> dict[str, Any]:
                 f"model.clip: open_clip knows no model {clip!r} (nearest: {near[0]}), and no such file exists"
             )
         if other := {"vision_cfg", "text_cfg"} - {*known}:
-            raise UserError(f"model.clip={clip}: open_clip's {name} has no {min(other)}: a CLIP of texts and pictures is required")
+            raise UserError(
+                f"model.clip={clip}: open_clip's {name} has no {min(other)}: a CLIP of texts and pictures is required"
+            )
         config = known
         trained_with = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")  # OpenAI's: yes
     if quick_gelu != "auto" or trained_with is not None:

@@ -94,7 +94,9 @@ def test_all_models_give_vectors_words_and_gradients(hub):
 
 def test_a_model_of_another_kind_is_refused_in_one_line(monkeypatch):
     """As open_clip 4 has them: without pictures, or with a text tower that is no TextTransformer."""
-    monkeypatch.setattr(open_clip, "get_model_config", lambda name: {key: TINY[key] for key in ("embed_dim", "text_cfg")})
+    monkeypatch.setattr(
+        open_clip, "get_model_config", lambda name: {key: TINY[key] for key in ("embed_dim", "text_cfg")}
+    )
     with pytest.raises(UserError, match="has no vision_cfg: a CLIP of texts and pictures is required"):
         resolve_clip_config("CLAP-x")
 
