@@ -38,7 +38,7 @@ setup(
     install_requires=[  # inference alone
         "torch>=2.11,<2.12",
         "torchaudio>=2.11,<2.12",
-        "open_clip_torch>=3.3,<4",  # tested: 3.3.0
+        "open_clip_torch>=3.3,<5",  # tested: 3.3.0, and 4.2.0.dev0 by its source
         "timm>=1.0.17",  # tested: 1.0.31
         "huggingface_hub>=1",
         "safetensors>=0.4",

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import open_clip
+from PIL.Image import Resampling
 
 from clip4vla.errors import UserError
 from clip4vla.media.images import Fit
+from clip4vla.towers.transformers_folder import EDGE
 from clip4vla.towers.weights import WEIGHTS
 
 
@@ -50,7 +52,7 @@ def pictures_of(clip: str, config: dict[str, Any]) -> Pictures:
         written: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in config["pictures"].items()
         }
-        return Pictures(**written)
+        return _checked(Pictures(**written), clip)
     name, _, tag = clip.partition("/")
     listed = {} if clip.endswith((*WEIGHTS, ".json")) else open_clip.get_pretrained_cfg(name, tag)
     known = config.get("preprocess_cfg") or listed
@@ -61,8 +63,21 @@ def pictures_of(clip: str, config: dict[str, Any]) -> Pictures:
         fields |= {
             key: (float(r), float(g), float(b)) for key in ("mean", "std") if key in known for r, g, b in [known[key]]
         }
-        return Pictures((height, width), **fields)
+        made = Pictures((height, width), **fields)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(
             f"model.clip={clip}: preprocess_cfg: size of one or two numbers, mean and std of three are required ({error})"
         ) from None
+    return _checked(made, clip)
+
+
+def _checked(made: Pictures, clip: str) -> Pictures:
+    """Return pictures that can be made; UserError for others, whose vectors would be NaN or whose pixels fill any memory."""
+    if not all(isinstance(edge, int) and 0 < edge <= EDGE for edge in made.size):
+        raise UserError(f"model.clip={clip}: its pictures are {made.size}: edges of 1 to {EDGE} pixels are required")
+    if made.interpolation.upper() not in Resampling.__members__ or not all(value > 0 for value in made.std):
+        raise UserError(
+            f"model.clip={clip}: preprocess_cfg: interpolation={made.interpolation}, std={made.std}: Pillow's name of one, and a "
+            "deviation above 0, are required"
+        )
+    return made

@@ -4,6 +4,7 @@ A tower is open_clip's TextTransformer, or a module with encode(tokens (B, L)) -
 word_mask(tokens) -> (B, L) bool, set_grad_checkpointing(enable), and context_length, vocab_size, gives_words.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from open_clip.transformer import (
     text_global_pool,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def encode_text(tower: Any, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -91,7 +93,16 @@ class HFText(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the blocks' activations again in the backward pass, or keep them."""
-        if enable:
-            self.transformer.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.transformer.gradient_checkpointing_disable()
+        recompute_blocks(self.transformer, enable)
+
+
+def recompute_blocks(model: nn.Module, enable: bool) -> None:
+    """Have the blocks of a model of transformers compute their activations again in the backward pass, or keep them.
+
+    Its own switch asks for parts that a tower alone lacks, and raises where no block can: such towers keep them.
+    """
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = enable
+            module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)

@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.utils.rnn import pad_sequence
 
 from clip4vla.errors import UserError, one_line
+from clip4vla.towers.text import recompute_blocks
 from clip4vla.towers.transformers_folder import (
     PREFIX,
     SMALL,
@@ -86,7 +87,7 @@ class TransformersText(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass, or keep them."""
-        _checkpoint(self.model, enable)
+        recompute_blocks(self.model, enable)
 
 
 class TransformersVision(nn.Module):
@@ -115,7 +116,7 @@ class TransformersVision(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass, or keep them."""
-        _checkpoint(self.model, enable)
+        recompute_blocks(self.model, enable)
 
 
 class Towers(nn.Module):
@@ -148,13 +149,6 @@ def _positions(text: nn.Module) -> int:
         if isinstance(module, nn.Embedding) and re.search(r"position_embeddings?$", name):
             return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
     return sys.maxsize  # relative positions: the tokenizer's limit alone
-
-
-def _checkpoint(model: Any, enable: bool) -> None:
-    if enable:
-        model.activation_checkpointing_enable()
-    else:
-        model.activation_checkpointing_disable()
 
 
 def is_named(clip: str) -> bool:
