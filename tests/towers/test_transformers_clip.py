@@ -166,7 +166,7 @@ def test_activations_are_recomputed_where_it_is_asked_for(folders, kind, share):
         with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
             loss = towers.text.encode(tokens)[0].square().sum() + towers.visual(images).square().sum()
         loss.backward()
-        gradients.append(([p.grad.clone() for p in towers.parameters()], sum(kept)))
+        gradients.append(([p.grad.clone() for p in towers.parameters() if p.grad is not None], sum(kept)))
     torch.testing.assert_close(gradients[0][0], gradients[1][0])
     assert gradients[1][1] < gradients[0][1] * share
 
