@@ -56,12 +56,26 @@ def build_clip(config: dict[str, Any]) -> Any:
         model.text = HFText(model.text, text.get("context_length", 77))
     if not isinstance(model.visual.image_size, tuple):
         model.visual.image_size = (model.visual.image_size,) * 2
+    _must_read_pictures(model.visual)
     for module in list(model.modules()):
         for name, part in module.named_children():
             if type(part) is QuickGELU:
                 setattr(module, name, LeanQuickGELU())
     own_blocks(model)
     return model
+
+
+def _must_read_pictures(tower: Any) -> None:
+    """Raise UserError for a tower of timm's whose pictures are said to have another size than its patches are laid for."""
+    embed: Any = getattr(getattr(tower, "trunk", None), "patch_embed", None)
+    if type(embed).__name__ != "PatchEmbed" or not embed.strict_img_size:
+        return
+    laid = embed.img_size
+    if tuple(laid) != tuple(tower.image_size):
+        raise UserError(
+            f"model.clip: its vision_cfg has image_size={tower.image_size[0]}: {laid[0]} is required by its timm_model_name; "
+            "correct one of them"
+        )
 
 
 def import_for_open_clip(package: str) -> Any:

@@ -321,3 +321,12 @@ def test_towers_of_any_kind_may_not_claim_more_than_the_weights(hub, claim):
     check_size_claims(ONE_HEAD, state)
     with pytest.raises(ValueError, match="the file"):
         check_size_claims(ONE_HEAD | claim, state)
+
+
+def test_a_tower_of_one_picture_size_is_refused_with_another():
+    vision = {"timm_model_name": "eva02_tiny_patch14_224", "image_size": 64, "timm_proj": "linear"}
+    with (
+        torch.device("meta"),
+        pytest.raises(UserError, match="has image_size=64: 224 is required by its timm_model_name"),
+    ):
+        build_clip({"embed_dim": 64, "vision_cfg": vision, "text_cfg": SMALL_TEXT})

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from forks import ROOT
 from running import NARROW, ranks, run, trace
+from transformers_models import equal_to_theirs, made_tokenizer
 
 from clip4vla import CLIP4VLA
+from clip4vla.towers.build import import_for_open_clip
 
 TEXT = NARROW["text_cfg"] | {"layers": 1}
 TIMM = {"image_size": 224, "timm_pool": "", "timm_proj": "linear"}
@@ -25,13 +27,24 @@ FAMILIES = {  # (vision, text, preprocess_cfg, other settings)
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def _clip(name, folder):
+    """What model.clip names: a configuration that is written here, or a folder of transformers with weights."""
+    if name in FAMILIES:
+        vision, text, pictures, _ = FAMILIES[name]
+        config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, "preprocess_cfg": pictures}
+        (folder / "clip.json").write_text(json.dumps(config))
+        return f"{folder}/clip.json"
+    config, kind, pictures = equal_to_theirs()[name.removeprefix("hf ")]
+    for part in (import_for_open_clip("transformers").AutoModel.from_config(config), made_tokenizer(kind), pictures):
+        part.save_pretrained(folder / "hf")
+    return f"hf:{folder}/hf"
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "hf siglip2"])
 def test_from_training_to_vectors(tiny, sample_shards, tmp_path, name):
-    vision, text, pictures, words = FAMILIES[name]
-    config = {"embed_dim": 64, "vision_cfg": vision, "text_cfg": text, "preprocess_cfg": pictures}
-    (tmp_path / "clip.json").write_text(json.dumps(config))
+    vision, *_, words = FAMILIES.get(name, [{"image_size": 32}, ["model.audio_tower=test_vit", "model.max_tokens=9"]])
     words = [
-        *tiny, f"model.clip={tmp_path}/clip.json", f"run_dir={tmp_path}/run", "train.max_steps=2", "model.max_tokens=24",
+        *tiny, f"model.clip={_clip(name, tmp_path)}", f"run_dir={tmp_path}/run", "train.max_steps=2", "model.max_tokens=24",
         f"data.test=[{sample_shards}/speech_fr/val]", "eval.audio_types=[both]", *words,
     ]  # fmt: skip
     done = ranks(2, "launch/pretrain.py", *words)
