@@ -3,6 +3,9 @@
 B clips or captions, F frames, L tokens, n vectors of a kind (the most of any clip), D width of the common space, V tokens.
 """
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +41,12 @@ class VisionModule(nn.Module):
     def __init__(self, model: Model):
         super().__init__()
         self.tower = model.vision
+        trunk: Any = getattr(model.vision, "trunk", None)
+        if getattr(
+            trunk, "dynamic_img_size", False
+        ):  # its positions are resized in each pass, which ONNX does otherwise
+            self.tower = copy.deepcopy(model.vision)
+            self.tower.trunk.set_input_size(img_size=model.vision.image_size)
         mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (model.pictures.mean, model.pictures.std))
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)

@@ -130,12 +130,14 @@ def test_a_classifier_gives_torchs_logits(tmp_path):
 
 
 @torch.no_grad()
-def test_a_vision_tower_of_timm(tmp_path):
-    vision = {"timm_model_name": "resnet18", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64}
+@pytest.mark.parametrize("name, pool, size", [("resnet18", "avg", 64), ("test_vit", "", 224)])
+def test_a_vision_tower_of_timm(tmp_path, name, pool, size):
+    """test_vit resizes its positions in each pass, from those of pictures of 160."""
+    vision = {"timm_model_name": name, "timm_pool": pool, "timm_proj": "linear", "image_size": size}
     cfg = ModelConfig(clip="tiny.json", audio_tower="tiny.json")
     model = Model(SMALLEST | {"vision_cfg": vision}, cfg, SpectrogramConfig(), audio=SMALLEST).eval()
     onnx_export._export(onnx_export._vision(model), tmp_path / "vision.onnx")
-    frames = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    frames = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
     session = onnxruntime.InferenceSession(tmp_path / "vision.onnx")
     same(session.run(None, {"images": frames.float().numpy()})[0], model.encode_frames(frames))
 
