@@ -27,7 +27,7 @@ NO_PATHS = {
     "--compile",
     "--part",
 }
-WORDS = {"words", "what", "bench"}  # settings among them, or a choice: expanded after parsing
+WORDS = {"words", "what", "bench", "clips"}  # settings among them, or a choice: expanded after parsing
 PATHS = [
     *(f"launch/{name}.py" for name in ("baseline", "evaluate", "pretrain")), "data_prep/shard.py", "data_prep/embed.py",
     "launch/pretrain.py --deepspeed_config", "launch/ablate.py table5", "launch/ablate.py figure4",

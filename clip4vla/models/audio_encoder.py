@@ -113,9 +113,7 @@ class AudioEncoder(nn.Module):
         """
         if not len(segments):  # attention on CUDA fails on none, and under ZeRO-3 all ranks must run the tower
             return self.forward(segments.new_zeros(1, *segments.shape[1:]), mix.new_zeros(1, *mix.shape[1:]))[:0]
-        rows = self._patch_rows()
-        x = self._patches(segments)
-        return self._encode(x if rows is None else x + rows, mix, self.vit.rotations())
+        return self._encode(self._placed(segments), mix, self.vit.rotations())  # a name for it would keep it in memory
 
     def encode_clips(self, views: list[Tensor], rows: Tensor, counts: Tensor, mix: Tensor) -> tuple[Tensor, ...]:
         """Encode each clip's segments as one sequence: vectors z (B, D), not normalised, of each view (S, C, rows, mels).
@@ -142,6 +140,11 @@ class AudioEncoder(nn.Module):
         mix = mix.expand(clips, -1, -1).repeat(len(views), 1, 1)
         ignored = None if bool(there.all()) else upload(~there, views[0].device).repeat(len(views), 1)
         return self._encode(torch.cat(packed), mix, rotations, ignored).chunk(len(views))
+
+    def _placed(self, segments: Tensor) -> Tensor:
+        """Embed the patches of segments (S, C, rows, mels) with their positions: (S, P, W)."""
+        x, rows = self._patches(segments), self._patch_rows()
+        return x if rows is None else x + rows
 
     def _patch_rows(self) -> Tensor | None:
         """Return the positions (P, W) of the patches; None if they are rotary alone."""
