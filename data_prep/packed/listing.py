@@ -18,6 +18,19 @@ from clip4vla.io.walk import is_hidden, walk
 from clip4vla.media.source import RangeReader
 
 HUB = "hf:"  # and USER/NAME or USER/NAME:CONFIG
+HUB_PATIENCE = 20  # s until the hub counts as away
+HUB_ADVICE = {  # by the names of exceptions, of httpx and of requests, which older versions of huggingface_hub use
+    "check its name; a private or gated one is given after `hf auth login` (or HF_TOKEN=..) and its owner's leave": {
+        "RepositoryNotFoundError",
+        "DatasetNotFoundError",
+    },
+    "start again when the hub answers, or with HF_HUB_OFFLINE=1 to take what was downloaded before": {
+        "ConnectionError",
+        "TransportError",
+        "HTTPError",
+        "Timeout",
+    },
+}
 SUFFIXES = {"webdataset": (".tar",), "parquet": (".parquet", ".arrow")}  # by dataset
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 WILD = re.compile(r"[{*?\[]")
@@ -127,11 +140,25 @@ def _hub_files(name: str, base: str) -> list[str]:
     ):  # clip4vla/cli.py's doing; `datasets` imports it where it has a place
         del sys.modules["transformers"]
     try:
+        if repository.count("/") <= 1 and not os.path.isdir(repository) and not datasets.config.HF_HUB_OFFLINE:
+            # asked once, for `datasets` asks a hub that does not answer six times, in half a minute
+            importlib.import_module("huggingface_hub").HfApi().dataset_info(repository, timeout=HUB_PATIENCE)
         splits = datasets.load_dataset(repository, config or None)
     except Exception as error:  # whatever its readers, its network and the hub raise
-        raise UserError(f"media_root={HUB}{name}: {type(error).__name__}: {one_line(error, 300)}") from None
+        raise UserError(f"media_root={HUB}{name}: {_hub_refusal(error)}") from None
     files = [item["filename"] for split in splits.values() for item in split.cache_files]
     return [os.path.relpath(file, base) for file in files]
+
+
+def _hub_refusal(error: Exception) -> str:
+    """Say what the hub, or the package `datasets`, answered, and what to do about it."""
+    chain = [error, *filter(None, [error.__cause__])]
+    kinds = {kind.__name__ for one in chain for kind in type(one).__mro__}
+    why = f"{type(error).__name__}: {one_line(error, 300).rstrip('.')}"
+    for advice, those in HUB_ADVICE.items():
+        if kinds & those:
+            return f"{why.partition('. ')[0]}; {advice}"  # links to pages of help follow
+    return f"{why}; name it as hf:USER/NAME or hf:USER/NAME:CONFIG"
 
 
 def _datasets(module: str = "") -> Any:

@@ -1,18 +1,25 @@
 """data_prep/sets/parquet.py: tables of parquet and Arrow with media in their cells or beside them."""
 
+import json
+import os
+import re
+import subprocess
 import sys
 
 import datasets
 import fsspec
+import hub
 import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from annotation_files import reasons
+from forks import ROOT
 from raw_media import medium, shard_files
 from sample_prep import rows_of
 
 from clip4vla.config import DataConfig
+from clip4vla.data.shards import ShardFolder
 from clip4vla.errors import UserError
 from data_prep.annotations import read
 from data_prep.build_shards import sample, shard
@@ -234,3 +241,102 @@ def test_a_url_that_does_not_answer_is_not_taken_for_a_column_without_media(tmp_
     monkeypatch.setattr(tables.Cells, "read", silent)
     with pytest.raises(UserError, match="no answer"):
         read(config(tmp_path / "media"))
+
+
+IN_TURN = """
+import os, runpy, sys
+script, settings, names, *words = sys.argv[1:]
+for name in names.split():
+    sys.argv, code = [script, settings, f"media_root=hf:{name}", *words], 0
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code
+    print("code", code, file=sys.stderr)
+    os.environ["HF_TOKEN"] = "hf_test"
+"""
+
+
+def from_hub(root, url, names, out, **env):
+    """shard.py of data sets in turn, in one process for its imports' sake; a home and a folder of its own. Returns stderr.
+
+    After the first data set it has a login.
+    """
+    fixed = {"HF_ENDPOINT": url, "HF_HOME": str(root / "hf"), "HOME": str(root / "home"), **env}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    place = root / "folder"
+    place.mkdir(exist_ok=True)
+    files = [str(ROOT / name) for name in ("data_prep/shard.py", "configs/data/parquet.yaml")]
+    command = [sys.executable, "-c", IN_TURN, *files, names, f"out={root / out}", "workers=1"]
+    done = subprocess.run(command, cwd=place, env=kept | fixed, capture_output=True, text=True, timeout=300)
+    assert not list(place.iterdir()) and not (root / "home").exists()
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def hub_run(written, tmp_path_factory):
+    """The folder with the files of me/pets and what shard.py made of it; stderr of all that the hub was asked for; its URL."""
+    root = tmp_path_factory.mktemp("hub")
+    table = pyarrow.parquet.read_table(written / "table/validation-0.parquet")
+    types = table.schema.metadata[b"huggingface"].replace(b'"decode": false, ', b"")  # as people's have it
+    table = table.replace_schema_metadata({b"huggingface": types})
+    assert b'"audio": {"_type": "Audio"}' in types
+    (root / "pets/data").mkdir(parents=True)
+    for split, part in (("train", table), ("test", table.slice(1, 2))):
+        pyarrow.parquet.write_table(part, root / f"pets/data/{split}-00000-of-00001.parquet")
+    data = (root / "pets/data/test-00000-of-00001.parquet").read_bytes()
+    card = "---\nconfigs:\n- config_name: x\n  data_files: x.parquet\n- config_name: y\n  data_files: y.parquet\n---\n"
+    with hub.serve() as (url, repos):
+        names = [f"data/{split}-00000-of-00001.parquet" for split in ("train", "test")]
+        repos["datasets/me/pets"] = {name: (root / "pets" / name).read_bytes() for name in names}
+        repos["datasets/me/gated"] = {"train.parquet": hub.GATED}
+        repos["datasets/me/empty"] = {"README.md": b"---\nlicense: mit\n---\n"}
+        repos["datasets/me/two"] = {"README.md": card.encode(), "x.parquet": data, "y.parquet": data}
+        return root, from_hub(root, url, "me/none me/gone me/gated me/empty me/two me/pets", "hub"), url
+
+
+def test_a_data_set_of_the_hub_gives_what_its_files_give(hub_run):
+    """And once more from the cache, when the hub is away."""
+    root, printed, url = hub_run
+    assert printed.endswith("code 0\n"), printed
+    assert from_hub(root, url, "me/pets", "cached", HF_HUB_OFFLINE="1").endswith("code 0\n")
+    shard(config(root / "pets", out=str(root / "files"), workers=1))
+    for split, texts in (("train", ["t0", "t1", "t2", "t3", "t4"]), ("test", ["t1", "t2"])):
+        made, *others = [by_caption(root / out / "pets" / split) for out in ("files", "hub", "cached")]
+        assert sorted(made) == texts and others == [made, made]
+
+
+def by_caption(place):
+    """What a folder of shards has of each caption, without what names its table."""
+    shards = ShardFolder.open(str(place))
+    samples = {}
+    for item in shards.read([(s, e) for s, tar in enumerate(shards.shards) for e in range(tar.samples)]):
+        meta = json.loads(item["json"])
+        assert len({meta.pop(key) for key in ("id", "item", "group")}) == 1
+        meta["media"] = {kind: path.split("/")[-2:] for kind, path in meta["media"].items()}  # row and name
+        samples[meta["captions"][0]] = [item["fbank"], item["frames"], meta]
+    return samples
+
+
+def test_a_hub_that_gives_nothing_is_one_line_at_once(hub_run):
+    """No such data set, without and with a login; one that is gated, without data, of two configs; no hub."""
+    root, printed, url = hub_run
+    name = (
+        "check its name; a private or gated one is given after `hf auth login` (or HF_TOKEN=..) and its owner's leave"
+    )
+    form = "name it as hf:USER/NAME or hf:USER/NAME:CONFIG"
+    when = "start again when the hub answers, or with HF_HUB_OFFLINE=1 to take what was downloaded before"
+    printed = printed.partition("code 0")[0] + from_hub(root, url, "me/away", "away")
+    expected = [
+        ("none: RepositoryNotFoundError: 401 Client Error", name),
+        ("gone: RepositoryNotFoundError: 404 Client Error", name),
+        ("gated: FileNotFoundError: 403 Client Error", name),
+        ("empty: EmptyDatasetError: .*", form),
+        ("two: ValueError: .*the available configs: .'x', 'y'.*", form),
+        ("away: ConnectError: .*refused", when),
+    ]
+    lines = re.findall("^error: (.*)\ncode 2$", printed, re.M)
+    assert len(lines) == len(expected) and "Traceback" not in printed and "Retrying" not in printed, printed
+    for line, (what, advice) in zip(lines, expected, strict=True):
+        assert re.fullmatch(f"media_root=hf:me/{what}; {re.escape(advice)}", line), line
+    assert not (root / "away").exists()
