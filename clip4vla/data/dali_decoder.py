@@ -61,7 +61,7 @@ class Decoder:
 def _resized(fn: Any, types: Any, strips: Any, stored: int, fit: Fit) -> Any:
     """Cut strips into square frames and resize each with antialiasing, so that no frame's edge mixes with the next frame's."""
     mode = {"shortest": "not_smaller", "longest": "not_larger", "squash": "stretch"}[fit.resize_mode]
-    kernel = types.INTERP_LINEAR if fit.interpolation == "bilinear" else types.INTERP_CUBIC
+    kernel = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}
     frames = fn.reshape(strips, shape=[-1, stored, stored, 3], layout="FHWC")
-    frames = fn.resize(frames, size=fit.size, mode=mode, interp_type=kernel, antialias=True)
+    frames = fn.resize(frames, size=fit.size, mode=mode, interp_type=kernel[fit.interpolation], antialias=True)
     return frames if fit.size[0] == fit.size[1] else fn.crop(frames, crop=fit.size, out_of_bounds_policy="pad")

@@ -20,7 +20,6 @@ from clip4vla.distributed import collectives
 from clip4vla.errors import UserError
 from clip4vla.evaluation import captioning, classification, manifest, retrieval_metrics, text_video, zero_shot
 from clip4vla.io.atomic import write_text
-from clip4vla.media.images import Fit
 from clip4vla.models import generation
 from clip4vla.models.audio_encoder import type_token_weights
 from clip4vla.models.fusion import must_have_room
@@ -101,7 +100,7 @@ def run_inference(
     folders = open_folders(sources, key, cfg.data)
     check_fingerprint(model.config(), folders[0].fingerprint, "the model", folders[0].url)
     must_have_room(cfg.model, folders[0].fingerprint)
-    loader = eval_loader(cfg, folders, next(model.parameters()).device, most, model.pictures)
+    loader = eval_loader(cfg, folders, next(model.parameters()).device, most, model)
     if "space" in model.clip_config and cfg.eval.task == "zero_shot":
         loader.vectors, loader.needs = open_fitting(folders, towers_sha256(model)), ["fbank"]
     training = model.training
@@ -183,16 +182,20 @@ def check_evaluation(cfg: RunConfig) -> None:
         must_have_room(cfg.model, open_folders(cfg.data.val, "data.val", cfg.data)[0].fingerprint)
 
 
-def eval_loader(cfg: RunConfig, folders: list, device: torch.device, most: int = 0, fit: Fit | None = None) -> Loader:
+def eval_loader(
+    cfg: RunConfig, folders: list, device: torch.device, most: int = 0, model: Model | None = None
+) -> Loader:
     """Build a loader of every clip of the folders once, in order; the first `most` of each folder, unless that is 0.
 
-    fit: Model.pictures, to which frames are resized.
+    model: whose size of pictures frames are brought to, and whose tokenizer reads captions; None: model.clip's, frames as stored.
     """
     sizes = [[shard.samples for shard in folder.shards] for folder in folders]
     order = EvalSampler.for_ranks(sizes, cfg.eval.batch_size, collectives.world_size(), most)
     Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)  # where damage is listed
+    clip, fit = (model.clip_config, model.pictures) if model else (None, None)
+    tokenize = tokenizer(cfg.model.clip, cfg.model.max_tokens, clip)
     return Loader(
-        folders, order, cfg.data, tokenize=tokenizer(cfg.model.clip, cfg.model.max_tokens), mask=cfg.mask, seed=cfg.seed,
+        folders, order, cfg.data, tokenize=tokenize, mask=cfg.mask, seed=cfg.seed,
         needs=("frames", "fbank"), device=device, damage_log=Path(cfg.run_dir, f"corrupt-{collectives.rank()}.jsonl"), fit=fit,
     )  # fmt: skip
 

@@ -255,7 +255,9 @@ def tower_config(name: str, dim: int) -> dict[str, Any] | None:
         raise UserError(
             f"model.audio_tower={name}: neither vision, nor a model of open_clip or timm (nearest: {near[0]}), nor a file"
         )
-    vision = {"timm_model_name": name.partition(".")[0], "timm_pool": "", "timm_proj": "linear"}
+    architecture = name.partition(".")[0]
+    size = timm.get_pretrained_cfg(architecture).input_size[-1]  # its own; positions are resized to the segment's grid
+    vision = {"timm_model_name": architecture, "timm_pool": "", "timm_proj": "linear", "image_size": size}
     return {"embed_dim": dim, "vision_cfg": vision}
 
 

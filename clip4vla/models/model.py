@@ -107,7 +107,8 @@ class Model(nn.Module):
         room = self.text.context_length
         if self.cfg.max_tokens > room:
             raise UserError(
-                f"model.max_tokens={self.cfg.max_tokens}: the text tower of model.clip reads {room} at most"
+                f"model.max_tokens={self.cfg.max_tokens}: the text tower of model.clip reads {room} at most; "
+                f"set model.max_tokens={room}"
             )
 
     def freeze(self) -> None:

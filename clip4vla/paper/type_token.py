@@ -65,7 +65,7 @@ def _under_both(
     for token in TOKENS:
         one = deepcopy(cfg)
         one.model.modalities, one.model.audio_type = "a", token
-        loader = runner.eval_loader(one, folders, device)
+        loader = runner.eval_loader(one, folders, device, model=model)
         with torch.no_grad():
             embedded = features.of_folders(model, loader, folders, one)
         out[token] = embedded.where(lambda clip: clip["audio_type"] in TOKENS and clip["has_audio"])

@@ -198,10 +198,8 @@ def hold_still(tower: nn.Module) -> None:
     """Set to evaluation what must not change by itself in training: frozen towers, and batch norms' statistics.
 
     Dropout would give frozen towers other vectors than embed.py's. Statistics of a batch would depend on its padding, and on
-    how many ranks share it. Of open_clip's own transformers neither is true.
+    how many ranks share it.
     """
-    if isinstance(tower, OWN):
-        return
     if not any(parameter.requires_grad for parameter in tower.parameters()):
         tower.eval()
     for module in tower.modules():

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import open_clip
-from PIL.Image import Resampling
 
 from clip4vla.errors import UserError
 from clip4vla.media.images import Fit
 from clip4vla.towers.transformers_folder import EDGE
-from clip4vla.towers.weights import WEIGHTS
+
+INTERPOLATIONS = ("bicubic", "bilinear", "lanczos")  # that DALI and Pillow both have
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,15 @@ class Pictures(Fit):
 def pictures_of(clip: str, config: dict[str, Any]) -> Pictures:
     """Find the pictures of a CLIP named as in `model.clip`, of an open_clip configuration.
 
-    Its own "preprocess_cfg" says them (open_clip_config.json has one), else open_clip's list of pretrained weights; what neither
-    says is OpenAI's. A configuration of transformers has "pictures".
+    Its own "preprocess_cfg" says them (open_clip_config.json has one), else open_clip's list of pretrained weights: its tag's, or
+    of NAME and NAME/FILE what all tags of NAME share; what neither says is OpenAI's. Those of transformers have "pictures".
     """
     if "pictures" in config:
         written: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in config["pictures"].items()
         }
         return _checked(Pictures(**written), clip)
-    name, _, tag = clip.partition("/")
-    listed = {} if clip.endswith((*WEIGHTS, ".json")) else open_clip.get_pretrained_cfg(name, tag)
-    known = config.get("preprocess_cfg") or listed
+    known = config.get("preprocess_cfg") or _listed(clip)
     try:
         size = config.get("vision_cfg", {}).get("image_size") or known.get("size", 224)
         height, width = (size, size) if isinstance(size, int) else size
@@ -71,13 +69,23 @@ def pictures_of(clip: str, config: dict[str, Any]) -> Pictures:
     return _checked(made, clip)
 
 
+def _listed(clip: str) -> dict[str, Any]:
+    """Look up how open_clip's pretrained weights of a NAME/TAG want pictures; without a tag what all of NAME's share."""
+    name, _, tag = clip.partition("/")
+    own = open_clip.get_pretrained_cfg(name, tag)
+    cfgs = (
+        [own] if own else [open_clip.get_pretrained_cfg(name, t) for t in open_clip.list_pretrained_tags_by_model(name)]
+    )
+    return {key: value for key, value in cfgs[0].items() if all(cfg.get(key) == value for cfg in cfgs)} if cfgs else {}
+
+
 def _checked(made: Pictures, clip: str) -> Pictures:
     """Return pictures that can be made; UserError for others, whose vectors would be NaN or whose pixels fill any memory."""
     if not all(isinstance(edge, int) and 0 < edge <= EDGE for edge in made.size):
         raise UserError(f"model.clip={clip}: its pictures are {made.size}: edges of 1 to {EDGE} pixels are required")
-    if made.interpolation.upper() not in Resampling.__members__ or not all(value > 0 for value in made.std):
+    if made.interpolation not in INTERPOLATIONS or not all(value > 0 for value in made.std):
         raise UserError(
-            f"model.clip={clip}: preprocess_cfg: interpolation={made.interpolation}, std={made.std}: Pillow's name of one, and a "
-            "deviation above 0, are required"
+            f"model.clip={clip}: preprocess_cfg: interpolation={made.interpolation}, std={made.std}: one of "
+            f"{', '.join(INTERPOLATIONS)}, and a deviation above 0, are required"
         )
     return made

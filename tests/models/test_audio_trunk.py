@@ -261,3 +261,9 @@ def test_pooling_that_cannot_leave_out_padding_reads_segments_alone():
         AudioEncoder(tower, ModelConfig(audio_span="clip"), SPECTROGRAM)
     with pytest.raises(UserError, match="model.audio_pool=mean: the attention pooling of this audio tower"):
         AudioEncoder(tower, ModelConfig(audio_pool="mean"), SPECTROGRAM)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_384", "vit_small_patch14_dinov2", "vit_base_patch16_siglip_256"])
+def test_a_vit_of_any_picture_size_can_be_the_audio_tower(name):
+    with torch.device("meta"):
+        assert build_tower(tower_config(name, 64)).image_size[0] == timm.get_pretrained_cfg(name).input_size[-1]

@@ -313,7 +313,7 @@ def test_a_model_that_is_not_there_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize("claim", [
     {"vision_cfg": {"layers": [1, 10**9, 1, 1], "width": 32}},
-    {"vision_cfg": {"timm_model_name": "vit_giantopt_patch16_siglip_256"}},
+    {"vision_cfg": {"timm_model_name": "vit_giantopt_patch16_siglip_256", "image_size": 256}},
     {"text_cfg": {"layers": 1, "width": 1, "heads": 1, "context_length": 10**5, "vocab_size": 10}},
 ])  # fmt: skip
 def test_towers_of_any_kind_may_not_claim_more_than_the_weights(hub, claim):
@@ -330,3 +330,10 @@ def test_a_tower_of_one_picture_size_is_refused_with_another():
         pytest.raises(UserError, match="has image_size=64: 224 is required by its timm_model_name"),
     ):
         build_clip({"embed_dim": 64, "vision_cfg": vision, "text_cfg": SMALL_TEXT})
+
+
+def test_a_frozen_tower_of_open_clips_own_drops_no_patches_in_training():
+    vision = build_clip(TINY | {"vision_cfg": TINY["vision_cfg"] | {"patch_dropout": 0.5}}).visual.requires_grad_(False)
+    hold_still(vision.train())
+    pictures = torch.randn(1, 3, 224, 224)
+    assert torch.equal(encode_images(vision, pictures), encode_images(vision, pictures))

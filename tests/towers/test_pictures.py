@@ -175,3 +175,10 @@ def test_frames_are_resized_for_a_tower_of_another_size_in_the_same_order(sample
         assert torch.equal(large_batch.segments, stored.segments) and torch.equal(large_batch.frames, alone.frames)
         want = preprocessing.of_frames(stored.frames.permute(0, 2, 3, 1).numpy(), large.fit).frames
         assert len(want) and (large_batch.frames.int() - want.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "PE-Core-B-16", "MobileCLIP2-S2", "ViT-B-32"])
+def test_a_file_for_an_architecture_has_the_pictures_that_all_its_tags_share(name):
+    config, tag = open_clip.get_model_config(name), open_clip.list_pretrained_tags_by_model(name)[0]
+    wanted = pictures_of(f"{name}/{tag}", config)
+    assert pictures_of(f"{name}/weights.safetensors", config) == pictures_of(name, config) == wanted
