@@ -333,6 +333,8 @@ def _must_match(
     model: Model, cfg: RunConfig, ours: dict[str, Any], spectrogram: SpectrogramConfig | None, folder: Path
 ) -> None:
     """Raise UserError if a checkpoint's towers or spectrograms are not those of this run, whose clip_config is `ours`."""
+    if "preprocess_cfg" not in model.clip_config:  # of a version that did not keep it
+        ours = {key: value for key, value in ours.items() if key != "preprocess_cfg"}
     if model.clip_config != ours:
         key = next(k for k in {**ours, **model.clip_config} if ours.get(k) != model.clip_config.get(k))
         raise UserError(
