@@ -40,7 +40,7 @@ EXTRAS = {  # setup.py's, by the names that are imported
 UNUSED = (
     "timm",
     "transformers",
-)  # open_clip would import them; towers/build.py does, where a tower of theirs is asked for
+)  # open_clip would import them; quick_imports.py does, where a tower of theirs is asked for
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)
 
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clip4vla.errors import UserError, one_line
+from clip4vla.quick_imports import import_for_open_clip
 from clip4vla.towers.attention import Block
-from clip4vla.towers.build import build_clip, import_for_open_clip
+from clip4vla.towers.build import build_clip
 from clip4vla.towers.config import resolve_clip_config
 from clip4vla.towers.vision import pooled_places, pools_first
 from clip4vla.towers.weights import WEIGHTS, check_size_claims, load_clip_weights, names_weights

@@ -1,26 +1,24 @@
 """Build text and vision towers, randomly initialised, from a configuration; freeze parts of them."""
 
 import functools
-import importlib
-import sys
 from typing import Any
 
 import open_clip
 import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.model import CustomTextCLIP
-from open_clip.transformer import QuickGELU, TextTransformer, VisionTransformer
+from open_clip.transformer import QuickGELU, TextTransformer
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from clip4vla.errors import UserError, one_line
+from clip4vla.quick_imports import import_for_open_clip
 from clip4vla.towers import transformers_clip
 from clip4vla.towers.attention import own_blocks
 from clip4vla.towers.text import HFText
 
 BLOCKS = ("resblocks", "blocks", "stages", "layers", "block", "layer")  # names of the list of a tower's blocks
-OWN = TextTransformer | VisionTransformer
 
 
 def build_clip(config: dict[str, Any]) -> Any:
@@ -76,17 +74,6 @@ def _must_read_pictures(tower: Any) -> None:
             f"model.clip: its vision_cfg has image_size={tower.image_size[0]}: {laid[0]} is required by its timm_model_name; "
             "correct one of them"
         )
-
-
-def import_for_open_clip(package: str) -> Any:
-    """Import timm or transformers, which cli.py keeps out, and give it to open_clip, which was imported without."""
-    user = {"timm": "open_clip.timm_model", "transformers": "open_clip.hf_model"}[package]
-    if sys.modules.get(package, sys) is None:
-        del sys.modules[package]
-    module = importlib.import_module(package)
-    if getattr(sys.modules[user], package) is None:
-        importlib.reload(sys.modules[user])  # its classes of before see what it holds now
-    return module
 
 
 class LeanQuickGELU(QuickGELU):

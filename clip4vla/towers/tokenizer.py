@@ -15,8 +15,9 @@ from torch import Tensor
 from clip4vla.config_io import expand_path
 from clip4vla.data.precomputed_embeddings import SPACE
 from clip4vla.errors import UserError, one_line
+from clip4vla.quick_imports import import_for_open_clip
 from clip4vla.towers import transformers_clip
-from clip4vla.towers.build import import_for_open_clip, names_in_open_clip
+from clip4vla.towers.build import names_in_open_clip
 from clip4vla.towers.config import text_config
 from clip4vla.towers.weights import FOLDER, HUB
 

@@ -3,7 +3,6 @@
 import itertools
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from clip4vla.config_io import expand_path, parse_json
 from clip4vla.errors import UserError, one_line
 from clip4vla.io import safe_load
+from clip4vla.quick_imports import import_for_open_clip
 
 PREFIX = "hf:"
 SOURCE = "clip"  # in a model folder: what its towers were taken from, without weights
@@ -187,10 +187,8 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def _transformers() -> Any:
     """Import transformers, which command lines keep out until a tower of its is wanted (cli.py)."""
-    if sys.modules.get("transformers", sys) is None:
-        del sys.modules["transformers"]
     try:
-        import transformers
+        transformers = import_for_open_clip("transformers")
     except ModuleNotFoundError:
         raise UserError("model.clip=hf:: transformers is not installed: pip install 'clip4vla[hf]'") from None
     transformers.logging.set_verbosity_error()  # it prints whole configurations, of token numbers that no tower reads

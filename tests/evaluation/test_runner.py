@@ -1,5 +1,6 @@
 """evaluation.py: which things are ranked against which, in subsets, and the answers that count."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from clip4vla.config import RunConfig
 from clip4vla.distributed import collectives
 from clip4vla.evaluation import runner
 from clip4vla.evaluation.zero_shot import TAGS, directions, embed, rank
+from clip4vla.media.images import Fit
 from clip4vla.models.model import TEXTS
 
 CFG = RunConfig()
@@ -108,6 +110,16 @@ def test_a_model_is_in_evaluation_mode_while_it_embeds_and_then_as_it_was(monkey
     monkeypatch.setattr(runner, "eval_loader", lambda *_: OneBatch(3))
     runner.run_inference(model, CFG, {}, "data.val")
     assert modes == [False] and {part.training for part in model.modules()} == {training}
+
+
+def test_captions_are_read_as_the_checkpoint_says_where_the_file_of_model_clip_is_gone(sample_shards, tmp_path):
+    """A tower whose words attend to all places gets the length of its training, which its configuration alone tells."""
+    cfg = replace(CFG, run_dir=str(tmp_path), model=replace(CFG.model, clip="gone.json", max_tokens=9))
+    folders = runner.open_folders({f"{sample_shards}/sounds/val": 1.0}, "data.val", cfg.data)
+    text = {"context_length": 12, "no_causal_mask": True}
+    model = SimpleNamespace(clip_config={"text_cfg": text}, pictures=Fit((256, 256)))
+    loader = runner.eval_loader(cfg, folders, torch.device("cpu"), model=model)
+    assert loader.tokenize(["a dog"]).shape == (1, 12)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from clip4vla.towers.build import import_for_open_clip
+from clip4vla.quick_imports import import_for_open_clip
 
 transformers = import_for_open_clip("transformers")  # which clip4vla.cli, in tests before, keeps out
 

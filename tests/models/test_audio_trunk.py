@@ -16,7 +16,8 @@ from clip4vla.errors import UserError
 from clip4vla.models.audio_encoder import AudioEncoder, audio_reading, type_token_weights
 from clip4vla.models.audio_trunk import build_tower, tower_config
 from clip4vla.models.model import Model
-from clip4vla.towers.build import build_clip, freeze_first, import_for_open_clip
+from clip4vla.quick_imports import import_for_open_clip
+from clip4vla.towers.build import build_clip, freeze_first
 from clip4vla.training.engine import parameter_groups
 
 timm = import_for_open_clip("timm")  # which clip4vla.cli, in tests before, keeps out

@@ -20,7 +20,8 @@ from clip4vla.errors import UserError
 from clip4vla.export.model_card import _model as card
 from clip4vla.models.model import Model
 from clip4vla.models.towers_fingerprint import towers_sha256
-from clip4vla.towers.build import build_clip, freeze_first, hold_still, import_for_open_clip
+from clip4vla.quick_imports import import_for_open_clip
+from clip4vla.towers.build import build_clip, freeze_first, hold_still
 from clip4vla.towers.config import resolve_clip_config
 from clip4vla.towers.text import HFText, encode_text, token_mask
 from clip4vla.towers.tokenizer import _made, tokenizer
@@ -196,7 +197,8 @@ def test_a_model_folder_names_its_towers(hub, tmp_path):
 def test_a_command_imports_timm_and_transformers_where_a_tower_of_theirs_is_built():
     code = """
 import sys, clip4vla.cli, open_clip, torch
-from clip4vla.towers.build import build_clip, import_for_open_clip
+from clip4vla.towers.build import build_clip
+from clip4vla.quick_imports import import_for_open_clip
 from clip4vla.towers.config import resolve_clip_config
 torch.set_default_device("meta")
 plain = resolve_clip_config("ViT-B-32")

@@ -18,8 +18,9 @@ from clip4vla.errors import UserError
 from clip4vla.export.model_folder import save_model_folder
 from clip4vla.models import model as model_file
 from clip4vla.models.model import Model
+from clip4vla.quick_imports import import_for_open_clip
 from clip4vla.towers import transformers_folder
-from clip4vla.towers.build import build_clip, freeze_first, hold_still, import_for_open_clip
+from clip4vla.towers.build import build_clip, freeze_first, hold_still
 from clip4vla.towers.config import resolve_clip_config
 from clip4vla.towers.text import encode_text, token_mask
 from clip4vla.towers.tokenizer import tokenizer

@@ -10,7 +10,7 @@ from running import NARROW, ranks, run, trace
 from transformers_models import equal_to_theirs, made_tokenizer
 
 from clip4vla import CLIP4VLA
-from clip4vla.towers.build import import_for_open_clip
+from clip4vla.quick_imports import import_for_open_clip
 
 TEXT = NARROW["text_cfg"] | {"layers": 1}
 TIMM = {"image_size": 224, "timm_pool": "", "timm_proj": "linear"}
